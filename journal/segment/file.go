@@ -1,0 +1,213 @@
+package segment
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// Start is the offset of the first record, in bytes.
+func (f *File) Start() int64 { return f.start }
+
+// Alloc is what the file takes up, in bytes.
+func (f *File) Alloc() int64 { return f.alloc }
+
+// ReadAt fills p from off. With nowait it returns osfile.ErrWouldBlock rather
+// than wait for the disk. The bytes are not verified: the caller has the sums.
+func (f *File) ReadAt(p []byte, off int64, nowait bool) error {
+	return osfile.ReadFull(f.f, p, off, nowait)
+}
+
+// Block reads the block of a payload at off and verifies it.
+func (f *File) Block(p []byte, off int64, sum uint32, nowait bool) error {
+	if err := f.ReadAt(p, off, nowait); err != nil {
+		return err
+	}
+	if got := record.Checksum(p); got != sum {
+		return fmt.Errorf("%w: %s: block at %d has checksum %08x, recorded %08x", record.ErrCorrupt, f.Path, off, got, sum)
+	}
+	return nil
+}
+
+// Cut removes a torn tail: what stands from off on, durably.
+func (f *File) Cut(off int64) error {
+	if err := osfile.Cut(f.f, off); err != nil {
+		return fmt.Errorf("cut the torn tail of %s at %d: %w", f.Path, off, err)
+	}
+	return nil
+}
+
+// scanWindow is what a scan reads at once, in bytes; scanPeek is that behind a
+// payload of scanFar bytes or more, which it passes over.
+const (
+	scanWindow = 1 << 20
+	scanPeek   = 8 << 10
+	scanFar    = 32 << 10
+)
+
+// Scan calls fn with each record's header from off on, which must be a
+// record's place (or Start). It returns where it stopped, and nil if that is
+// the end of what was written, an error that wraps record.ErrCorrupt if the
+// bytes there are no record of this file, or fn's or the disk's error. Headers
+// are verified, payloads are not. The header's table is valid until fn returns.
+func (f *File) Scan(off int64, fn func(off int64, h record.Header) error) (int64, error) {
+	w := window{f: f}
+	for {
+		h, err := w.header(off)
+		switch {
+		case errors.Is(err, errEnd):
+			return off, nil
+		case err != nil:
+			return off, fmt.Errorf("%s at %d: %w", f.Path, off, err)
+		}
+		if err := fn(off, h); err != nil {
+			return off, err
+		}
+		off += h.Size()
+		w.far = h.Payload >= scanFar
+	}
+}
+
+var errEnd = errors.New("end of segment")
+
+// ErrStop returned by the function given to ScanLog ends the scan without an error.
+var ErrStop = errors.New("stop")
+
+// ScanLog calls fn with the records of log files, which follow each other,
+// from offset from of the first one on. Records that a later file supersedes,
+// and what follows them in their file, are passed over, damaged or not.
+func ScanLog(files []*File, from int64, fn func(f *File, off int64, h record.Header) error) error {
+	for i, f := range files {
+		limit := record.MaxLSN
+		for _, later := range files[i+1:] {
+			limit = min(limit, later.First)
+		}
+		next := f.First
+		_, err := f.Scan(from, func(off int64, h record.Header) error {
+			if h.LSN >= limit {
+				return errEnd
+			}
+			next = h.LSN + 1
+			return fn(f, off, h)
+		})
+		switch {
+		case errors.Is(err, ErrStop):
+			return nil
+		case errors.Is(err, errEnd), err != nil && next >= limit && errors.Is(err, record.ErrCorrupt):
+		case err != nil:
+			return err
+		}
+		if i+1 < len(files) {
+			from = files[i+1].start
+		}
+	}
+	return nil
+}
+
+// window reads a file in large pieces for a scan.
+type window struct {
+	f   *File
+	buf []byte
+	off int64 // of buf in the file
+	far bool  // what is asked for next is likely far from what comes after it
+}
+
+// at returns at least n bytes at off, or what is left of the file.
+func (w *window) at(off int64, n int) ([]byte, error) {
+	if off < w.off || off+int64(n) > w.off+int64(len(w.buf)) {
+		if w.buf == nil {
+			w.buf = make([]byte, scanWindow)
+		}
+		size := scanWindow
+		if w.far {
+			size = max(scanPeek, n)
+		}
+		got, err := w.f.f.ReadAt(w.buf[:size], off)
+		if err != nil && err != io.EOF {
+			w.buf = w.buf[:0]
+			return nil, err
+		}
+		w.buf, w.off = w.buf[:got], off
+	}
+	b := w.buf[off-w.off:]
+	return b, nil
+}
+
+func (w *window) header(off int64) (record.Header, error) {
+	b, err := w.at(off, record.HeaderSize)
+	if err != nil {
+		return record.Header{}, err
+	}
+	if len(b) < record.HeaderSize || bytes.Equal(b[:record.HeaderSize], zeroHeader[:]) {
+		return record.Header{}, errEnd
+	}
+	h, err := record.Decode(b)
+	if errors.Is(err, record.ErrShort) {
+		if b, err = w.at(off, record.MaxHeaderSize); err != nil {
+			return record.Header{}, err
+		}
+		if h, err = record.Decode(b); errors.Is(err, record.ErrShort) {
+			err = fmt.Errorf("%w: header runs past the end of the file", record.ErrCorrupt)
+		}
+	}
+	if err != nil {
+		return record.Header{}, err
+	}
+	if h.Salt != w.f.Salt {
+		return record.Header{}, fmt.Errorf("%w: record of another file (salt %08x, expected %08x)", record.ErrCorrupt, h.Salt, w.f.Salt)
+	}
+	return h, nil
+}
+
+var zeroHeader [record.HeaderSize]byte
+
+// VerifyPayload reads the payload of the record at off and compares it with
+// the header's table. buf is scratch and is returned, perhaps grown.
+func (f *File) VerifyPayload(off int64, h record.Header, buf []byte) ([]byte, error) {
+	if h.Payload == 0 {
+		return buf, nil
+	}
+	if cap(buf) < h.Payload {
+		buf = make([]byte, h.Payload)
+	}
+	buf = buf[:h.Payload]
+	if err := f.ReadAt(buf, off+int64(h.EncodedSize()), false); err != nil {
+		if errors.Is(err, io.ErrUnexpectedEOF) {
+			err = fmt.Errorf("%w: payload runs past the end of the file", record.ErrCorrupt)
+		}
+		return buf, fmt.Errorf("%s at %d: %w", f.Path, off, err)
+	}
+	if err := h.Sums.Verify(buf); err != nil {
+		return buf, fmt.Errorf("%s at %d: LSN %d: %w", f.Path, off, h.LSN, err)
+	}
+	return buf, nil
+}
+
+// Resync looks for the next valid record header at or after off, so that what
+// lies behind damage can be told from a torn tail. ok is false if there is none.
+func (f *File) Resync(off int64) (at int64, h record.Header, ok bool, err error) {
+	w := window{f: f}
+	var magic [4]byte
+	first := record.Header{Kind: record.KindTrim, Extent: record.Extent{Len: 1}}
+	copy(magic[:], first.Append(nil))
+	for off = (off + record.Alignment - 1) &^ (record.Alignment - 1); ; off += record.Alignment {
+		b, err := w.at(off, record.HeaderSize)
+		if err != nil {
+			return 0, h, false, err
+		}
+		if len(b) < record.HeaderSize {
+			return 0, h, false, nil
+		}
+		if binary.LittleEndian.Uint32(b) != binary.LittleEndian.Uint32(magic[:]) {
+			continue
+		}
+		if h, err := w.header(off); err == nil {
+			return off, h, true, nil
+		}
+	}
+}

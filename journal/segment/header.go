@@ -1,0 +1,184 @@
+package segment
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// ErrVersion is wrapped when a file was written by a newer Tidemark.
+var ErrVersion = errors.New("unknown format version")
+
+// Kind says what a file holds.
+type Kind uint32
+
+// The kinds of files. Values are on disk: never renumber.
+const (
+	Log       Kind = 1
+	Originals Kind = 2
+)
+
+func (k Kind) String() string {
+	if k == Originals {
+		return "originals"
+	}
+	return "log"
+}
+
+// Disk is an entry of the disk table in a file's header.
+type Disk struct {
+	ID   record.DiskID
+	Name string
+	Size int64 // bytes
+}
+
+// Header is the head of a file: what must be known to replay it alone.
+type Header struct {
+	Kind    Kind
+	Number  uint32     // unique in the group, ascending
+	Salt    uint32     // repeated in each record of the file
+	Group   uint32     // the group's number in the index
+	First   record.LSN // the first record's LSN; of originals: the newest LSN when it was begun
+	Epoch   uint64     // the group's reign
+	Horizon record.LSN // when the file was begun
+	Applied record.LSN // when the file was begun: the backings held every record up to it, durably
+	Created int64      // Unix nanoseconds
+	Name    string     // the group's name
+	Disks   []Disk     // the group's disks when the file was begun
+}
+
+const (
+	fileMagic      = "TIDESEG\n"
+	version        = 1
+	headerUnit     = 4096
+	headerFixed    = 88
+	maxHeaderSize  = 1 << 20
+	maxDisks       = 4096
+	diskFixedBytes = 4 + 8 + 1
+)
+
+// encode makes the head of a file, a multiple of 4096 bytes:
+//
+//	offset size field
+//	  0     8   magic, "TIDESEG\n"
+//	  8     4   format version, 1
+//	 12     4   length of the header, bytes
+//	 16     4   CRC-32C of byte 20 to the header's end
+//	 20     4   kind
+//	 24     4   number
+//	 28     4   salt
+//	 32     4   group
+//	 36     4   number of disks
+//	 40     8   first LSN
+//	 48     8   epoch
+//	 56     8   horizon
+//	 64     8   created, Unix nanoseconds
+//	 72     8   applied LSN
+//	 80     1   length of the group's name, then 7 zeroes
+//	 88     …   group's name; then for each disk: id (4), size (8), length of
+//	            its name (1), name
+//	  …     …   zeroes
+//
+// Magic, version and length stand before the checksum so that a newer
+// version is known for what it is, however the rest of it looks.
+func (h *Header) encode() []byte {
+	le := binary.LittleEndian
+	b := make([]byte, headerFixed)
+	copy(b, fileMagic)
+	le.PutUint32(b[8:], version)
+	le.PutUint32(b[20:], uint32(h.Kind))
+	le.PutUint32(b[24:], h.Number)
+	le.PutUint32(b[28:], h.Salt)
+	le.PutUint32(b[32:], h.Group)
+	le.PutUint32(b[36:], uint32(len(h.Disks)))
+	le.PutUint64(b[40:], uint64(h.First))
+	le.PutUint64(b[48:], h.Epoch)
+	le.PutUint64(b[56:], uint64(h.Horizon))
+	le.PutUint64(b[64:], uint64(h.Created))
+	le.PutUint64(b[72:], uint64(h.Applied))
+	b[80] = byte(len(h.Name))
+	b = append(b, h.Name...)
+	for _, d := range h.Disks {
+		b = le.AppendUint32(b, uint32(d.ID))
+		b = le.AppendUint64(b, uint64(d.Size))
+		b = append(b, byte(len(d.Name)))
+		b = append(b, d.Name...)
+	}
+	b = append(b, make([]byte, (headerUnit-len(b)%headerUnit)%headerUnit)...)
+	le.PutUint32(b[12:], uint32(len(b)))
+	le.PutUint32(b[16:], record.Checksum(b[20:]))
+	return b
+}
+
+// headerLen reads the length of the header from its first 16 bytes.
+func headerLen(b []byte) (int, error) {
+	le := binary.LittleEndian
+	if len(b) < 16 || string(b[:8]) != fileMagic {
+		return 0, fmt.Errorf("%w: not a Tidemark segment", record.ErrCorrupt)
+	}
+	if v := le.Uint32(b[8:]); v != version {
+		return 0, fmt.Errorf("segment: %w %d: this program knows %d; use a newer one", ErrVersion, v, version)
+	}
+	n := le.Uint32(b[12:])
+	if n == 0 || n%headerUnit != 0 || n > maxHeaderSize {
+		return 0, fmt.Errorf("%w: segment header of %d bytes", record.ErrCorrupt, n)
+	}
+	return int(n), nil
+}
+
+// DecodeHeader reads the head of a file; b holds at least all of it.
+func DecodeHeader(b []byte) (Header, error) {
+	n, err := headerLen(b)
+	if err != nil {
+		return Header{}, err
+	}
+	if len(b) < n {
+		return Header{}, fmt.Errorf("%w: segment header cut short: %d of %d bytes", record.ErrCorrupt, len(b), n)
+	}
+	b = b[:n]
+	le := binary.LittleEndian
+	if got, want := record.Checksum(b[20:]), le.Uint32(b[16:]); got != want {
+		return Header{}, fmt.Errorf("%w: segment header has checksum %08x, recorded %08x", record.ErrCorrupt, got, want)
+	}
+	h := Header{
+		Kind:    Kind(le.Uint32(b[20:])),
+		Number:  le.Uint32(b[24:]),
+		Salt:    le.Uint32(b[28:]),
+		Group:   le.Uint32(b[32:]),
+		First:   record.LSN(le.Uint64(b[40:])),
+		Epoch:   le.Uint64(b[48:]),
+		Horizon: record.LSN(le.Uint64(b[56:])),
+		Created: int64(le.Uint64(b[64:])),
+		Applied: record.LSN(le.Uint64(b[72:])),
+	}
+	disks := le.Uint32(b[36:])
+	if h.Kind != Log && h.Kind != Originals || h.Number == 0 || disks > maxDisks {
+		return Header{}, fmt.Errorf("%w: segment header: kind %d, number %d, %d disks", record.ErrCorrupt, h.Kind, h.Number, disks)
+	}
+	rest, nameLen := b[headerFixed:], int(b[80])
+	if nameLen > len(rest) {
+		return Header{}, fmt.Errorf("%w: segment header: group's name of %d bytes", record.ErrCorrupt, nameLen)
+	}
+	h.Name, rest = string(rest[:nameLen]), rest[nameLen:]
+	h.Disks, err = decodeDisks(rest, int(disks))
+	return h, err
+}
+
+func decodeDisks(b []byte, n int) ([]Disk, error) {
+	le := binary.LittleEndian
+	var disks []Disk
+	for i := range n {
+		if len(b) < diskFixedBytes || len(b) < diskFixedBytes+int(b[12]) {
+			return nil, fmt.Errorf("%w: segment header: disk table ends in entry %d of %d", record.ErrCorrupt, i, n)
+		}
+		end := diskFixedBytes + int(b[12])
+		d := Disk{ID: record.DiskID(le.Uint32(b)), Size: int64(le.Uint64(b[4:])), Name: string(b[diskFixedBytes:end])}
+		if d.Size < 0 || d.Size > record.MaxDiskSize {
+			return nil, fmt.Errorf("%w: segment header: disk %q of %d bytes", record.ErrCorrupt, d.Name, d.Size)
+		}
+		disks, b = append(disks, d), b[end:]
+	}
+	return disks, nil
+}

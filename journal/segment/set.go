@@ -1,0 +1,282 @@
+package segment
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+const (
+	suffix    = ".seg"
+	tmpSuffix = ".tmp"
+)
+
+// ErrGone says that there is no such file: it was removed, or lost.
+var ErrGone = errors.New("no such segment")
+
+// Set is the files of one group. Its methods are safe for concurrent use.
+type Set struct {
+	fs  vfs.FS
+	dir string
+
+	mu struct {
+		sync.RWMutex
+		files map[uint32]*File
+		last  uint32 // the highest number given out
+		size  int64  // of all files, bytes
+	}
+	broken []Broken
+}
+
+// Broken is a file without a valid header: one that was begun before a crash
+// and never synced, or a damaged one. Its name tells which records it held.
+type Broken struct {
+	Kind   Kind
+	First  record.LSN
+	Number uint32
+	Path   string
+	Err    error
+}
+
+// File is one file of a set: immutable but for the tail of the newest of its
+// kind. A reference keeps it readable after it was removed from the set.
+type File struct {
+	Header
+	Path string
+
+	f     vfs.File
+	start int64        // of the first record, bytes
+	alloc int64        // bytes that the file takes up
+	refs  atomic.Int32 // one is the set's
+}
+
+// OpenSet opens the files in dir, which must exist. Temporary files are what a
+// crash left of a roll: they are removed, unless readOnly. Files without a valid
+// header are set aside: see Broken.
+func OpenSet(fs vfs.FS, dir string, readOnly bool) (*Set, error) {
+	s := &Set{fs: fs, dir: dir}
+	s.mu.files = map[uint32]*File{}
+	names, err := fs.List(dir)
+	if err != nil {
+		return nil, fmt.Errorf("list segments: %w", err)
+	}
+	for _, name := range names {
+		path := fs.PathJoin(dir, name)
+		switch {
+		case strings.HasSuffix(name, tmpSuffix) && !readOnly:
+			if err := fs.Remove(path); err != nil {
+				s.Close()
+				return nil, fmt.Errorf("remove unfinished segment: %w", err)
+			}
+		case strings.HasSuffix(name, suffix):
+			f, err := openFile(fs, path, readOnly)
+			if errors.Is(err, record.ErrCorrupt) {
+				err = s.setAside(name, path, err)
+				if err == nil {
+					continue
+				}
+			}
+			if err != nil {
+				s.Close()
+				return nil, fmt.Errorf("open segment %s: %w", path, err)
+			}
+			s.add(f)
+		}
+	}
+	return s, nil
+}
+
+// fileName names a file by kind, first LSN and number.
+func fileName(k Kind, first record.LSN, number uint32) string {
+	return fmt.Sprintf("%s-%020d-%08d%s", k, first, number, suffix)
+}
+
+// setAside notes a file with a bad header, unless its name is none of ours.
+func (s *Set) setAside(name, path string, cause error) error {
+	b := Broken{Path: path, Err: cause}
+	for _, k := range []Kind{Log, Originals} {
+		n, _ := fmt.Sscanf(name, k.String()+"-%d-%d"+suffix, &b.First, &b.Number)
+		if n == 2 && name == fileName(k, b.First, b.Number) {
+			b.Kind = k
+			s.broken = append(s.broken, b)
+			s.mu.last = max(s.mu.last, b.Number)
+			return nil
+		}
+	}
+	return cause
+}
+
+// Broken lists the files that OpenSet found without a valid header.
+func (s *Set) Broken() []Broken { return s.broken }
+
+// RemoveBroken removes those files, durably.
+func (s *Set) RemoveBroken() error {
+	if len(s.broken) == 0 {
+		return nil
+	}
+	for _, b := range s.broken {
+		if err := s.fs.Remove(b.Path); err != nil {
+			return fmt.Errorf("remove unfinished segment: %w", err)
+		}
+	}
+	s.broken = nil
+	return s.syncDir()
+}
+
+func openFile(fs vfs.FS, path string, readOnly bool) (*File, error) {
+	open := func() (vfs.File, error) { return fs.OpenReadWrite(path, vfs.WriteCategoryUnspecified) }
+	if readOnly {
+		open = func() (vfs.File, error) { return fs.Open(path) }
+	}
+	vf, err := open()
+	if err != nil {
+		return nil, err
+	}
+	f, err := readFile(vf, path)
+	if err != nil {
+		return nil, errors.Join(err, vf.Close())
+	}
+	return f, nil
+}
+
+func readFile(vf vfs.File, path string) (*File, error) {
+	b := make([]byte, headerUnit)
+	if n, err := vf.ReadAt(b, 0); err != nil && err != io.EOF {
+		return nil, err
+	} else {
+		b = b[:n]
+	}
+	n, err := headerLen(b)
+	if err != nil {
+		return nil, err
+	}
+	if n > len(b) {
+		b = make([]byte, n)
+		if err := osfile.ReadFull(vf, b, 0, false); err != nil {
+			return nil, err
+		}
+	}
+	h, err := DecodeHeader(b)
+	if err != nil {
+		return nil, err
+	}
+	info, err := vf.Stat()
+	if err != nil {
+		return nil, err
+	}
+	f := &File{Header: h, Path: path, f: vf, start: int64(n), alloc: info.Size()}
+	f.refs.Store(1)
+	return f, nil
+}
+
+func (s *Set) add(f *File) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.files[f.Number] = f
+	s.mu.last = max(s.mu.last, f.Number)
+	s.mu.size += f.alloc
+}
+
+func (s *Set) nextNumber() uint32 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.last++
+	return s.mu.last
+}
+
+// Files lists the set's files of one kind in the order they were begun.
+func (s *Set) Files(k Kind) []*File {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	var files []*File
+	for _, f := range s.mu.files {
+		if f.Kind == k {
+			files = append(files, f)
+		}
+	}
+	slices.SortFunc(files, func(a, b *File) int { return cmp.Compare(a.Number, b.Number) })
+	return files
+}
+
+// Size is what the set's files take up, in bytes.
+func (s *Set) Size() int64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.mu.size
+}
+
+// Acquire takes a reference to a file; Release gives it back.
+func (s *Set) Acquire(number uint32) (*File, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	f, ok := s.mu.files[number]
+	if !ok {
+		return nil, fmt.Errorf("%w: number %d in %s", ErrGone, number, s.dir)
+	}
+	f.refs.Add(1)
+	return f, nil
+}
+
+// Release gives back a reference.
+func (f *File) Release() {
+	if f.refs.Add(-1) == 0 {
+		_ = f.f.Close() // nothing unsynced is left in a removed or closed file
+	}
+}
+
+// Remove takes files out of the set and unlinks them. Readers that hold a
+// reference can go on. It is durable when Remove returns.
+func (s *Set) Remove(files ...*File) error {
+	for _, f := range files {
+		if err := s.fs.Remove(f.Path); err != nil {
+			return fmt.Errorf("remove segment: %w", err)
+		}
+		s.mu.Lock()
+		delete(s.mu.files, f.Number)
+		s.mu.size -= f.alloc
+		s.mu.Unlock()
+		f.Release()
+	}
+	return s.syncDir()
+}
+
+func (s *Set) syncDir() error {
+	d, err := s.fs.OpenDir(s.dir)
+	if err != nil {
+		return fmt.Errorf("open segment directory: %w", err)
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// Sync makes every file of the set durable, names included. Recovery calls it
+// before it believes what the page cache holds.
+func (s *Set) Sync() error {
+	for _, k := range []Kind{Log, Originals} {
+		for _, f := range s.Files(k) {
+			if err := f.f.Sync(); err != nil {
+				return fmt.Errorf("sync %s: %w", f.Path, err)
+			}
+		}
+	}
+	return s.syncDir()
+}
+
+// Close gives up the set's references. No Writer may be in use.
+func (s *Set) Close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, f := range s.mu.files {
+		f.Release()
+	}
+	s.mu.files = nil
+}
