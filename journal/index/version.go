@@ -1,0 +1,247 @@
+package index
+
+import (
+	"encoding/binary"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// Version is where the content of a unit, as of an LSN, stands.
+//
+//	offset size field
+//	  0     4   file
+//	  4     4   payload: offset of the unit's first block in the file
+//	  8     4   class 0: the block's checksum; else: offset of the first
+//	            block's entry in the record's checksum table
+//
+// A unit of zeroes has an empty value. Integers are little-endian.
+type Version struct {
+	Zero    bool
+	File    uint32
+	Payload uint32
+	Aux     uint32
+}
+
+func (v Version) append(dst []byte) []byte {
+	if v.Zero {
+		return dst
+	}
+	le := binary.LittleEndian
+	return le.AppendUint32(le.AppendUint32(le.AppendUint32(dst, v.File), v.Payload), v.Aux)
+}
+
+func decodeVersion(b []byte) (Version, error) {
+	if len(b) == 0 {
+		return Version{Zero: true}, nil
+	}
+	if len(b) != 12 {
+		return Version{}, fmt.Errorf("%w: index value of %d bytes", record.ErrCorrupt, len(b))
+	}
+	le := binary.LittleEndian
+	return Version{File: le.Uint32(b), Payload: le.Uint32(b[4:]), Aux: le.Uint32(b[8:])}, nil
+}
+
+// Pick is the newest version of a block at or below an LSN.
+type Pick struct {
+	Found bool
+	LSN   record.LSN
+	Class uint8
+	Block uint32 // of the unit
+	Version
+}
+
+// PayloadOff is the place of the block's bytes in its file.
+func (p *Pick) PayloadOff() int64 { return int64(p.Payload) + int64(p.Block)*record.BlockSize }
+
+// SumOff is the place of the block's checksum in its file, for classes other than 0.
+func (p *Pick) SumOff() int64 { return int64(p.Aux) + 4*int64(p.Block) }
+
+// Reader looks versions up in the database as it was when the reader was made.
+type Reader struct {
+	g    *Group
+	it   *pebble.Iterator
+	mark record.LSN // the watermark when it was made, or an earlier one
+	born time.Time
+	key  []byte
+}
+
+// Reader returns a reader that sees every batch up to the watermark of an LSN,
+// which has been committed. It may see later ones.
+func (g *Group) Reader(upTo record.LSN) (*Reader, error) {
+	g.pool.Lock()
+	for i := len(g.pool.readers) - 1; i >= 0; i-- {
+		if r := g.pool.readers[i]; r.mark >= upTo {
+			g.pool.readers = slices.Delete(g.pool.readers, i, i+1)
+			g.pool.Unlock()
+			return r, nil
+		}
+	}
+	g.pool.Unlock()
+	return g.FreshReader()
+}
+
+// FreshReader returns a reader that sees every batch committed before the call.
+func (g *Group) FreshReader() (*Reader, error) {
+	mark := record.LSN(g.committed.Load())
+	it, err := g.db.NewIter(&pebble.IterOptions{
+		LowerBound:   appendTable(nil, g.id, tableVersion),
+		UpperBound:   appendTable(nil, g.id, tableVersion+1),
+		UseL6Filters: true,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read the index: %w", err)
+	}
+	return &Reader{g: g, it: it, mark: mark, born: time.Now(), key: make([]byte, 0, versionKeyLen)}, nil
+}
+
+// maxIdle bounds the readers that are kept for the next who asks.
+const maxIdle = 32
+
+// Release gives the reader back.
+func (r *Reader) Release() {
+	g := r.g
+	g.pool.Lock()
+	defer g.pool.Unlock()
+	if len(g.pool.readers) < maxIdle {
+		g.pool.readers = append(g.pool.readers, r)
+		return
+	}
+	_ = r.it.Close() // its errors were each call's
+}
+
+// Close ends the reader for good, as one that sees too little.
+func (r *Reader) Close() { _ = r.it.Close() }
+
+// Find sets picks[i] to the newest version at or below lsn of block first+i,
+// or to one that is not Found.
+func (r *Reader) Find(disk record.DiskID, first int64, lsn record.LSN, picks []Pick) error {
+	clear(picks)
+	mask := r.g.classMask(disk)
+	for c := range Classes {
+		if mask&(1<<c) == 0 {
+			continue
+		}
+		var err error
+		if len(picks) == 1 {
+			err = r.findOne(disk, uint8(c), first, lsn, picks)
+		} else {
+			err = r.findRun(disk, uint8(c), first, lsn, picks)
+		}
+		if err != nil {
+			return fmt.Errorf("look up block %d of disk %d: %w", first, disk, err)
+		}
+	}
+	return nil
+}
+
+func (r *Reader) seek(disk record.DiskID, u Unit, lsn record.LSN) bool {
+	r.key = appendVersionKey(r.key[:0], r.g.id, disk, u, lsn)
+	return r.it.SeekGE(r.key)
+}
+
+// findOne looks one block up; tables whose filter knows no such unit are not read.
+func (r *Reader) findOne(disk record.DiskID, c uint8, block int64, lsn record.LSN, picks []Pick) error {
+	u := Unit{Class: c, Index: block >> classShift(int(c))}
+	r.key = appendVersionKey(r.key[:0], r.g.id, disk, u, lsn)
+	if !r.it.SeekPrefixGE(r.key) {
+		return r.it.Error()
+	}
+	_, at := splitVersionKey(r.it.Key())
+	return r.paint(u, at, block, picks)
+}
+
+// findRun goes through the versions of the units that touch the run, one seek
+// for each unit that has any.
+func (r *Reader) findRun(disk record.DiskID, c uint8, first int64, lsn record.LSN, picks []Pick) error {
+	shift := classShift(int(c))
+	last := (first + int64(len(picks)) - 1) >> shift
+	for u := first >> shift; u <= last; {
+		if !r.seek(disk, Unit{Class: c, Index: u}, lsn) {
+			return r.it.Error()
+		}
+		if !inClass(r.it.Key(), r.key) {
+			return nil
+		}
+		unit, at := splitVersionKey(r.it.Key())
+		if unit > last {
+			return nil
+		}
+		if unit > u && at > lsn {
+			u = unit // its newest version is too new: seek within its chain
+			continue
+		}
+		if err := r.paint(Unit{Class: c, Index: unit}, at, first, picks); err != nil {
+			return err
+		}
+		u = unit + 1
+	}
+	return nil
+}
+
+// inClass reports whether two version keys share group, table, disk and class.
+func inClass(a, b []byte) bool {
+	return len(a) == versionKeyLen && string(a[:10]) == string(b[:10])
+}
+
+// paint lets the version at the iterator replace older ones in the blocks of its unit.
+func (r *Reader) paint(u Unit, at record.LSN, first int64, picks []Pick) error {
+	b, err := r.it.ValueAndErr()
+	if err != nil {
+		return err
+	}
+	v, err := decodeVersion(b)
+	if err != nil {
+		return err
+	}
+	from, to := max(u.First(), first), min(u.First()+u.Blocks(), first+int64(len(picks)))
+	for b := from; b < to; b++ {
+		p := &picks[b-first]
+		if !p.Found || at >= p.LSN {
+			*p = Pick{Found: true, LSN: at, Class: u.Class, Block: uint32(b - u.First()), Version: v}
+		}
+	}
+	return nil
+}
+
+// Chain calls fn with the LSN of each single-block version of a block at or below lsn,
+// newest first. fn must not use the reader.
+func (r *Reader) Chain(disk record.DiskID, block int64, lsn record.LSN, fn func(record.LSN) error) error {
+	u := Unit{Index: block}
+	for ok := r.seek(disk, u, lsn); ok && inClass(r.it.Key(), r.key); ok = r.it.Next() {
+		unit, at := splitVersionKey(r.it.Key())
+		if unit != block {
+			break
+		}
+		if err := fn(at); err != nil {
+			return err
+		}
+	}
+	return r.it.Error()
+}
+
+// Next is the LSN of the oldest version of a block above lsn, in any class; MaxLSN if there is none.
+func (r *Reader) Next(disk record.DiskID, block int64, lsn record.LSN) (record.LSN, error) {
+	next := record.MaxLSN
+	mask := r.g.classMask(disk)
+	for c := range Classes {
+		if mask&(1<<c) == 0 {
+			continue
+		}
+		u := Unit{Class: uint8(c), Index: block >> classShift(c)}
+		r.key = appendVersionKey(r.key[:0], r.g.id, disk, u, lsn)
+		if r.it.SeekLT(r.key) && inClass(r.it.Key(), r.key) {
+			if unit, at := splitVersionKey(r.it.Key()); unit == u.Index {
+				next = min(next, at)
+			}
+		}
+		if err := r.it.Error(); err != nil {
+			return 0, err
+		}
+	}
+	return next, nil
+}
