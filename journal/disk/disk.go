@@ -1,0 +1,327 @@
+package disk
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
+)
+
+// Journal is what a disk needs of its group's journal.
+type Journal interface {
+	// Acquire returns a segment to read from, with a reference.
+	Acquire(number uint32) (*segment.File, error)
+	// Original appends what an extent of whole blocks holds before it is
+	// overwritten for the first time; nil content is zeroes. The slice is not kept.
+	Original(d *Disk, ext record.Extent, content []byte) error
+	// CommitOriginals makes every Original so far durable and findable by
+	// views, together with the pages of the captured bitmap.
+	CommitOriginals(d *Disk, pages map[int64][]byte) error
+}
+
+// Disk is one disk of a group with its backing.
+type Disk struct {
+	ID   record.DiskID
+	Name string
+	Size int64 // bytes
+	Path string
+
+	backing  vfs.File
+	journal  Journal
+	captured bitmap
+	since    atomic.Uint64 // LSN, see KnownSince
+
+	mu struct {
+		sync.RWMutex
+		active *layer
+		frozen *layer // nil unless between Freeze and the end of Apply
+	}
+}
+
+// New makes a disk on an open backing, which the disk owns from then on. The
+// backing is what the journal last left there; the overlay is empty.
+func New(id record.DiskID, name, path string, size int64, backing vfs.File, j Journal) *Disk {
+	d := &Disk{ID: id, Name: name, Size: size, Path: path, backing: backing, journal: j}
+	d.captured.pages = map[int64]*[pageBytes]byte{}
+	d.mu.active = newLayer()
+	return d
+}
+
+// Close closes the backing.
+func (d *Disk) Close() error { return d.backing.Close() }
+
+// BlockLen is the length of a block in bytes: short for the last one of a
+// disk that is not whole blocks.
+func (d *Disk) BlockLen(block int64) int {
+	return int(min(record.BlockSize, d.Size-block*record.BlockSize))
+}
+
+// Insert puts a record, already in its segment, over the backing. payload is
+// the place of its payload in the file. It returns about what that takes of
+// memory, in units of some 200 bytes.
+func (d *Disk) Insert(h *record.Header, file uint32, payload int64) int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	first, n := h.Extent.Off/record.BlockSize, int64(record.Blocks(h.Extent.Len))
+	l := d.mu.active
+	switch h.Kind {
+	case record.KindWrite:
+		l.insert(first, n, func(i int64) place {
+			return place{file: file, off: uint32(payload + i*record.BlockSize), sum: h.Sums.At(int(i))}
+		})
+		return cost(first, n, false)
+	case record.KindZero:
+		l.insertZero(first, n, place{file: zeroes})
+	case record.KindTrim:
+		l.insertZero(first, n, place{file: zeroes, off: 1})
+	}
+	return cost(first, n, true)
+}
+
+// Captured reports whether the journal holds what the block was before its
+// overwrites: if not, the backing still does.
+func (d *Disk) Captured(block int64) bool { return d.captured.get(block) }
+
+// CapturedIn calls fn with the runs of captured blocks within a run of n blocks.
+func (d *Disk) CapturedIn(first, n int64, fn func(first, n int64) error) error {
+	end := first + n
+	for b := first; b < end; {
+		if next := d.captured.next(b); next > b {
+			b = next
+			continue
+		}
+		k := b
+		for k < end && d.captured.get(k) {
+			k++
+		}
+		if k == b {
+			b++
+			continue
+		}
+		if err := fn(b, k-b); err != nil {
+			return err
+		}
+		b = k
+	}
+	return nil
+}
+
+// KnownSince is the LSN from which on the backing is known to hold what the
+// journal says of blocks that are not captured: above zero if it was found
+// changed by someone else. Views below it must not fall to the backing.
+func (d *Disk) KnownSince() record.LSN { return record.LSN(d.since.Load()) }
+
+// SetKnownSince notes a discontinuity.
+func (d *Disk) SetKnownSince(lsn record.LSN) { d.since.Store(uint64(lsn)) }
+
+// Frozen reports whether a frozen layer waits for Apply.
+func (d *Disk) Frozen() bool {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	return d.mu.frozen != nil
+}
+
+// LoadCaptured sets a page of the bitmap, at open.
+func (d *Disk) LoadCaptured(page int64, bits []byte) { d.captured.load(page, bits) }
+
+// MarkCaptured sets bits, at recovery, for originals that the segments hold.
+func (d *Disk) MarkCaptured(ext record.Extent) {
+	d.captured.change(blocksOf(ext), true)
+}
+
+// CapturedPages returns the bitmap pages that the extent touches.
+func (d *Disk) CapturedPages(ext record.Extent) map[int64][]byte {
+	return d.captured.changed(blocksOf(ext), nil)
+}
+
+func blocksOf(ext record.Extent) []int64 {
+	blocks := make([]int64, record.Blocks(ext.Len))
+	for i := range blocks {
+		blocks[i] = ext.Off/record.BlockSize + int64(i)
+	}
+	return blocks
+}
+
+// Pages returns the bitmap pages as they are with some blocks captured and others not.
+func (d *Disk) Pages(captured, forgotten []int64) map[int64][]byte {
+	return d.captured.changed(captured, forgotten)
+}
+
+// Forget clears the blocks' bits: their newest version stands in the backing,
+// and the journal holds no other. Neither Apply nor a frozen layer may be under way.
+func (d *Disk) Forget(blocks []int64) { d.captured.change(blocks, false) }
+
+// Keep sets the blocks' bits: the journal holds a version of each that has no record any more.
+func (d *Disk) Keep(blocks []int64) { d.captured.change(blocks, true) }
+
+// placesPool keeps scratch for reads, up to 256 blocks (1 MiB).
+var placesPool = sync.Pool{New: func() any { s := make([]place, 0, 256); return &s }}
+
+// ReadAt fills p with the disk's current bytes from off, any alignment, within
+// the disk. With nowait it returns osfile.ErrWouldBlock rather than wait for
+// the disk under the files.
+func (d *Disk) ReadAt(p []byte, off int64, nowait bool) error {
+	if !(record.Extent{Off: off, Len: int64(len(p))}).In(d.Size) {
+		return fmt.Errorf("read %d bytes at %d of disk %s: its size is %d", len(p), off, d.Name, d.Size)
+	}
+	if len(p) == 0 {
+		return nil
+	}
+	first := off / record.BlockSize
+	n := int((off+int64(len(p))-1)/record.BlockSize - first + 1)
+	scratch := placesPool.Get().(*[]place)
+	defer placesPool.Put(scratch)
+	if cap(*scratch) < n {
+		*scratch = make([]place, n)
+	}
+	places := (*scratch)[:n]
+	for try := 0; ; try++ {
+		d.mu.RLock()
+		any := lookup(d.mu.active, d.mu.frozen, first, places)
+		d.mu.RUnlock()
+		if !any {
+			return d.readBacking(p, off, nowait)
+		}
+		err := d.readPlaces(p, off, places, nowait)
+		// A segment may be applied and expire between look-up and read: the
+		// backing has its blocks then.
+		if !errors.Is(err, segment.ErrGone) || try == maxRetries {
+			return err
+		}
+	}
+}
+
+// maxRetries bounds how often a read follows blocks that move.
+const maxRetries = 16
+
+func (d *Disk) readBacking(p []byte, off int64, nowait bool) error {
+	if err := osfile.ReadFull(d.backing, p, off, nowait); err != nil {
+		if err == osfile.ErrWouldBlock {
+			return err
+		}
+		return fmt.Errorf("read backing %s of disk %s: %w", d.Path, d.Name, err)
+	}
+	return nil
+}
+
+// ReadBacking reads the backing itself, past the overlay.
+func (d *Disk) ReadBacking(p []byte, off int64, nowait bool) error {
+	return d.readBacking(p, off, nowait)
+}
+
+// readPlaces reads run by run: blocks of the backing together, each block of a
+// segment alone, verified.
+func (d *Disk) readPlaces(p []byte, off int64, places []place, nowait bool) error {
+	first := off / record.BlockSize
+	end := off + int64(len(p))
+	var file *segment.File
+	defer func() {
+		if file != nil {
+			file.Release()
+		}
+	}()
+	for i := 0; i < len(places); {
+		j := i + 1
+		for j < len(places) && places[j].file == 0 && places[i].file == 0 {
+			j++
+		}
+		from := max(off, (first+int64(i))*record.BlockSize)
+		to := min(end, (first+int64(j))*record.BlockSize)
+		dst := p[from-off : to-off]
+		switch pl := places[i]; pl.file {
+		case 0:
+			if err := d.readBacking(dst, from, nowait); err != nil {
+				return err
+			}
+		case zeroes:
+			clear(dst)
+		default:
+			if file == nil || file.Number != pl.file {
+				if file != nil {
+					file.Release()
+				}
+				var err error
+				if file, err = d.journal.Acquire(pl.file); err != nil {
+					return err
+				}
+			}
+			if err := d.readBlock(dst, from, file, first+int64(i), pl, nowait); err != nil {
+				return err
+			}
+		}
+		i = j
+	}
+	return nil
+}
+
+// readBlock reads dst, which is all of a block or part of it, from the block's place.
+func (d *Disk) readBlock(dst []byte, off int64, f *segment.File, block int64, pl place, nowait bool) error {
+	n := d.BlockLen(block)
+	if len(dst) == n {
+		return f.Block(dst, int64(pl.off), pl.sum, nowait)
+	}
+	var whole [record.BlockSize]byte
+	if err := f.Block(whole[:n], int64(pl.off), pl.sum, nowait); err != nil {
+		return err
+	}
+	copy(dst, whole[off-block*record.BlockSize:])
+	return nil
+}
+
+// Extents calls fn with runs of the extent that together fill it, and whether
+// each is known to read as zeroes without being read.
+func (d *Disk) Extents(ext record.Extent, fn func(n int64, zero bool)) error {
+	const step = 4096 // blocks looked up at once
+	for ext.Len > 0 {
+		first := ext.Off / record.BlockSize
+		n := min(step, int((ext.End()-1)/record.BlockSize-first+1))
+		places := make([]place, n)
+		d.mu.RLock()
+		lookup(d.mu.active, d.mu.frozen, first, places)
+		d.mu.RUnlock()
+		for i := 0; i < n; {
+			j := i + 1
+			for j < n && (places[j].file == 0) == (places[i].file == 0) && (places[j].file == zeroes) == (places[i].file == zeroes) {
+				j++
+			}
+			from := max(ext.Off, (first+int64(i))*record.BlockSize)
+			run := min(ext.End(), (first+int64(j))*record.BlockSize) - from
+			if places[i].file == 0 {
+				d.BackingExtents(record.Extent{Off: from, Len: run}, fn)
+			} else {
+				fn(run, places[i].file == zeroes)
+			}
+			i = j
+		}
+		done := min(ext.End(), (first+int64(n))*record.BlockSize) - ext.Off
+		ext.Off, ext.Len = ext.Off+done, ext.Len-done
+	}
+	return nil
+}
+
+// BackingExtents is Extents of the backing itself. What the file system can
+// not tell is data.
+func (d *Disk) BackingExtents(ext record.Extent, fn func(n int64, zero bool)) {
+	for ext.Len > 0 {
+		n, hole := osfile.Run(d.backing, ext.Off, ext.Len)
+		fn(n, hole)
+		ext.Off, ext.Len = ext.Off+n, ext.Len-n
+	}
+}
+
+// SyncBacking makes what Apply wrote durable.
+func (d *Disk) SyncBacking() error {
+	if err := d.backing.SyncData(); err != nil {
+		return fmt.Errorf("sync backing %s of disk %s: %w", d.Path, d.Name, err)
+	}
+	return nil
+}
+
+// errNoFrozen is a misuse of Apply.
+var errNoFrozen = errors.New("apply without freeze")
