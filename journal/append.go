@@ -1,0 +1,349 @@
+package journal
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/tidemark-cdp/tidemark/journal/disk"
+	"github.com/tidemark-cdp/tidemark/journal/index"
+	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// Op is a change to a disk.
+type Op struct {
+	Kind record.Kind // KindWrite, KindZero or KindTrim
+	Disk *disk.Disk
+	Ext  record.Extent
+	Data []byte // of KindWrite: Ext.Len bytes; not kept after Append
+
+	flags uint8
+}
+
+// timeMarkEvery is how far apart the entries of the time table are, in
+// nanoseconds of record time.
+const timeMarkEvery = int64(100 * time.Millisecond)
+
+// Append journals the operations in their order. When it returns without an
+// error, all of them are with the kernel and seen by every read that begins later.
+// It waits while the backings are too far behind. On an error a prefix
+// of ops may have been journaled: NBD allows that of writes that were not
+// acknowledged. ErrNoSpace may pass; ErrFailed does not.
+func (g *Group) Append(ops []Op) error {
+	for _, op := range ops {
+		if err := checkOp(op); err != nil {
+			return err
+		}
+	}
+	for len(ops) > 0 {
+		if ops[0].Ext.Len == 0 {
+			ops = ops[1:] // nothing to journal
+			continue
+		}
+		n := 0
+		for n < len(ops) && ops[n].Ext.Len > 0 && ops[n].Ext.Aligned(ops[n].Disk.Size) {
+			n++
+		}
+		var err error
+		if n > 0 {
+			err = g.appendAligned(ops[:n])
+		} else {
+			n = 1
+			err = g.appendUnaligned(ops[0])
+		}
+		if err != nil {
+			return err
+		}
+		ops = ops[n:]
+	}
+	return nil
+}
+
+func checkOp(op Op) error {
+	if !op.Ext.In(op.Disk.Size) {
+		return fmt.Errorf("%v of %v on disk %s: its size is %d", op.Kind, op.Ext, op.Disk.Name, op.Disk.Size)
+	}
+	switch op.Kind {
+	case record.KindWrite:
+		if int64(len(op.Data)) != op.Ext.Len || op.Ext.Len > record.MaxPayload-2*record.BlockSize {
+			return fmt.Errorf("write of %v on disk %s: %d bytes given", op.Ext, op.Disk.Name, len(op.Data))
+		}
+	case record.KindZero, record.KindTrim:
+	default:
+		return fmt.Errorf("a disk takes no %v", op.Kind)
+	}
+	return nil
+}
+
+// appendUnaligned journals whole blocks for an operation that covers some only
+// in part: the rest of them is read, under the lock that orders records, so that
+// no write falls between. The read before it warms the cache outside the lock.
+func (g *Group) appendUnaligned(op Op) error {
+	d := op.Disk
+	edges, middle := splitEdges(op.Ext, d.Size)
+	if op.Kind == record.KindWrite {
+		edges, middle = []record.Extent{op.Ext}, record.Extent{}
+	}
+	for _, e := range edges {
+		ext := e.Align(d.Size)
+		buf := make([]byte, ext.Len)
+		if err := readEdges(d, buf, e); err != nil {
+			return err
+		}
+		if err := g.appendEdge(op, e, buf); err != nil {
+			return err
+		}
+	}
+	if middle.Len == 0 {
+		return nil
+	}
+	return g.appendAligned([]Op{{Kind: op.Kind, Disk: d, Ext: middle}})
+}
+
+// readEdges fills the first and the last block of buf, which is part's aligned
+// extent, where part does not cover them.
+func readEdges(d *disk.Disk, buf []byte, part record.Extent) error {
+	ext := part.Align(d.Size)
+	head := min(ext.Len, record.BlockSize)
+	if part.Off != ext.Off {
+		if err := d.ReadAt(buf[:head], ext.Off, false); err != nil {
+			return err
+		}
+	}
+	if part.End() != ext.End() {
+		last := (ext.End() - 1) &^ (record.BlockSize - 1)
+		return d.ReadAt(buf[last-ext.Off:], last, false)
+	}
+	return nil
+}
+
+// splitEdges divides an extent into its whole blocks and the parts of blocks at its ends.
+func splitEdges(ext record.Extent, size int64) (edges []record.Extent, middle record.Extent) {
+	start := (ext.Off + record.BlockSize - 1) &^ (record.BlockSize - 1)
+	end := ext.End()
+	if end != size {
+		end &^= record.BlockSize - 1
+	}
+	if start >= end {
+		return []record.Extent{ext}, record.Extent{}
+	}
+	if start > ext.Off {
+		edges = append(edges, record.Extent{Off: ext.Off, Len: start - ext.Off})
+	}
+	if end < ext.End() {
+		edges = append(edges, record.Extent{Off: end, Len: ext.End() - end})
+	}
+	return edges, record.Extent{Off: start, Len: end - start}
+}
+
+// appendEdge journals the blocks of an operation's part as a write of what they
+// hold with the part changed. buf is scratch of their length.
+func (g *Group) appendEdge(op Op, part record.Extent, buf []byte) error {
+	d, ext := op.Disk, part.Align(op.Disk.Size)
+	return g.admitted(func() error {
+		if err := readEdges(d, buf, part); err != nil {
+			return err
+		}
+		dst := buf[part.Off-ext.Off:][:part.Len]
+		if op.Kind == record.KindWrite {
+			copy(dst, op.Data)
+		} else {
+			clear(dst)
+		}
+		_, err := g.appendLocked([]Op{{Kind: record.KindWrite, Disk: d, Ext: ext, Data: buf}})
+		return err
+	})
+}
+
+func (g *Group) appendAligned(ops []Op) error {
+	return g.admitted(func() error {
+		for len(ops) > 0 {
+			n, err := g.appendLocked(ops)
+			if err != nil {
+				return err
+			}
+			ops = ops[n:]
+		}
+		return nil
+	})
+}
+
+// admitted calls fn with the append lock held, once there is room in memory
+// for more unapplied records. If fn finds the journal full, history is expired
+// and fn called once more.
+func (g *Group) admitted(fn func() error) error {
+	g.append.Lock()
+	defer g.append.Unlock()
+	for tries := 0; ; tries++ {
+		if err := g.waitRoomLocked(); err != nil {
+			return err
+		}
+		err := fn()
+		if !errors.Is(err, errFull) || tries > 0 {
+			return err
+		}
+		g.append.Unlock()
+		freed, expireErr := g.expireForSpace()
+		g.append.Lock()
+		if !freed || expireErr != nil {
+			return err
+		}
+	}
+}
+
+func (g *Group) waitRoomLocked() error {
+	for {
+		switch {
+		case g.append.err != nil:
+			return g.append.err
+		case g.unapplied.Load() < g.o.Unapplied && g.append.weight < maxWeight && g.append.lag < indexLag:
+			return nil
+		case g.append.full != nil:
+			return g.append.full
+		}
+		kick(g.kickApply)
+		kick(g.kickSync)
+		g.append.room.Wait()
+	}
+}
+
+// appendLocked writes as many of the aligned operations as fit the current
+// segment, in one call, and puts them over the backings. It returns how many.
+func (g *Group) appendLocked(ops []Op) (int, error) {
+	a := &g.append
+	if a.err != nil {
+		return 0, a.err
+	}
+	n, room, bytes := g.fitting(ops)
+	if n == 0 {
+		if err := g.rollLocked(bytes); err != nil {
+			return 0, err
+		}
+		if n, room, _ = g.fitting(ops); n == 0 {
+			return 0, g.failLocked(fmt.Errorf("a record of %d bytes does not fit a new segment", bytes))
+		}
+	}
+	now := g.nowLocked()
+	a.enc.Reset(room)
+	if cap(a.sums) < room {
+		a.sums = make(record.Sums, 0, room)
+	}
+	a.sums = a.sums[:0]
+	a.headers = a.headers[:0]
+	for i, op := range ops[:n] {
+		a.headers = append(a.headers, g.headerLocked(op, a.next+record.LSN(i), now))
+		a.enc.Add(&a.headers[i], op.Data)
+	}
+	off := a.log.Tail()
+	if err := a.log.Append(a.enc.Vec, a.enc.Bytes); err != nil {
+		return 0, g.failLocked(err)
+	}
+	for i := range a.headers {
+		g.noteLocked(&a.headers[i], ops[i].Disk, off)
+		off += a.headers[i].Size()
+	}
+	g.advanceLocked(n, a.enc.Bytes)
+	return n, nil
+}
+
+// fitting is how many operations fit the current segment, what their headers
+// take, and how many bytes the first one takes.
+func (g *Group) fitting(ops []Op) (n, room int, first int64) {
+	var sum int64
+	for i, op := range ops {
+		h := record.Header{Payload: len(op.Data)}
+		if sum += h.Size(); i == 0 {
+			first = sum
+		}
+		if !g.append.log.Fits(sum) {
+			return n, room, first
+		}
+		n, room = n+1, room+h.EncodedSize()
+	}
+	return n, room, first
+}
+
+func (g *Group) rollLocked(n int64) error {
+	if err := g.append.log.Roll(g.header(g.append.next), n); err != nil {
+		if osfile.IsNoSpace(err) {
+			return fmt.Errorf("the journal of group %s is full: %w: %w", g.name, errFull, err)
+		}
+		return g.failLocked(err)
+	}
+	return nil
+}
+
+// nowLocked is the time of the next record: it never goes backwards.
+func (g *Group) nowLocked() int64 {
+	return max(g.o.Now().UnixNano(), g.lastTime.Load())
+}
+
+func (g *Group) headerLocked(op Op, lsn record.LSN, now int64) record.Header {
+	a := &g.append
+	at := len(a.sums)
+	a.sums = record.AppendSums(a.sums, op.Data)
+	return record.Header{
+		LSN: lsn, Time: now, Durable: g.Durable(), Extent: op.Ext, Disk: op.Disk.ID, Kind: op.Kind, Flags: op.flags,
+		Salt: a.log.Current().Salt, Payload: len(op.Data), Sums: a.sums[at:len(a.sums):len(a.sums)],
+	}
+}
+
+// noteLocked puts a record that stands at off over the backing, and queues it for the index.
+func (g *Group) noteLocked(h *record.Header, d *disk.Disk, off int64) {
+	file := g.append.log.Current().Number
+	g.append.weight += d.Insert(h, file, off+int64(h.EncodedSize()))
+	p := g.append.pend
+	p.entries = appendEntries(p.entries, h, file, off)
+	g.noteTimeLocked(h, file, off)
+}
+
+func (g *Group) noteTimeLocked(h *record.Header, file uint32, off int64) {
+	if h.Time-g.lastTime.Load() >= timeMarkEvery || h.LSN%4096 == 1 {
+		p := g.append.pend
+		p.times = append(p.times, index.TimeMark{Time: h.Time, LSN: h.LSN, File: file, Off: uint32(off)})
+	}
+	g.lastTime.Store(h.Time)
+}
+
+// advanceLocked makes n appended records the head.
+func (g *Group) advanceLocked(n int, bytes int64) {
+	a := &g.append
+	if a.oldest.IsZero() {
+		a.oldest = g.o.Now()
+	}
+	a.lag = len(a.pend.entries)
+	for _, p := range a.ready {
+		a.lag += len(p.entries)
+	}
+	a.next += record.LSN(n)
+	a.bytes += bytes
+	g.appended.Store(uint64(a.next - 1))
+	if g.unapplied.Add(bytes) > g.o.Unapplied/2 || a.weight > maxWeight/2 {
+		kick(g.kickApply)
+	}
+	if a.bytes-a.synced >= syncBytes {
+		kick(g.kickSync)
+	}
+}
+
+// appendEntries appends the index entries of the record at off in file.
+func appendEntries(dst []index.Entry, h *record.Header, file uint32, off int64) []index.Entry {
+	first := h.Extent.Off / record.BlockSize
+	payload := off + int64(h.EncodedSize())
+	index.Cut(first, int64(record.Blocks(h.Extent.Len)), func(u index.Unit) {
+		e := index.Entry{Disk: h.Disk, Unit: u, LSN: h.LSN}
+		if h.Kind == record.KindZero || h.Kind == record.KindTrim || h.Kind == record.KindHole {
+			e.Zero = true
+		} else {
+			i := u.First() - first
+			e.File, e.Payload = file, uint32(payload+i*record.BlockSize)
+			e.Aux = uint32(off + record.HeaderSize + 4*i)
+			if u.Class == 0 {
+				e.Aux = h.Sums.At(int(i))
+			}
+		}
+		dst = append(dst, e)
+	})
+	return dst
+}

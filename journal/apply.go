@@ -1,0 +1,247 @@
+package journal
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/tidemark-cdp/tidemark/journal/disk"
+	"github.com/tidemark-cdp/tidemark/journal/index"
+	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// Names of a group's state in the index.
+const (
+	stateApplied = "applied" // LSN, 8 bytes
+	stateHorizon = "horizon" // LSN, 8 bytes
+	stateRebuild = "rebuild" // not empty while the index is made again from the segments
+)
+
+// Apply writes everything that is journaled when it is called to the backings.
+// A lack of room for a new segment of originals leaves the group full, and
+// Apply may be called again; any other error fails it.
+func (g *Group) Apply() error {
+	g.apply.Lock()
+	defer g.apply.Unlock()
+	return g.applyLocked()
+}
+
+func (g *Group) applyLocked() error {
+	if g.apply.round == 0 && !g.freeze() {
+		return nil
+	}
+	// P1: the records of the round are durable before any byte of them goes
+	// to a backing.
+	if err := g.syncTo(g.apply.round); err != nil {
+		return err
+	}
+	for _, d := range g.disks {
+		if !d.Frozen() {
+			continue
+		}
+		if err := d.Apply(); err != nil {
+			return g.applyFailed(err)
+		}
+	}
+	g.roundDone()
+	return nil
+}
+
+// freeze begins a round that covers every record so far. It reports whether
+// there is one.
+func (g *Group) freeze() bool {
+	g.append.Lock()
+	defer g.append.Unlock()
+	any := false
+	for _, d := range g.disks {
+		any = d.Freeze() || any
+	}
+	head := record.LSN(g.appended.Load())
+	if !any {
+		// Markers alone: nothing to write.
+		g.apply.applied = head
+		g.applied.Store(uint64(head))
+		g.unapplied.Store(0)
+		g.append.weight = 0
+		return false
+	}
+	g.apply.round, g.apply.roundBytes, g.apply.roundWeight = head, g.unapplied.Load(), g.append.weight
+	g.append.oldest = g.o.Now()
+	return true
+}
+
+func (g *Group) roundDone() {
+	g.append.Lock()
+	defer g.append.Unlock()
+	g.apply.applied = g.apply.round
+	g.applied.Store(uint64(g.apply.round))
+	g.apply.round = 0
+	g.append.weight -= g.apply.roundWeight
+	if g.unapplied.Add(-g.apply.roundBytes) == 0 {
+		g.append.oldest = time.Time{}
+	}
+	g.append.full = nil
+	g.append.room.Broadcast()
+}
+
+func (g *Group) applyFailed(err error) error {
+	if !errors.Is(err, errFull) {
+		return g.fail(err)
+	}
+	g.append.Lock()
+	defer g.append.Unlock()
+	g.append.full = fmt.Errorf("the journal of group %s has no room for originals: %w", g.name, err)
+	g.append.room.Broadcast()
+	return g.append.full
+}
+
+// Checkpoint makes what is applied durable and notes its LSN, from which
+// recovery starts. Everything indexed is durable when it returns.
+func (g *Group) Checkpoint() error {
+	g.apply.Lock()
+	defer g.apply.Unlock()
+	return g.checkpointLocked()
+}
+
+func (g *Group) checkpointLocked() error {
+	applied := g.apply.applied
+	if g.apply.round == 0 && uint64(applied) == g.checkpointed.Load() && !g.apply.last.IsZero() {
+		return nil
+	}
+	for _, d := range g.disks {
+		if err := d.SyncBacking(); err != nil {
+			return g.fail(err)
+		}
+	}
+	if err := g.Index(); err != nil {
+		return err
+	}
+	if err := g.setState(stateApplied, binary.LittleEndian.AppendUint64(nil, uint64(applied))); err != nil {
+		return g.fail(err)
+	}
+	if err := g.store.ix.Flush(); err != nil {
+		return g.fail(err)
+	}
+	g.apply.last = g.o.Now()
+	g.checkpointed.Store(uint64(applied))
+	g.append.Lock()
+	g.apply.logBytes = g.append.bytes
+	g.append.Unlock()
+	return nil
+}
+
+// Original implements disk.Journal: called by Apply, with g.apply held.
+func (g *Group) Original(d *disk.Disk, ext record.Extent, content []byte) error {
+	return g.keep(d, ext, content, 0, g.originLSN(d), g.apply.round)
+}
+
+// originLSN is the version that an original captured now stands for: the oldest
+// LSN that can fall to the backing.
+func (g *Group) originLSN(d *disk.Disk) record.LSN {
+	return max(g.Horizon(), d.KnownSince())
+}
+
+// gatherBytes is how much of the originals is written together, in bytes.
+const gatherBytes = 1 << 20
+
+// keep adds content that an extent had from one LSN on to the originals; views
+// below until may need it. It is written by the next syncKept, and
+// gathered until then, because extents are often single blocks. g.apply is held.
+func (g *Group) keep(d *disk.Disk, ext record.Extent, content []byte, flags uint8, from, until record.LSN) error {
+	a := &g.apply
+	h := record.Header{
+		LSN: until, Durable: from, Time: g.o.Now().UnixNano(), Extent: ext, Disk: d.ID,
+		Kind: record.KindOriginal, Flags: flags, Payload: len(content),
+	}
+	if content == nil {
+		h.Kind = record.KindHole
+	}
+	size := h.Size()
+	if len(a.gathered)+int(size) > gatherBytes || !a.orig.Fits(int64(len(a.gathered))+size) {
+		if err := g.writeGathered(); err != nil {
+			return err
+		}
+		if !a.orig.Fits(size) {
+			if err := a.orig.Roll(g.header(g.Head()), size); err != nil {
+				if osfile.IsNoSpace(err) {
+					err = fmt.Errorf("%w: %w", errFull, err)
+				}
+				return fmt.Errorf("begin a segment of originals: %w", err)
+			}
+		}
+	}
+	h.Salt = a.orig.Current().Salt
+	a.sums = record.AppendSums(a.sums[:0], content)
+	h.Sums = a.sums
+	off := a.orig.Tail() + int64(len(a.gathered))
+	a.pending = appendOriginal(a.pending, &h, a.orig.Current().Number, off)
+	a.gathered = h.Append(a.gathered)
+	a.gathered = append(a.gathered, content...)
+	a.gathered = append(a.gathered, make([]byte, size-int64(h.EncodedSize())-int64(len(content)))...)
+	return nil
+}
+
+func (g *Group) writeGathered() error {
+	a := &g.apply
+	if len(a.gathered) == 0 {
+		return nil
+	}
+	err := a.orig.Append([][]byte{a.gathered}, int64(len(a.gathered)))
+	a.gathered = a.gathered[:0]
+	return err
+}
+
+// syncKept makes what was kept durable and returns its index entries.
+func (g *Group) syncKept() ([]index.Entry, error) {
+	if err := g.writeGathered(); err != nil {
+		return nil, err
+	}
+	if err := g.apply.orig.Sync(); err != nil {
+		return nil, err
+	}
+	entries := g.apply.pending
+	g.apply.pending = nil
+	return entries, nil
+}
+
+// appendOriginal appends the index entries of an original. They are of single
+// blocks, so that each can be forgotten when its block's history is.
+func appendOriginal(dst []index.Entry, h *record.Header, file uint32, off int64) []index.Entry {
+	first := h.Extent.Off / record.BlockSize
+	for i := range record.Blocks(h.Extent.Len) {
+		e := index.Entry{Disk: h.Disk, Unit: index.Unit{Index: first + int64(i)}, LSN: h.Durable}
+		if h.Kind == record.KindHole {
+			e.Zero = true
+		} else {
+			e.File, e.Payload = file, uint32(off+int64(h.EncodedSize())+int64(i)*record.BlockSize)
+			e.Aux = h.Sums.At(i)
+		}
+		dst = append(dst, e)
+	}
+	return dst
+}
+
+// CommitOriginals implements disk.Journal.
+func (g *Group) CommitOriginals(d *disk.Disk, pages map[int64][]byte) error {
+	entries, err := g.syncKept()
+	if err != nil {
+		return err
+	}
+	b := g.ix.NewBatch()
+	b.Set(entries)
+	if err := setPages(b, d, pages); err != nil {
+		return err
+	}
+	return g.commit(b)
+}
+
+func setPages(b *index.Batch, d *disk.Disk, pages map[int64][]byte) error {
+	for n, bits := range pages {
+		if err := b.SetCaptured(d.ID, n, bits); err != nil {
+			return err
+		}
+	}
+	return nil
+}

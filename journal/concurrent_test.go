@@ -1,0 +1,112 @@
+package journal
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// blockOf is the block that the record with an LSN writes.
+func blockOf(lsn record.LSN) int64 { return int64((uint64(lsn) * 0x9e3779b97f4a7c15) >> 58) } // 64 blocks
+
+// newestAt is the LSN of the newest write of a block at or below lsn; 0: none.
+func newestAt(lsn record.LSN, block int64) record.LSN {
+	for lsn > 0 && blockOf(lsn) != block {
+		lsn--
+	}
+	return lsn
+}
+
+// TestReadersBesideEverything lets one writer, live readers, viewers, an
+// applier and an expirer run at once: no reader sees anything but what its point says.
+func TestReadersBesideEverything(t *testing.T) {
+	r := newRig(t, Options{Limit: 3 << 20})
+	d := r.g.Disks()[0]
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var wg sync.WaitGroup
+	wg.Go(func() { require.NoError(t, r.s.Run(ctx)) })
+	loop := func(fn func(rng *rand.Rand)) {
+		seed := rand.Uint64()
+		wg.Go(func() {
+			for rng := rand.New(rand.NewPCG(seed, 3)); ctx.Err() == nil && !t.Failed(); {
+				fn(rng)
+			}
+		})
+	}
+	var views atomic.Int64
+	for range 3 {
+		loop(func(rng *rand.Rand) {
+			horizon, head := r.g.Horizon(), r.g.Head()
+			lsn := horizon + record.LSN(rng.Uint64N(uint64(head-horizon)+1))
+			v, err := r.g.View(d, lsn)
+			if errors.Is(err, ErrNoPoint) {
+				return // expired meanwhile
+			}
+			require.NoError(t, err)
+			defer v.Close()
+			views.Add(1)
+			buf := make([]byte, 64*record.BlockSize)
+			require.NoError(t, v.ReadAt(buf, 0, false))
+			for block := range int64(64) {
+				checkBlock(t, buf[block*record.BlockSize:], newestAt(lsn, block), "view at %d of block %d", lsn, block)
+			}
+			block := rng.Int64N(64)
+			require.NoError(t, v.ReadAt(buf[:record.BlockSize], block*record.BlockSize, false))
+			checkBlock(t, buf, newestAt(lsn, block), "view at %d of block %d alone", lsn, block)
+			require.NoError(t, v.Extents(record.Extent{Len: d.Size}, func(int64, bool) {}))
+		})
+	}
+	loop(func(rng *rand.Rand) {
+		before := r.g.Head()
+		block := rng.Int64N(64)
+		buf := make([]byte, record.BlockSize)
+		require.NoError(t, d.ReadAt(buf, block*record.BlockSize, false))
+		got := record.LSN(binary.LittleEndian.Uint64(buf))
+		if newest := newestAt(before, block); newest > 0 {
+			require.GreaterOrEqual(t, got, newest, "a live read missed a write that was there before it")
+			require.Equal(t, block, blockOf(got))
+		}
+	})
+	loop(func(*rand.Rand) { require.NoError(t, r.g.Apply()) })
+	loop(func(*rand.Rand) {
+		if r.g.JournalBytes() > 2<<20 {
+			_, err := r.g.Expire(256 << 10)
+			if err != nil {
+				require.ErrorContains(t, err, "was opened meanwhile")
+			}
+		}
+	})
+	buf := make([]byte, record.BlockSize)
+	for end := time.Now().Add(3 * time.Second); time.Now().Before(end) && !t.Failed(); {
+		lsn := r.g.Head() + 1
+		binary.LittleEndian.PutUint64(buf, uint64(lsn))
+		require.NoError(t, r.g.Append([]Op{{Kind: record.KindWrite, Disk: d,
+			Ext: record.Extent{Off: blockOf(lsn) * record.BlockSize, Len: record.BlockSize}, Data: buf}}))
+		if lsn%64 == 0 {
+			require.NoError(t, r.g.Sync())
+		}
+	}
+	cancel()
+	wg.Wait()
+	require.Positive(t, r.g.Horizon(), "nothing expired: the test did not test")
+	require.Greater(t, views.Load(), int64(50))
+}
+
+func checkBlock(t *testing.T, b []byte, want record.LSN, format string, args ...any) {
+	t.Helper()
+	got := record.LSN(binary.LittleEndian.Uint64(b))
+	if want == 0 {
+		want = 0xb0b0b0b0b0b0b0b0 // as the rig made the disk
+	}
+	require.Equal(t, want, got, append([]any{format}, args...)...)
+}

@@ -1,0 +1,58 @@
+// Package journal is the durable, ordered history of a group of disks: append,
+// sync, mark, view, trim.
+//
+// A [Store] is a daemon's state directory: one index for all groups, and a
+// directory of segments for each. A [Group] orders the writes of its disks,
+// keeps their backings equal to its head, and opens views of any of them at
+// any LSN of the continuous window.
+//
+// # Promises
+//
+//   - P1, write-ahead: see package disk.
+//   - P2, flush: when Group.Sync returns, every record whose Append returned
+//     before is durable.
+//   - P2a: when Append returns, the record is with the kernel.
+//   - P3, prefix: after a crash the history is a prefix of what was appended,
+//     not shorter than the last Sync. If a damaged record lies before what is known
+//     to have been durable, the group does not open for writing, and says where.
+//   - P4, any point: for every LSN from Horizon to Head, a view equals the disks
+//     as of that record.
+//   - P7: damage is an error where it is read.
+//   - P10: without an index, Open makes it again from the segments.
+//
+// # The caller must
+//
+//  1. be the only process that writes the state directory and the backings (the
+//     directory is locked, the backings are not);
+//  2. call Run, which syncs, indexes, applies and expires in the background, or
+//     each of those itself (the tests do);
+//  3. close views, or their history is pinned.
+//
+// # Crash argument
+//
+// Assumed of the system: after a sync of a file returns, its bytes survive; after
+// a sync of a directory, its names do; unsynced bytes survive or not, in any
+// combination of 4 KiB blocks; a rename is seen whole or not at all.
+//
+//	step                               a crash right after it leaves
+//	1 append to the log                a torn or whole record at the tail: cut or kept
+//	2 sync the log                     the record: replayed
+//	3 index it (no earlier than 2)     an index that is behind the log, never ahead: replayed from its watermark
+//	4 originals appended and synced    originals of blocks not yet overwritten: true, and used
+//	5 originals and bitmap indexed     the same, without a replay
+//	6 write the backing                a mix of old and new: covered by replay, from the applied LSN on
+//	7 sync the backing                 as 6
+//	8 applied LSN in the index, flush  replay starts behind it
+//	9 expire: carry over, index, flush segments that nothing refers to: removed by the next expiry
+//	10 remove the segments             –
+//
+// # Concurrency
+//
+// A Group is safe for concurrent use. Locks are taken in this order: apply,
+// sync, index, append (the fields of Group say what each guards).
+//
+// # Limits
+//
+// Disks can be added to a group at Open only, and keep their size. History is
+// forgotten from its oldest end only.
+package journal

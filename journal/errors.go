@@ -1,0 +1,51 @@
+package journal
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+
+	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// The errors that callers tell apart.
+var (
+	// ErrFailed is wrapped by what a group answers after a failed sync, a
+	// failed write or damage: nothing more is taken until it is opened again.
+	ErrFailed = errors.New("group has failed")
+	// ErrLabelInUse is wrapped when a marker's label is taken.
+	ErrLabelInUse = errors.New("label is in use")
+	// ErrNoPoint is wrapped when a point names nothing that can be viewed.
+	ErrNoPoint = errors.New("no such point")
+	// ErrNotFound is wrapped when a group or disk is not known.
+	ErrNotFound = errors.New("not found")
+	// ErrNoSpace is wrapped when the journal is full and nothing can be
+	// expired. It is ENOSPC.
+	ErrNoSpace error = syscall.ENOSPC
+	// ErrIndex is wrapped by what Run returns when the index can not go on:
+	// the store must then be left as it is, not closed.
+	ErrIndex = errors.New("the index can not go on")
+	// ErrWouldBlock is what a read that must not wait answers if it would have to.
+	ErrWouldBlock = osfile.ErrWouldBlock
+)
+
+// errFull is wrapped when a new segment finds no room: nothing was written, and
+// what is tried again later may succeed.
+var errFull = errors.New("no room for a new segment")
+
+// PointError says why a point can not be viewed, and what can be.
+type PointError struct {
+	Group   string
+	Point   string
+	Why     string
+	Horizon record.LSN
+	Head    record.LSN
+}
+
+func (e *PointError) Error() string {
+	return fmt.Sprintf("point %q of group %s: %s (viewable: lsn:%d to lsn:%d)", e.Point, e.Group, e.Why, e.Horizon, e.Head)
+}
+
+// Unwrap makes it an ErrNoPoint.
+func (e *PointError) Unwrap() error { return ErrNoPoint }

@@ -1,0 +1,411 @@
+package journal
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
+	"github.com/stretchr/testify/require"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// rig is a store with one group of one disk on a simulated file system whose
+// operations can be made to fail.
+type rig struct {
+	t     *testing.T
+	mem   *vfs.MemFS
+	fault atomic.Pointer[fault]
+	fs    vfs.FS
+	o     Options
+	s     *Store
+	g     *Group
+}
+
+// fault makes operations of one kind on paths with a given part fail; it
+// counts how often it did.
+type fault struct {
+	kind  errorfs.OpKind
+	path  string
+	err   error
+	fired atomic.Int32
+}
+
+const rigBlocks = 512
+
+func newRig(t *testing.T, o Options) *rig {
+	t.Helper()
+	r := &rig{t: t, mem: vfs.NewCrashableMem(), o: o}
+	r.fs = errorfs.Wrap(r.mem, errorfs.InjectorFunc(func(op errorfs.Op) error {
+		if f := r.fault.Load(); f != nil && f.kind == op.Kind && strings.Contains(op.Path, f.path) {
+			f.fired.Add(1)
+			return f.err
+		}
+		return nil
+	}))
+	f, err := r.mem.Create("disk.raw", vfs.WriteCategoryUnspecified)
+	require.NoError(t, err)
+	_, err = f.Write(bytes.Repeat([]byte{0xb0}, rigBlocks*record.BlockSize))
+	require.NoError(t, err)
+	require.NoError(t, errors.Join(f.Sync(), f.Close()))
+	r.open()
+	t.Cleanup(func() {
+		r.fault.Store(nil)
+		if r.s != nil {
+			require.NoError(t, r.s.Abandon())
+		}
+	})
+	return r
+}
+
+func (r *rig) open() {
+	r.t.Helper()
+	o := r.o
+	o.FS = r.fs
+	if o.SegmentSize == 0 {
+		o.SegmentSize = 64 << 10
+	}
+	s, err := Open("state", []GroupConfig{{Name: "g", Disks: []DiskConfig{{"d", "disk.raw"}}}}, o)
+	require.NoError(r.t, err)
+	r.s, r.g = s, s.Groups()[0]
+}
+
+func (r *rig) inject(kind errorfs.OpKind, path string, err error) *fault {
+	f := &fault{kind: kind, path: path, err: err}
+	r.fault.Store(f)
+	return f
+}
+
+func (r *rig) write(block int64, fill byte) error {
+	return r.g.Append([]Op{{Kind: record.KindWrite, Disk: r.g.Disks()[0],
+		Ext: record.Extent{Off: block * record.BlockSize, Len: record.BlockSize}, Data: bytes.Repeat([]byte{fill}, record.BlockSize)}})
+}
+
+func (r *rig) live(block int64) byte {
+	r.t.Helper()
+	b := make([]byte, record.BlockSize)
+	require.NoError(r.t, r.g.Disks()[0].ReadAt(b, block*record.BlockSize, false))
+	return b[0]
+}
+
+func (r *rig) at(lsn record.LSN, block int64) (byte, error) {
+	r.t.Helper()
+	v, err := r.g.View(r.g.Disks()[0], lsn)
+	require.NoError(r.t, err)
+	defer v.Close()
+	b := make([]byte, record.BlockSize)
+	err = v.ReadAt(b, block*record.BlockSize, false)
+	return b[0], err
+}
+
+func (r *rig) failed() {
+	r.t.Helper()
+	state, err := r.g.State()
+	require.Equal(r.t, "failed", state)
+	require.ErrorIs(r.t, err, ErrFailed)
+}
+
+// TestAFailedSyncIsFinal: the flush fails, and no later one may succeed as if
+// the lost pages had been written.
+func TestAFailedSyncIsFinal(t *testing.T) {
+	r := newRig(t, Options{})
+	require.NoError(t, r.write(1, 1))
+	f := r.inject(errorfs.OpFileSyncData, "/log", syscall.EIO)
+	require.ErrorIs(t, r.g.Sync(), syscall.EIO)
+	require.EqualValues(t, 1, f.fired.Load())
+	r.fault.Store(nil)
+	require.ErrorIs(t, r.g.Sync(), ErrFailed)
+	require.ErrorIs(t, r.write(2, 2), ErrFailed)
+	r.failed()
+	require.Equal(t, byte(1), r.live(1), "reads go on")
+	require.NoError(t, r.s.Abandon())
+	r.open()
+	require.NoError(t, r.write(2, 2), "opened again, the group works")
+	require.NoError(t, r.g.Sync())
+}
+
+func TestAFailedBackingKeepsTheJournal(t *testing.T) {
+	r := newRig(t, Options{})
+	require.NoError(t, r.write(1, 1))
+	f := r.inject(errorfs.OpFileWriteAt, "disk.raw", syscall.EIO)
+	require.ErrorIs(t, r.g.Apply(), syscall.EIO)
+	require.Positive(t, f.fired.Load())
+	r.failed()
+	require.Equal(t, byte(1), r.live(1))
+	r.fault.Store(nil)
+	require.NoError(t, r.s.Abandon())
+	r.open()
+	require.Equal(t, byte(1), r.live(1))
+	require.NoError(t, r.g.Apply())
+	got, err := r.at(0, 1)
+	require.NoError(t, err)
+	require.Equal(t, byte(0xb0), got)
+}
+
+// TestNoSpace: writes get ENOSPC, nothing acknowledged is lost, and when there
+// is room again they go on.
+func TestNoSpace(t *testing.T) {
+	r := newRig(t, Options{})
+	f := r.inject(errorfs.OpCreate, "", syscall.ENOSPC)
+	var err error
+	n := int64(0)
+	for ; err == nil && n < 100; n++ {
+		err = r.write(n, byte(n+1))
+	}
+	require.ErrorIs(t, err, ErrNoSpace)
+	require.Positive(t, f.fired.Load())
+	state, _ := r.g.State()
+	require.Equal(t, "active", state)
+	for i := range n - 1 {
+		require.Equal(t, byte(i+1), r.live(i))
+	}
+	r.fault.Store(nil)
+	require.NoError(t, r.write(n, 7))
+	require.Equal(t, byte(7), r.live(n))
+}
+
+// TestLimitExpiresTheOldest keeps a group within its limit while it is
+// written: the window moves, the newest point stays right.
+func TestLimitExpiresTheOldest(t *testing.T) {
+	r := newRig(t, Options{Limit: 1 << 20})
+	for i := range 1500 {
+		require.NoError(t, r.write(int64(i%300), byte(i)))
+		if i%100 == 99 {
+			require.NoError(t, r.g.Apply())
+			require.NoError(t, r.g.expireDue())
+		}
+	}
+	require.NoError(t, r.g.Apply())
+	require.NoError(t, r.g.expireDue())
+	require.Positive(t, r.g.Horizon())
+	require.LessOrEqual(t, r.g.JournalBytes(), int64(3<<20))
+	for _, lsn := range []record.LSN{r.g.Horizon(), r.g.Horizon() + 1, (r.g.Horizon() + r.g.Head()) / 2, r.g.Head()} {
+		for block := range int64(300) {
+			want := (int64(lsn) - 1 - block) / 300 * 300
+			got, err := r.at(lsn, block)
+			require.NoError(t, err)
+			require.Equal(t, byte(want+block), got, "block %d at %d", block, lsn)
+		}
+	}
+	_, err := r.g.View(r.g.Disks()[0], r.g.Horizon()-1)
+	require.ErrorIs(t, err, ErrNoPoint)
+}
+
+func TestAnOpenViewPinsItsHistory(t *testing.T) {
+	r := newRig(t, Options{})
+	for i := range 200 {
+		require.NoError(t, r.write(int64(i%50), byte(i)))
+	}
+	require.NoError(t, r.g.Apply())
+	v, err := r.g.View(r.g.Disks()[0], 20)
+	require.NoError(t, err)
+	_, err = r.g.Expire(1 << 30)
+	require.NoError(t, err)
+	require.LessOrEqual(t, r.g.Horizon(), record.LSN(20))
+	b := make([]byte, 1)
+	require.NoError(t, v.ReadAt(b, 0, false))
+	require.Equal(t, byte(0), b[0])
+	v.Close()
+	_, err = r.g.Expire(1 << 30)
+	require.NoError(t, err)
+	require.Greater(t, r.g.Horizon(), record.LSN(20))
+}
+
+// flip changes a byte of the first file whose name has a part, at the first
+// place where want stands.
+func (r *rig) flip(part string, want []byte) {
+	r.t.Helper()
+	names, err := r.mem.List("state/groups/g")
+	require.NoError(r.t, err)
+	for _, name := range names {
+		if !strings.Contains(name, part) {
+			continue
+		}
+		f, err := r.mem.OpenReadWrite("state/groups/g/"+name, vfs.WriteCategoryUnspecified)
+		require.NoError(r.t, err)
+		info, err := f.Stat()
+		require.NoError(r.t, err)
+		b := make([]byte, info.Size())
+		if _, err := f.ReadAt(b, 0); err != nil {
+			require.ErrorIs(r.t, err, io.EOF)
+		}
+		if i := bytes.Index(b, want); i >= 0 {
+			_, err := f.WriteAt([]byte{want[0] ^ 1}, int64(i))
+			require.NoError(r.t, errors.Join(err, f.Sync(), f.Close()))
+			return
+		}
+		require.NoError(r.t, f.Close())
+	}
+	r.t.Fatalf("no %q holds the bytes", part)
+}
+
+// TestDamageIsAnErrorAndIsFound: never other bytes (P7).
+func TestDamageIsAnErrorAndIsFound(t *testing.T) {
+	r := newRig(t, Options{})
+	require.NoError(t, r.write(1, 0x51))
+	require.NoError(t, r.write(1, 0x52))
+	require.NoError(t, r.write(2, 0x53))
+	require.NoError(t, r.g.Apply())
+	r.flip("log-", bytes.Repeat([]byte{0x51}, 64))
+	r.flip("originals-", bytes.Repeat([]byte{0xb0}, 64))
+	_, err := r.at(1, 1)
+	require.ErrorIs(t, err, record.ErrCorrupt)
+	_, err = r.at(0, 1)
+	require.ErrorIs(t, err, record.ErrCorrupt)
+	got, err := r.at(2, 1)
+	require.NoError(t, err)
+	require.Equal(t, byte(0x52), got)
+	var found []Finding
+	done, err := r.g.Verify(context.Background(), func(f Finding) { found = append(found, f) })
+	require.NoError(t, err)
+	require.EqualValues(t, len(found), done.Findings)
+	require.Contains(t, fmt.Sprint(found), "LSN 1")
+	require.Contains(t, fmt.Sprint(found), "originals-")
+}
+
+// TestDamageOfADurableRecordStopsTheGroup: what follows it can not be replayed,
+// and must not be dropped as if it were a torn tail.
+func TestDamageOfADurableRecordStopsTheGroup(t *testing.T) {
+	r := newRig(t, Options{})
+	for i := range 5 {
+		require.NoError(t, r.write(int64(i), byte(0x61+i)))
+		require.NoError(t, r.g.Sync())
+	}
+	require.NoError(t, r.s.Abandon())
+	h := record.Header{LSN: 3, Kind: record.KindTrim, Extent: record.Extent{Len: 1}}
+	r.flip("log-", h.Append(nil)[8:16])
+	r.open()
+	r.failed()
+	require.ErrorIs(t, r.write(0, 1), ErrFailed)
+	require.Equal(t, byte(0x61), r.live(0))
+}
+
+// TestAChangedBackingIsADiscontinuity writes the backing while the group is
+// closed: what the journal knew is told apart and kept, what it can not know is refused.
+func TestAChangedBackingIsADiscontinuity(t *testing.T) {
+	r := newRig(t, Options{})
+	require.NoError(t, r.write(1, 1))
+	require.NoError(t, r.write(2, 2))
+	require.NoError(t, r.s.Close())
+	f, err := r.mem.OpenReadWrite("disk.raw", vfs.WriteCategoryUnspecified)
+	require.NoError(t, err)
+	_, err = f.WriteAt(bytes.Repeat([]byte{0xcc}, 2*record.BlockSize), 2*record.BlockSize)
+	require.NoError(t, errors.Join(err, f.Close()))
+	r.open()
+	require.Equal(t, byte(0xcc), r.live(2))
+	markers, err := r.g.Markers()
+	require.NoError(t, err)
+	require.Len(t, markers, 1)
+	require.Contains(t, markers[0].Label, "discontinuity-d-")
+	head := r.g.Head()
+	for block, want := range map[int64]byte{1: 1, 2: 0xcc, 3: 0xcc, 4: 0xb0} {
+		got, err := r.at(head, block)
+		require.NoError(t, err)
+		require.Equal(t, want, got)
+	}
+	got, err := r.at(2, 2)
+	require.NoError(t, err)
+	require.Equal(t, byte(2), got, "the journal held it")
+	_, err = r.at(2, 3)
+	require.ErrorContains(t, err, "changed outside of Tidemark")
+	require.NoError(t, r.s.Close())
+	r.open()
+	require.Equal(t, head, r.g.Head(), "nobody changed it again")
+}
+
+// TestTwoChangedBackings: each is noticed, though the first moves the head.
+func TestTwoChangedBackings(t *testing.T) {
+	mem := vfs.NewMem()
+	change := func(path string, fill byte) {
+		f, err := mem.OpenReadWrite(path, vfs.WriteCategoryUnspecified)
+		require.NoError(t, err)
+		_, err = f.WriteAt(bytes.Repeat([]byte{fill}, 4*record.BlockSize), 0)
+		require.NoError(t, errors.Join(err, f.Sync(), f.Close()))
+	}
+	change("a.raw", 1)
+	change("b.raw", 1)
+	open := func() *Store {
+		s, err := Open("state", []GroupConfig{{Name: "g", Disks: []DiskConfig{{"a", "a.raw"}, {"b", "b.raw"}}}}, Options{FS: mem, SegmentSize: 64 << 10})
+		require.NoError(t, err)
+		return s
+	}
+	s := open()
+	_, err := s.Groups()[0].Mark("before", "test")
+	require.NoError(t, err)
+	require.NoError(t, s.Close())
+	change("a.raw", 2)
+	change("b.raw", 3)
+	s = open()
+	markers, err := s.Groups()[0].Markers()
+	require.NoError(t, err)
+	require.Len(t, markers, 3)
+	require.NoError(t, s.Close())
+}
+
+func TestPoints(t *testing.T) {
+	clock := time.Date(2026, 11, 21, 10, 0, 0, 0, time.UTC)
+	r := newRig(t, Options{Now: func() time.Time { return clock }})
+	var times []time.Time
+	for i := range 300 {
+		clock = clock.Add(37 * time.Millisecond)
+		if i == 150 {
+			clock = clock.Add(-time.Hour) // steps back: record times do not
+		}
+		require.NoError(t, r.write(int64(i), byte(i)))
+		times = append(times, time.Unix(0, r.g.lastTime.Load()))
+	}
+	m, err := r.g.Mark("here", "test")
+	require.NoError(t, err)
+	clock = clock.Add(2 * time.Hour)
+	resolve := func(s string) (record.LSN, error) {
+		p, err := record.ParsePoint(s)
+		require.NoError(t, err)
+		return r.g.Resolve(p)
+	}
+	for i, at := range times {
+		if i >= 149 {
+			break // the same time from here on
+		}
+		lsn, err := resolve(at.Format(time.RFC3339Nano))
+		require.NoError(t, err)
+		require.EqualValues(t, i+1, lsn)
+		lsn, err = resolve(at.Add(36 * time.Millisecond).Format(time.RFC3339Nano))
+		require.NoError(t, err)
+		require.EqualValues(t, i+1, lsn)
+	}
+	for s, want := range map[string]record.LSN{"latest": m.LSN, "here": m.LSN, "lsn:7": 7, "latest:crash": m.LSN, "-1s": m.LSN} {
+		lsn, err := resolve(s)
+		require.NoError(t, err)
+		require.Equal(t, want, lsn, s)
+	}
+	for _, s := range []string{"there", "lsn:9999", "latest:application", "-99h", "2036-11-21T10:00:00Z"} {
+		_, err := resolve(s)
+		require.ErrorIs(t, err, ErrNoPoint, s)
+	}
+}
+
+// TestNothingIsNotJournaled: a request of no length leaves no record.
+func TestNothingIsNotJournaled(t *testing.T) {
+	r := newRig(t, Options{})
+	require.NoError(t, r.write(1, 1))
+	for _, k := range []record.Kind{record.KindWrite, record.KindTrim, record.KindZero} {
+		for _, off := range []int64{0, 4096, 5} {
+			require.NoError(t, r.g.Append([]Op{{Kind: k, Disk: r.g.Disks()[0], Ext: record.Extent{Off: off}}}))
+		}
+	}
+	require.EqualValues(t, 1, r.g.Head())
+	require.NoError(t, r.write(2, 2))
+	require.NoError(t, r.g.Sync())
+	require.NoError(t, r.s.Abandon())
+	r.open()
+	require.Equal(t, byte(2), r.live(2))
+}

@@ -1,0 +1,253 @@
+package journal
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"go.uber.org/zap"
+
+	"github.com/tidemark-cdp/tidemark/journal/disk"
+	"github.com/tidemark-cdp/tidemark/journal/index"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
+)
+
+// Group is a consistency group: disks whose writes share one order and one journal.
+type Group struct {
+	name  string
+	id    uint32
+	fs    vfs.FS
+	dir   string
+	o     Options
+	log   *zap.Logger
+	store *Store
+	set   *segment.Set
+	ix    *index.Group
+	disks []*disk.Disk   // in the order of their ids; fixed after open
+	table []segment.Disk // every disk the group ever had
+
+	// apply is held by a round of Apply, by Checkpoint and by Expire: by all
+	// that changes backings, originals and the captured bitmaps.
+	apply struct {
+		sync.Mutex
+		orig        *segment.Writer
+		sums        record.Sums   // scratch
+		gathered    []byte        // originals that are not written yet
+		pending     []index.Entry // of originals that no index commit covers yet
+		round       record.LSN    // the round under way covers records up to here; 0: none
+		roundBytes  int64
+		roundWeight int
+		applied     record.LSN // written to the backings, not synced
+		logBytes    int64      // appended at the last checkpoint
+		last        time.Time  // of the last checkpoint
+	}
+
+	// sync serialises syncs of the log.
+	syncing sync.Mutex
+
+	// index is held while a batch is made and committed.
+	index struct {
+		sync.Mutex
+		mark index.Watermark
+	}
+
+	// append guards the order of records.
+	append struct {
+		sync.Mutex
+		room     sync.Cond // on append: signalled when a round or an index commit ends
+		log      *segment.Writer
+		enc      segment.Encoder
+		sums     record.Sums
+		headers  []record.Header // scratch
+		next     record.LSN
+		pend     *pending   // versions of records that no sync covers yet
+		ready    []*pending // synced, not indexed; ascending
+		lag      int        // versions in pend and ready
+		bytes    int64      // appended since open
+		synced   int64      // of bytes
+		weight   int        // of the overlays, see maxWeight
+		oldest   time.Time  // when the first unapplied record was appended; zero: none
+		err      error      // sticky; wraps ErrFailed
+		busy     bool       // the guest wrote much between the last two looks of applyDue
+		lastLook int64      // of bytes
+		lookedAt time.Time
+		full     error // why applying makes no progress; nil if it does
+		labels   map[string]record.LSN
+	}
+
+	appended atomic.Uint64 // LSN of the last record that is with the kernel
+	durable  atomic.Uint64
+	indexed  atomic.Uint64
+	applied  atomic.Uint64
+	// checkpointed is the LSN up to which the backings hold the records durably.
+	checkpointed atomic.Uint64
+	horizon      atomic.Uint64
+	unapplied    atomic.Int64 // bytes of records
+	lastTime     atomic.Int64 // of the newest record, Unix nanoseconds; set with g.append held
+
+	pins struct {
+		sync.Mutex
+		views map[record.LSN]int // open views by LSN
+	}
+
+	kickSync, kickApply chan struct{}
+}
+
+// pending gathers what the index must learn of a run of records.
+type pending struct {
+	entries []index.Entry
+	times   []index.TimeMark
+	markers []record.Marker
+	last    record.LSN
+}
+
+// Name is the group's name.
+func (g *Group) Name() string { return g.name }
+
+// Disks are the group's disks. The slice must not be changed.
+func (g *Group) Disks() []*disk.Disk { return g.disks }
+
+// Disk finds a disk by name.
+func (g *Group) Disk(name string) (*disk.Disk, error) {
+	for _, d := range g.disks {
+		if d.Name == name {
+			return d, nil
+		}
+	}
+	return nil, fmt.Errorf("disk %q of group %s: %w", name, g.name, ErrNotFound)
+}
+
+// Head is the newest LSN.
+func (g *Group) Head() record.LSN { return record.LSN(g.appended.Load()) }
+
+// Durable is the LSN up to which the journal survives the host.
+func (g *Group) Durable() record.LSN { return record.LSN(g.durable.Load()) }
+
+// Applied is the LSN up to which the backings hold the records.
+func (g *Group) Applied() record.LSN { return record.LSN(g.applied.Load()) }
+
+// Horizon is the oldest LSN that can be viewed.
+func (g *Group) Horizon() record.LSN { return record.LSN(g.horizon.Load()) }
+
+// JournalBytes is what the group's segments take up.
+func (g *Group) JournalBytes() int64 { return g.set.Size() }
+
+// State is "active", "full" or "failed", and why.
+func (g *Group) State() (string, error) {
+	g.append.Lock()
+	defer g.append.Unlock()
+	switch {
+	case g.append.err != nil:
+		return "failed", g.append.err
+	case g.append.full != nil:
+		return "full", g.append.full
+	}
+	return "active", nil
+}
+
+// alive reports whether the group has not failed.
+func (g *Group) alive() bool {
+	g.append.Lock()
+	defer g.append.Unlock()
+	return g.append.err == nil
+}
+
+// fail makes the group refuse everything but reads, for good.
+func (g *Group) fail(err error) error {
+	g.append.Lock()
+	defer g.append.Unlock()
+	return g.failLocked(err)
+}
+
+func (g *Group) failLocked(err error) error {
+	if g.append.err == nil {
+		g.append.err = fmt.Errorf("%w: group %s: %w", ErrFailed, g.name, err)
+		g.log.Error("group has failed: it takes no more writes until the daemon is started again", zap.Error(err))
+		g.append.room.Broadcast()
+	}
+	return g.append.err
+}
+
+// Acquire implements disk.Journal.
+func (g *Group) Acquire(number uint32) (*segment.File, error) { return g.set.Acquire(number) }
+
+// header is the head of a new segment.
+func (g *Group) header(first record.LSN) segment.Header {
+	return segment.Header{
+		Group: g.id, First: first, Epoch: 1, Horizon: g.Horizon(), Applied: record.LSN(g.checkpointed.Load()),
+		Created: max(g.o.Now().UnixNano(), g.lastTime.Load()), Name: g.name, Disks: g.table,
+	}
+}
+
+// Sync makes every record durable whose Append returned before the call. A
+// failed sync fails the group: the kernel may have dropped what it could not write.
+func (g *Group) Sync() error { return g.syncTo(g.Head()) }
+
+func (g *Group) syncTo(lsn record.LSN) error {
+	for g.Durable() < lsn {
+		g.syncing.Lock()
+		if g.Durable() >= lsn {
+			g.syncing.Unlock()
+			break // whoever held the lock has covered it
+		}
+		err := g.syncLocked()
+		g.syncing.Unlock()
+		if err != nil {
+			return err
+		}
+	}
+	// A failed sync does not raise Durable, so getting here means success
+	// even if the group failed since.
+	return nil
+}
+
+func (g *Group) syncLocked() error {
+	g.append.Lock()
+	if err := g.append.err; err != nil {
+		g.append.Unlock()
+		return err
+	}
+	p := g.append.pend
+	head, bytes := record.LSN(g.appended.Load()), g.append.bytes
+	p.last = head
+	g.append.pend = &pending{}
+	g.append.Unlock()
+
+	if err := g.append.log.Sync(); err != nil {
+		return g.fail(err)
+	}
+
+	g.append.Lock()
+	g.append.synced = bytes
+	g.append.ready = append(g.append.ready, p)
+	many := g.append.lag >= indexBatch
+	g.append.Unlock()
+	g.durable.Store(uint64(head))
+	if many {
+		kick(g.kickSync)
+	}
+	return nil
+}
+
+// kick wakes a loop without waiting for it.
+func kick(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// closeFiles gives up everything that open took. Background work has ended.
+func (g *Group) closeFiles() error {
+	var errs []error
+	for _, d := range g.disks {
+		errs = append(errs, d.Close())
+	}
+	errs = append(errs, g.ix.RetireReaders(time.Time{}, 0))
+	g.set.Close()
+	return errors.Join(errs...)
+}

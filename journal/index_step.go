@@ -1,0 +1,92 @@
+package journal
+
+import (
+	"fmt"
+
+	"github.com/tidemark-cdp/tidemark/journal/index"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// Index commits every durable record to the index. The index never holds a
+// record that is not durable: after a crash it would name bytes that are gone.
+func (g *Group) Index() error {
+	g.index.Lock()
+	defer g.index.Unlock()
+	for {
+		g.append.Lock()
+		var p *pending
+		if len(g.append.ready) > 0 {
+			p = g.append.ready[0]
+		}
+		g.append.Unlock()
+		if p == nil {
+			return nil
+		}
+		if err := g.commitPending(p); err != nil {
+			return g.fail(err)
+		}
+		g.append.Lock()
+		g.append.ready = g.append.ready[1:]
+		g.append.lag -= len(p.entries)
+		g.append.room.Broadcast()
+		g.append.Unlock()
+		g.indexed.Store(uint64(p.last))
+	}
+}
+
+// commitPending commits one run of records. g.index is held.
+func (g *Group) commitPending(p *pending) error {
+	if p.last <= g.index.mark.LSN && len(p.entries)+len(p.markers) == 0 {
+		return nil
+	}
+	b := g.ix.NewBatch()
+	n := len(p.entries)
+	b.Set(p.entries)
+	for _, t := range p.times {
+		if err := b.AddTime(t.Time, t.LSN, t.File, t.Off); err != nil {
+			return err
+		}
+		g.index.mark.LastTime = t.Time
+	}
+	for _, m := range p.markers {
+		if err := b.AddMarker(m); err != nil {
+			return err
+		}
+	}
+	g.index.mark.LSN = p.last
+	if err := b.Commit(g.index.mark); err != nil {
+		return fmt.Errorf("index %d versions up to LSN %d: %w", n, p.last, err)
+	}
+	return nil
+}
+
+// indexTo makes the index complete to an LSN at least.
+func (g *Group) indexTo(lsn record.LSN) error {
+	if record.LSN(g.indexed.Load()) >= lsn {
+		return nil
+	}
+	if err := g.syncTo(lsn); err != nil {
+		return err
+	}
+	return g.Index()
+}
+
+// commit commits a batch of what g.apply guards, which is held, or nobody else
+// has the group yet; the originals that the batch names are durable.
+func (g *Group) commit(b *index.Batch) error {
+	g.index.Lock()
+	defer g.index.Unlock()
+	if f := g.apply.orig.Current(); f != nil {
+		g.index.mark.OrigFile, g.index.mark.OrigOff = f.Number, uint32(g.apply.orig.Tail())
+	}
+	return b.Commit(g.index.mark)
+}
+
+// setState commits one value of the group's state, as commit does.
+func (g *Group) setState(name string, value []byte) error {
+	b := g.ix.NewBatch()
+	if err := b.SetState(name, value); err != nil {
+		return err
+	}
+	return g.commit(b)
+}

@@ -1,0 +1,523 @@
+package journal
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"sync"
+	"testing"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest"
+
+	"github.com/tidemark-cdp/tidemark/journal/disk"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+var (
+	modelSeeds = flag.Int("model.seeds", 48, "how many seeds the model test runs")
+	modelSeed  = flag.Uint64("model.seed", 0, "run this seed alone, and say what it does")
+	modelSteps = flag.Int("model.steps", 120, "steps of each seed")
+)
+
+// TestModel drives a group on a simulated disk with random operations and
+// crashes, and compares it with a list of what was written.
+//
+// Look at the outcomes of a crash: records up to the last Sync must be there,
+// later ones may be, but only as a prefix, and nothing else may. A process that
+// is killed (the whole page cache survives) loses nothing at all.
+//
+// A failing seed is run again with -model.seed=N -v.
+func TestModel(t *testing.T) {
+	if *modelSeed != 0 {
+		runModel(t, *modelSeed)
+		return
+	}
+	for seed := range uint64(*modelSeeds) {
+		t.Run(fmt.Sprint(seed+1), func(t *testing.T) {
+			t.Parallel()
+			runModel(t, seed+1)
+		})
+	}
+}
+
+// change is a record as the model keeps it.
+type change struct {
+	disk int
+	off  int64
+	data []byte // nil for markers
+}
+
+type model struct {
+	t   *testing.T
+	rng *rand.Rand
+	log *zap.Logger
+
+	fs    *vfs.MemFS
+	store *Store
+	g     *Group
+	sizes []int64
+	base  [][]byte // what the backings held before
+	views []heldView
+
+	changes []change // changes[i] is LSN i+1
+	labels  map[string][]record.LSN
+
+	mu      sync.Mutex // the injector runs in Pebble's goroutines too
+	flushed record.LSN
+	arm     int // crash at this many file operations from now; 0: disarmed
+	percent int
+	tear    uint64 // seed of what survives
+	clone   *vfs.MemFS
+	atClone record.LSN // flushed when the clone was made
+}
+
+type heldView struct {
+	v    *View
+	disk int
+}
+
+// Kinds of crash: how much of what was not synced survives.
+var survivals = []int{0, 30, 70, 100}
+
+func runModel(t *testing.T, seed uint64) {
+	m := &model{t: t, rng: rand.New(rand.NewPCG(seed, 1)), labels: map[string][]record.LSN{}, log: zap.NewNop()}
+	if *modelSeed != 0 {
+		m.log = zaptest.NewLogger(t)
+	}
+	m.fs = vfs.NewCrashableMem()
+	m.sizes = []int64{300*record.BlockSize + 512, 20 * record.BlockSize}
+	if seed%40 == 0 {
+		// One with room for the largest units of index and overlay.
+		m.sizes = append(m.sizes, 36<<20)
+	}
+	for i, size := range m.sizes {
+		base := make([]byte, size)
+		for off := int64(0); off < size; off += record.BlockSize {
+			if m.rng.IntN(3) > 0 {
+				m.fill(base[off:min(size, off+record.BlockSize)])
+			}
+		}
+		m.base = append(m.base, base)
+		f, err := m.fs.OpenReadWrite(fmt.Sprintf("disk%d", i), vfs.WriteCategoryUnspecified)
+		require.NoError(t, err)
+		_, err = f.WriteAt(base, 0)
+		require.NoError(t, err)
+		require.NoError(t, f.Sync())
+		require.NoError(t, f.Close())
+	}
+	root, err := m.fs.OpenDir("")
+	require.NoError(t, err)
+	require.NoError(t, root.Sync())
+	require.NoError(t, root.Close())
+	m.open()
+	for range *modelSteps {
+		m.step()
+		if t.Failed() {
+			return
+		}
+	}
+	m.closeViews()
+	m.reopen()
+	m.checkBackings()
+	require.NoError(t, m.store.Close())
+}
+
+func (m *model) fill(b []byte) {
+	for i := range b {
+		b[i] = byte(m.rng.Uint32())
+	}
+}
+
+// MaybeError implements errorfs.Injector: it takes the crash's picture, and lets every operation pass.
+func (m *model) MaybeError(op errorfs.Op) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.arm == 0 || !isWrite(op.Kind) {
+		return nil
+	}
+	if m.arm--; m.arm == 0 {
+		m.clone = m.fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: m.percent, RNG: rand.New(rand.NewPCG(m.tear, 2))})
+		m.atClone = m.flushed
+	}
+	return nil
+}
+
+func (m *model) String() string { return "(crash picture)" }
+
+func isWrite(k errorfs.OpKind) bool {
+	switch k {
+	case errorfs.OpFileWrite, errorfs.OpFileWriteAt, errorfs.OpFileSync, errorfs.OpFileSyncData, errorfs.OpFileSyncTo,
+		errorfs.OpCreate, errorfs.OpRename, errorfs.OpRemove, errorfs.OpFileClose, errorfs.OpLink, errorfs.OpMkdirAll:
+		return true
+	}
+	return false
+}
+
+func (m *model) open() {
+	var err error
+	m.store, err = Open("state", []GroupConfig{m.config()}, Options{
+		FS: errorfs.Wrap(m.fs, m), Log: m.log, SegmentSize: 64 << 10, Unapplied: 1 << 30,
+	})
+	require.NoError(m.t, err)
+	m.g = m.store.Groups()[0]
+	state, err := m.g.State()
+	require.NoError(m.t, err)
+	require.Equal(m.t, "active", state)
+}
+
+func (m *model) config() GroupConfig {
+	gc := GroupConfig{Name: "g"}
+	for i := range m.sizes {
+		gc.Disks = append(gc.Disks, DiskConfig{fmt.Sprintf("d%d", i), fmt.Sprintf("disk%d", i)})
+	}
+	return gc
+}
+
+func (m *model) step() {
+	switch n := m.rng.IntN(100); {
+	case n < 45:
+		m.write()
+	case n < 52:
+		m.sync()
+	case n < 57:
+		m.mark()
+	case n < 70:
+		m.checkView()
+	case n < 75:
+		m.checkLive()
+	case n < 80:
+		require.NoError(m.t, m.g.Index())
+	case n < 87:
+		require.NoError(m.t, m.g.Apply())
+		m.note("apply")
+	case n < 89:
+		require.NoError(m.t, m.g.Checkpoint())
+		m.note("checkpoint")
+	case n < 92:
+		m.expire()
+	case n < 93:
+		m.holdView()
+	case n < 94:
+		m.closeViews()
+	case n < 98:
+		m.armCrash()
+	case n < 99:
+		m.reopen()
+	default:
+		m.loseIndex()
+	}
+	if m.mu.Lock(); m.clone != nil {
+		m.mu.Unlock()
+		m.crash()
+		return
+	}
+	m.mu.Unlock()
+}
+
+func (m *model) note(format string, args ...any) {
+	if *modelSeed != 0 {
+		m.t.Logf("head %d: "+format, append([]any{len(m.changes)}, args...)...)
+	}
+}
+
+func (m *model) extent(d int) record.Extent {
+	size := m.sizes[d]
+	var e record.Extent
+	if m.rng.IntN(3) == 0 {
+		e.Off = m.rng.Int64N(size)
+		e.Len = 1 + m.rng.Int64N(min(size-e.Off, 3*record.BlockSize))
+	} else {
+		blocks := size / record.BlockSize
+		n := int64(1)
+		switch m.rng.IntN(4) {
+		case 0:
+			n = 1 + m.rng.Int64N(40)
+		case 1:
+			n = 1 + m.rng.Int64N(min(blocks, 400))
+		}
+		first := m.rng.Int64N(blocks)
+		if m.rng.IntN(2) == 0 {
+			first &^= 15
+		}
+		e = record.Extent{Off: first * record.BlockSize, Len: min(n, blocks-first) * record.BlockSize}
+	}
+	return e
+}
+
+func (m *model) write() {
+	var ops []Op
+	for range 1 + m.rng.IntN(3) {
+		d := m.rng.IntN(len(m.sizes))
+		op := Op{Kind: record.KindWrite, Disk: m.g.Disks()[d], Ext: m.extent(d)}
+		large := d == 2 && m.rng.IntN(3) == 0
+		if large {
+			op.Ext = record.Extent{Off: m.rng.Int64N(8 << 20), Len: 20<<20 + m.rng.Int64N(8<<20)}
+		}
+		data := make([]byte, op.Ext.Len)
+		switch n := m.rng.IntN(6); {
+		case n == 0 || large:
+			op.Kind = record.KindTrim
+		case n == 1:
+			op.Kind = record.KindZero
+		default:
+			m.fill(data[:min(len(data), 64)])
+			for i := 64; i < len(data); i += copy(data[i:], data[:i]) {
+			}
+			op.Data = data
+		}
+		ops = append(ops, op)
+		before := m.g.Head()
+		require.NoError(m.t, m.g.Append(ops))
+		ops = ops[:0]
+		m.note("%v disk %d %v", op.Kind, d, op.Ext)
+		// An operation that is not whole blocks may be several records: the
+		// first of them all but the last show a part of it.
+		m.record(before, d, op, data)
+	}
+}
+
+// record adds what an operation's records, LSN before+1 to the head, did.
+func (m *model) record(before record.LSN, d int, op Op, data []byte) {
+	parts := []record.Extent{op.Ext}
+	if op.Kind != record.KindWrite && !op.Ext.Aligned(m.sizes[d]) {
+		edges, middle := splitEdges(op.Ext, m.sizes[d])
+		parts = edges
+		if middle.Len > 0 {
+			parts = append(parts, middle)
+		}
+	}
+	require.Equal(m.t, int(m.g.Head()-before), len(parts))
+	for _, p := range parts {
+		m.changes = append(m.changes, change{d, p.Off, data[p.Off-op.Ext.Off:][:p.Len]})
+	}
+}
+
+func (m *model) sync() {
+	require.NoError(m.t, m.g.Sync())
+	m.note("sync")
+	m.setFlushed(record.LSN(len(m.changes)))
+}
+
+func (m *model) setFlushed(lsn record.LSN) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.flushed = lsn
+}
+
+func (m *model) mark() {
+	label := fmt.Sprintf("m%d", m.rng.IntN(30))
+	mk, err := m.g.Mark(label, "test")
+	if m.taken(label) {
+		require.ErrorIs(m.t, err, ErrLabelInUse)
+		return
+	}
+	require.NoError(m.t, err)
+	m.changes = append(m.changes, change{})
+	require.EqualValues(m.t, len(m.changes), mk.LSN)
+	m.labels[label] = append(m.labels[label], mk.LSN)
+	m.setFlushed(mk.LSN)
+	m.note("mark %s", label)
+}
+
+// taken reports whether a marker in the window has the label. A crash may give
+// back labels with the history that an expiry had taken.
+func (m *model) taken(label string) bool {
+	return slices.ContainsFunc(m.labels[label], func(lsn record.LSN) bool { return lsn > m.g.Horizon() })
+}
+
+// image is a disk as of an LSN.
+func (m *model) image(d int, lsn record.LSN) []byte {
+	img := bytes.Clone(m.base[d])
+	for _, c := range m.changes[:lsn] {
+		if c.data != nil && c.disk == d {
+			copy(img[c.off:], c.data)
+		}
+	}
+	return img
+}
+
+func (m *model) checkView() {
+	h := m.g.Horizon()
+	lsn := h + record.LSN(m.rng.Uint64N(uint64(len(m.changes))-uint64(h)+1))
+	d := m.rng.IntN(len(m.sizes))
+	v, err := m.g.View(m.g.Disks()[d], lsn)
+	require.NoError(m.t, err)
+	m.setFlushed(max(m.flushed, lsn))
+	defer v.Close()
+	m.compareView(v, d)
+}
+
+func (m *model) compareView(v *View, d int) {
+	want := m.image(d, v.LSN())
+	whole := record.Extent{Len: m.sizes[d]}
+	if m.sizes[d] > 2<<20 {
+		whole = record.Extent{Off: m.rng.Int64N(m.sizes[d] - 1<<20), Len: 1 << 20}
+	}
+	exts := []record.Extent{whole, m.extent(d), m.extent(d), {Off: m.rng.Int64N(m.sizes[d]), Len: 1}}
+	for _, e := range exts {
+		got := make([]byte, e.Len)
+		require.NoError(m.t, v.ReadAt(got, e.Off, false), "view at %d of disk %d: %v", v.LSN(), d, e)
+		m.equal(want[e.Off:e.End()], got, e.Off, "view at %d of disk %d", v.LSN(), d)
+	}
+	m.checkExtents(v, exts[1], want)
+}
+
+func (m *model) checkExtents(r interface {
+	Extents(record.Extent, func(int64, bool)) error
+}, e record.Extent, want []byte) {
+	off := e.Off
+	require.NoError(m.t, r.Extents(e, func(n int64, zero bool) {
+		if zero {
+			m.equal(make([]byte, n), want[off:off+n], off, "a run told to be zeroes")
+		}
+		off += n
+	}))
+	require.Equal(m.t, e.End(), off)
+}
+
+func (m *model) equal(want, got []byte, off int64, format string, args ...any) {
+	m.t.Helper()
+	if bytes.Equal(want, got) {
+		return
+	}
+	for i := range want {
+		if want[i] != got[i] {
+			at := off + int64(i)
+			m.t.Fatalf("%s: differs first at %d (block %d): %x, expected %x", fmt.Sprintf(format, args...), at, at/record.BlockSize,
+				got[i:min(i+16, len(got))], want[i:min(i+16, len(want))])
+		}
+	}
+}
+
+func (m *model) checkLive() {
+	for d, disk := range m.g.Disks() {
+		m.compareLive(disk, d)
+	}
+}
+
+func (m *model) compareLive(disk *disk.Disk, d int) {
+	want := m.image(d, record.LSN(len(m.changes)))
+	got := make([]byte, len(want))
+	require.NoError(m.t, disk.ReadAt(got, 0, false))
+	m.equal(want, got, 0, "live disk %d", d)
+	e := m.extent(d)
+	require.NoError(m.t, disk.ReadAt(got[:e.Len], e.Off, false))
+	m.equal(want[e.Off:e.End()], got[:e.Len], e.Off, "live disk %d", d)
+	m.checkExtents(disk, e, want)
+}
+
+// checkBackings applies everything and compares the raw images.
+func (m *model) checkBackings() {
+	require.NoError(m.t, m.g.Apply())
+	require.NoError(m.t, m.g.Apply())
+	for d := range m.sizes {
+		f, err := m.fs.Open(fmt.Sprintf("disk%d", d))
+		require.NoError(m.t, err)
+		got := make([]byte, m.sizes[d])
+		_, err = f.ReadAt(got, 0)
+		require.NoError(m.t, err)
+		require.NoError(m.t, f.Close())
+		m.equal(m.image(d, record.LSN(len(m.changes))), got, 0, "backing %d", d)
+	}
+}
+
+func (m *model) expire() {
+	_, err := m.g.Expire(int64(1 + m.rng.IntN(4*64<<10)))
+	require.NoError(m.t, err)
+	m.note("expire: horizon %d", m.g.Horizon())
+}
+
+func (m *model) holdView() {
+	d := m.rng.IntN(len(m.sizes))
+	v, err := m.g.View(m.g.Disks()[d], m.g.Head())
+	require.NoError(m.t, err)
+	m.setFlushed(m.g.Head())
+	m.views = append(m.views, heldView{v, d})
+}
+
+func (m *model) closeViews() {
+	for _, h := range m.views {
+		m.compareView(h.v, h.disk)
+		h.v.Close()
+	}
+	m.views = nil
+}
+
+func (m *model) armCrash() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.arm == 0 {
+		m.arm, m.percent, m.tear = 1+m.rng.IntN(60), survivals[m.rng.IntN(len(survivals))], m.rng.Uint64()
+	}
+}
+
+// crash goes on with the picture that was taken.
+func (m *model) crash() {
+	m.views = nil
+	require.NoError(m.t, errors.Join(m.store.Abandon()))
+	m.mu.Lock()
+	m.fs, m.clone = m.clone, nil
+	must := m.atClone
+	m.arm = 0
+	m.mu.Unlock()
+	m.open()
+	head := m.g.Head()
+	m.note("crash with %d %% surviving: head %d, at least %d", m.percent, head, must)
+	require.GreaterOrEqual(m.t, head, must, "records that were flushed are gone")
+	require.LessOrEqual(m.t, int(head), len(m.changes), "records that were never written")
+	m.changes = m.changes[:head]
+	for l, lsns := range m.labels {
+		m.labels[l] = slices.DeleteFunc(lsns, func(lsn record.LSN) bool { return lsn > head })
+	}
+	m.setFlushed(head)
+	m.checkLive()
+	m.checkView()
+	if m.rng.IntN(4) == 0 {
+		m.checkBackings()
+	}
+}
+
+func (m *model) reopen() {
+	m.closeViews()
+	m.mu.Lock()
+	m.arm, m.clone = 0, nil
+	m.mu.Unlock()
+	require.NoError(m.t, m.store.Close())
+	m.note("closed")
+	m.open()
+	require.EqualValues(m.t, len(m.changes), m.g.Head())
+	m.setFlushed(m.g.Head())
+	m.checkLive()
+	m.checkView()
+}
+
+// loseIndex removes the index: the segments are the truth.
+func (m *model) loseIndex() {
+	m.closeViews()
+	m.mu.Lock()
+	m.arm, m.clone = 0, nil
+	m.mu.Unlock()
+	require.NoError(m.t, m.store.Close())
+	m.note("index lost")
+	require.NoError(m.t, m.fs.RemoveAll("state/index"))
+	m.open()
+	require.EqualValues(m.t, len(m.changes), m.g.Head())
+	m.setFlushed(m.g.Head())
+	m.checkLive()
+	for range 4 {
+		m.checkView()
+	}
+}
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	os.Exit(m.Run())
+}

@@ -1,0 +1,111 @@
+package journal
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"go.uber.org/zap"
+
+	"github.com/tidemark-cdp/tidemark/journal/segment"
+)
+
+// Options of a store. The zero value of each field stands for its default.
+type Options struct {
+	// FS is where the state directory and the backings are; the operating
+	// system's by default. Tests simulate crashes with it.
+	FS vfs.FS
+	// Log is told of what an operator should know; nothing by default.
+	Log *zap.Logger
+	// Now is the clock of record times; time.Now by default.
+	Now func() time.Time
+	// SegmentSize of new files, bytes; 256 MiB by default.
+	SegmentSize int64
+	// Reserve is what new segments leave free on the file system for the
+	// index, bytes, beside room for a few segments; 128 MiB by default.
+	Reserve int64
+	// Limit is how large a group's segments may grow before its oldest history
+	// is expired, bytes; 0: as far as the file system has room.
+	Limit int64
+	// Unapplied is how many bytes of records a group's backings may be
+	// behind before writes wait; 4 GiB by default. Their number is
+	// bounded too.
+	Unapplied int64
+	// IndexCache is the memory for blocks of the index, bytes; 64 MiB by default.
+	IndexCache int64
+	// ReadOnly opens a store at rest and changes nothing in it: views and
+	// verification alone.
+	ReadOnly bool
+}
+
+const (
+	// syncBytes and syncAge bound what a host's death can take of a guest
+	// that never flushes.
+	syncBytes = 32 << 20
+	syncAge   = time.Second
+	// maxWeight bounds the memory of a group's overlays, in units of some 200
+	// bytes, and with it the records that the backings may be behind: what recovery
+	// reads the headers of.
+	maxWeight = 1 << 18
+	// applyAge is how long a record waits for the backing, so that overwrites
+	// of hot blocks meet in the overlay. While the guest writes busyBytes or more
+	// between two looks it waits longer, up to busyAge, and until half of what
+	// may be unapplied is: a burst has the disk for itself.
+	applyAge  = 2 * time.Second
+	busyAge   = 30 * time.Second
+	busyBytes = 8 << 20
+	// checkpointBytes and checkpointAge bound what recovery replays.
+	checkpointBytes = 1 << 30
+	checkpointAge   = 30 * time.Second
+	// indexLag is how many versions may wait for the index before writes do.
+	indexLag = 1 << 20
+	// indexBatch is how many versions are worth a commit of their own.
+	indexBatch = 8192
+)
+
+func (o Options) withDefaults() Options {
+	def := func(v *int64, d int64) {
+		if *v == 0 {
+			*v = d
+		}
+	}
+	if o.FS == nil {
+		o.FS = vfs.Default
+	}
+	if o.Log == nil {
+		o.Log = zap.NewNop()
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	def(&o.SegmentSize, segment.DefaultSize)
+	def(&o.Reserve, 128<<20)
+	def(&o.Unapplied, 4<<30)
+	def(&o.IndexCache, 64<<20)
+	return o
+}
+
+// What new files leave free. Who would help a full journal has more room than
+// who filled it: the log stops first, then the originals of Apply; what an expiry carries
+// over, which is at most what the open log file has newer versions of, still fits.
+func (o *Options) keepLog() int64    { return o.Reserve + 2*o.SegmentSize }
+func (o *Options) keepApply() int64  { return o.Reserve/2 + o.SegmentSize }
+func (o *Options) keepExpire() int64 { return o.Reserve / 4 }
+
+// Validate reports every fault of the options at once.
+func (o Options) Validate() error {
+	var errs []error
+	if o.SegmentSize != 0 && (o.SegmentSize < segment.MinSize || o.SegmentSize > segment.MaxSize) {
+		errs = append(errs, fmt.Errorf("segment size of %d bytes: %d to %d are allowed", o.SegmentSize, segment.MinSize, segment.MaxSize))
+	}
+	for _, f := range []struct {
+		name string
+		v    int64
+	}{{"reserve", o.Reserve}, {"limit", o.Limit}, {"unapplied", o.Unapplied}, {"index cache", o.IndexCache}} {
+		if f.v < 0 {
+			errs = append(errs, fmt.Errorf("%s of %d bytes: it must not be negative", f.name, f.v))
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,112 @@
+package journal
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
+)
+
+// Resolve finds the LSN that a point names. What cannot be viewed is a
+// *PointError, which is an ErrNoPoint: never a near enough LSN in its stead.
+func (g *Group) Resolve(p record.Point) (record.LSN, error) {
+	head := g.Head()
+	refuse := func(why string) (record.LSN, error) {
+		return 0, &PointError{Group: g.name, Point: p.String(), Why: why, Horizon: g.Horizon(), Head: head}
+	}
+	switch p.Form {
+	case record.FormLSN:
+		if p.LSN > head {
+			return refuse("it is newer than the head")
+		}
+		if p.LSN < g.Horizon() {
+			return refuse("it is older than the horizon")
+		}
+		return p.LSN, nil
+	case record.FormLatest:
+		if p.Consistency == 0 {
+			return head, nil
+		}
+		return g.latestMarker(p, refuse)
+	case record.FormLabel:
+		g.append.Lock()
+		lsn, ok := g.append.labels[p.Label]
+		g.append.Unlock()
+		if !ok {
+			return refuse("no marker has this label")
+		}
+		if lsn <= g.Horizon() {
+			return refuse("its history has expired")
+		}
+		return lsn, nil
+	case record.FormTime, record.FormAgo:
+		now := g.o.Now()
+		t := p.Time
+		if p.Form == record.FormAgo {
+			t = now.Add(-p.Ago)
+		}
+		if t.After(now) {
+			return refuse("it lies in the future")
+		}
+		return g.resolveTime(t.UnixNano(), refuse)
+	}
+	return 0, fmt.Errorf("point %v has no form", p)
+}
+
+func (g *Group) latestMarker(p record.Point, refuse func(string) (record.LSN, error)) (record.LSN, error) {
+	markers, err := g.Markers()
+	if err != nil {
+		return 0, err
+	}
+	for i := len(markers) - 1; i >= 0; i-- {
+		if markers[i].Consistency >= p.Consistency {
+			return markers[i].LSN, nil
+		}
+	}
+	return refuse("no marker is of that consistency")
+}
+
+// resolveTime finds the last record at or before a time: the time table leads
+// near it, the log has the rest of the way.
+func (g *Group) resolveTime(t int64, refuse func(string) (record.LSN, error)) (record.LSN, error) {
+	horizon := g.Horizon()
+	if err := g.pin(horizon); err != nil {
+		return 0, err
+	}
+	defer g.unpin(horizon)
+	head := g.Head()
+	last := g.lastTime.Load()
+	files := g.set.Files(segment.Log)
+	if len(files) == 0 || t < files[0].Created {
+		return refuse("it is older than the horizon")
+	}
+	if t >= last {
+		return head, nil
+	}
+	if err := g.indexTo(head); err != nil {
+		return 0, err
+	}
+	m, ok, err := g.ix.TimeBefore(t)
+	if err != nil {
+		return 0, err
+	}
+	from, lsn := files[0].Start(), g.Horizon()
+	if ok && m.LSN > lsn {
+		from, lsn = int64(m.Off), m.LSN
+		files = slices.DeleteFunc(files, func(f *segment.File) bool { return f.Number < m.File })
+	}
+	err = segment.ScanLog(files, from, func(_ *segment.File, _ int64, h record.Header) error {
+		if h.Time > t {
+			return segment.ErrStop
+		}
+		if lsn = max(lsn, h.LSN); lsn >= head {
+			return segment.ErrStop
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("find the record of a time: %w", err)
+	}
+	return lsn, nil
+}

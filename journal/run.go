@@ -1,0 +1,108 @@
+package journal
+
+import (
+	"context"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// tick is how often the background loops look whether something is due, beside
+// being told.
+const tick = 100 * time.Millisecond
+
+// runCommits syncs and indexes until ctx ends.
+func (g *Group) runCommits(ctx context.Context) {
+	t := time.NewTicker(tick)
+	defer t.Stop()
+	var lastSync time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		case <-g.kickSync:
+		}
+		g.append.Lock()
+		dirty, failed := g.append.bytes-g.append.synced, g.append.err != nil
+		crowded := g.append.lag >= indexLag
+		g.append.Unlock()
+		if failed {
+			continue
+		}
+		now := g.o.Now()
+		if dirty >= syncBytes || crowded || dirty > 0 && now.Sub(lastSync) >= syncAge {
+			lastSync = now
+			if err := g.Sync(); err != nil {
+				continue // the group has failed and has said so
+			}
+		}
+		if err := g.Index(); err != nil {
+			continue
+		}
+		if err := g.ix.RetireReaders(time.Now(), time.Second); err != nil {
+			g.log.Error("close index readers", zap.Error(err))
+		}
+	}
+}
+
+// runApplies applies, checkpoints and expires until ctx ends.
+func (g *Group) runApplies(ctx context.Context) {
+	t := time.NewTicker(tick)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		case <-g.kickApply:
+		}
+		if state, _ := g.State(); state == "failed" {
+			continue
+		}
+		g.background()
+	}
+}
+
+// background does one round of whatever is due. Errors are the group's state,
+// which has been logged where it was set.
+func (g *Group) background() {
+	now := g.o.Now()
+	g.append.Lock()
+	bytes, full := g.append.bytes, g.append.full
+	g.append.Unlock()
+	if g.applyDue(now) {
+		if err := g.Apply(); err != nil && full == nil {
+			g.log.Warn("apply", zap.Error(err))
+		}
+	}
+	g.apply.Lock()
+	due := bytes-g.apply.logBytes >= checkpointBytes || now.Sub(g.apply.last) >= checkpointAge
+	g.apply.Unlock()
+	if due {
+		if err := g.Checkpoint(); err != nil {
+			return
+		}
+	}
+	if err := g.expireDue(); err != nil {
+		g.log.Warn("expire", zap.Error(err))
+	}
+}
+
+// applyDue decides whether to begin a round. It is called by one goroutine.
+func (g *Group) applyDue(now time.Time) bool {
+	g.append.Lock()
+	defer g.append.Unlock()
+	a := &g.append
+	written := a.bytes - a.lastLook
+	if now.Sub(a.lookedAt) >= tick {
+		a.busy = written >= busyBytes
+		a.lastLook, a.lookedAt = a.bytes, now
+	}
+	pending := g.unapplied.Load()
+	age := applyAge
+	if a.busy {
+		age = busyAge
+	}
+	return pending > 0 && (pending > g.o.Unapplied/2 || a.weight > maxWeight/2 || now.Sub(a.oldest) >= age)
+}

@@ -1,0 +1,260 @@
+package journal
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"go.uber.org/zap"
+
+	"github.com/tidemark-cdp/tidemark/journal/index"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
+)
+
+// The state directory:
+//
+//	LOCK               held by the process that has the store open
+//	index/             the Pebble database
+//	groups/NAME/*.seg  the segments of a group
+const (
+	lockName   = "LOCK"
+	indexName  = "index"
+	groupsName = "groups"
+)
+
+// DiskConfig names a disk of a group and where its bytes are.
+type DiskConfig struct {
+	Name    string
+	Backing string // path of a raw file or block device, which exists
+}
+
+// GroupConfig names a group and its disks.
+type GroupConfig struct {
+	Name  string
+	Disks []DiskConfig
+}
+
+// Store is a daemon's state directory, open.
+type Store struct {
+	dir    string
+	o      Options
+	lock   io.Closer
+	ix     *index.DB
+	groups []*Group
+
+	failed chan error // what the index can not go on after
+}
+
+// Open opens the state directory, or makes it, and the groups given. Groups
+// that the directory has beyond those stay as they are. Every group is recovered:
+// its head is what it was, its disks can be read and written at once,
+// and what their backings lack is applied by Run.
+func Open(dir string, groups []GroupConfig, o Options) (*Store, error) {
+	if err := errors.Join(o.Validate(), validateGroups(groups)); err != nil {
+		return nil, err
+	}
+	s := &Store{dir: dir, o: o.withDefaults(), failed: make(chan error, 1)}
+	if err := s.open(groups); err != nil {
+		return nil, errors.Join(err, s.Abandon())
+	}
+	return s, nil
+}
+
+func validateGroups(groups []GroupConfig) error {
+	var errs []error
+	backings := map[string]string{}
+	names := map[string]bool{}
+	for _, gc := range groups {
+		if err := record.CheckName(gc.Name); err != nil {
+			errs = append(errs, fmt.Errorf("group: %w", err))
+		}
+		if names[gc.Name] {
+			errs = append(errs, fmt.Errorf("group %s is given twice", gc.Name))
+		}
+		names[gc.Name] = true
+		disks := map[string]bool{}
+		for _, d := range gc.Disks {
+			full := gc.Name + "/" + d.Name
+			if err := record.CheckName(d.Name); err != nil {
+				errs = append(errs, fmt.Errorf("disk of group %s: %w", gc.Name, err))
+			}
+			if disks[d.Name] {
+				errs = append(errs, fmt.Errorf("disk %s is given twice", full))
+			}
+			if other, ok := backings[d.Backing]; ok {
+				errs = append(errs, fmt.Errorf("disks %s and %s have one backing, %s", other, full, d.Backing))
+			}
+			disks[d.Name], backings[d.Backing] = true, full
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Store) open(groups []GroupConfig) error {
+	fs := s.o.FS
+	if !s.o.ReadOnly {
+		if err := fs.MkdirAll(fs.PathJoin(s.dir, groupsName), 0o700); err != nil {
+			return fmt.Errorf("make the state directory: %w", err)
+		}
+		var err error
+		if s.lock, err = fs.Lock(fs.PathJoin(s.dir, lockName)); err != nil {
+			return fmt.Errorf("lock the state directory %s (is another tidemarkd using it?): %w", s.dir, err)
+		}
+	}
+	var err error
+	s.ix, err = index.Open(fs.PathJoin(s.dir, indexName), index.Options{
+		FS: fs, Cache: s.o.IndexCache, ReadOnly: s.o.ReadOnly, Logger: pebbleLog{s},
+	})
+	if err != nil {
+		return err
+	}
+	next, err := s.nextGroupID()
+	if err != nil {
+		return err
+	}
+	for _, gc := range groups {
+		g, err := s.openGroup(gc, next)
+		if err != nil {
+			return fmt.Errorf("open group %s: %w", gc.Name, err)
+		}
+		if g.id == next {
+			next++
+		}
+		s.groups = append(s.groups, g)
+	}
+	slices.SortFunc(s.groups, func(a, b *Group) int { return cmp.Compare(a.name, b.name) })
+	if s.o.ReadOnly {
+		return nil
+	}
+	return syncDirs(fs, fs.PathDir(s.dir), s.dir, fs.PathJoin(s.dir, groupsName))
+}
+
+// syncDirs makes the names in directories durable.
+func syncDirs(fs vfs.FS, paths ...string) error {
+	for _, path := range paths {
+		d, err := fs.OpenDir(path)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(d.Sync(), d.Close()); err != nil {
+			return fmt.Errorf("sync directory %s: %w", path, err)
+		}
+	}
+	return nil
+}
+
+// nextGroupID is one more than the numbers of all groups in the directory.
+func (s *Store) nextGroupID() (uint32, error) {
+	fs := s.o.FS
+	names, err := fs.List(fs.PathJoin(s.dir, groupsName))
+	if err != nil {
+		return 0, fmt.Errorf("list groups: %w", err)
+	}
+	next := uint32(1)
+	for _, name := range names {
+		set, err := segment.OpenSet(fs, fs.PathJoin(s.dir, groupsName, name), true)
+		if err != nil {
+			return 0, fmt.Errorf("group %s: %w", name, err)
+		}
+		for _, f := range set.Files(segment.Log) {
+			next = max(next, f.Group+1)
+		}
+		set.Close()
+	}
+	return next, nil
+}
+
+// Groups are the open groups by name. The slice must not be changed.
+func (s *Store) Groups() []*Group { return s.groups }
+
+// Group finds an open group by name.
+func (s *Store) Group(name string) (*Group, error) {
+	for _, g := range s.groups {
+		if g.name == name {
+			return g, nil
+		}
+	}
+	return nil, fmt.Errorf("group %q: %w", name, ErrNotFound)
+}
+
+// IndexBytes is what the index takes up.
+func (s *Store) IndexBytes() int64 { return s.ix.Size() }
+
+// Run does the groups' background work until ctx ends: it syncs, indexes, applies,
+// checkpoints and expires. It returns an error only when the index can not
+// go on: the process must then end, without a Close. A group that fails says so itself.
+func (s *Store) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, g := range s.groups {
+		wg.Go(func() { g.runCommits(ctx) })
+		wg.Go(func() { g.runApplies(ctx) })
+	}
+	select {
+	case <-ctx.Done():
+		wg.Wait()
+		return nil
+	case err := <-s.failed:
+		return err // the loops may hang in the index for ever
+	}
+}
+
+// Close applies and checkpoints every group and closes the store. Nothing else
+// may be in use. Backings then are what a guest would find without Tidemark.
+func (s *Store) Close() error {
+	var errs []error
+	for _, g := range s.groups {
+		if err := g.settle(); err != nil {
+			errs = append(errs, fmt.Errorf("close group %s: %w", g.name, err))
+		}
+	}
+	return errors.Join(append(errs, s.Abandon())...)
+}
+
+// Abandon closes the store's files and nothing else, as a crash would: the next
+// Open recovers. The index may still be flushed by its own closing.
+func (s *Store) Abandon() error {
+	var errs []error
+	for _, g := range s.groups {
+		errs = append(errs, g.closeFiles())
+	}
+	s.groups = nil
+	if s.ix != nil {
+		errs = append(errs, s.ix.Close())
+		s.ix = nil
+	}
+	if s.lock != nil {
+		errs = append(errs, s.lock.Close())
+		s.lock = nil
+	}
+	return errors.Join(errs...)
+}
+
+// pebbleLog passes Pebble's messages on. Pebble calls Fatalf when it can not
+// go on and does not expect it to return: the daemon is told, the
+// goroutine ends here.
+type pebbleLog struct{ s *Store }
+
+func (l pebbleLog) Infof(format string, args ...any) {
+	l.s.o.Log.Debug("index", zap.String("event", fmt.Sprintf(format, args...)))
+}
+
+func (l pebbleLog) Errorf(format string, args ...any) {
+	l.s.o.Log.Error("index", zap.String("event", fmt.Sprintf(format, args...)))
+}
+
+func (l pebbleLog) Fatalf(format string, args ...any) {
+	err := fmt.Errorf("%w: %s", ErrIndex, fmt.Sprintf(format, args...))
+	select {
+	case l.s.failed <- err:
+	default:
+	}
+	select {} // until the process ends
+}

@@ -1,0 +1,264 @@
+package journal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/tidemark-cdp/tidemark/journal/index"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
+)
+
+// Finding is damage that Verify found.
+type Finding struct {
+	Where string     // file and offset, or index entry
+	LSN   record.LSN // 0: not known
+	What  string
+}
+
+// Verified says what Verify has looked at.
+type Verified struct {
+	Records  int64 // of the log
+	Origins  int64 // records of the originals
+	Bytes    int64 // of payload
+	Versions int64 // of the index
+	Findings int64
+}
+
+// Verify reads every record of the group, up to what was durable when it was called, and compares it with
+// its checksums, and every version in the index with the bytes it names. It
+// calls report for each damage found and changes nothing. Its error says that it could not go on.
+func (g *Group) Verify(ctx context.Context, report func(Finding)) (Verified, error) {
+	v := verifier{g: g, ctx: ctx, report: report}
+	// The horizon is pinned: nothing expires from under the scan.
+	horizon := g.Horizon()
+	if err := g.pin(horizon); err != nil {
+		return v.done, err
+	}
+	defer g.unpin(horizon)
+	head := g.Durable()
+	if err := v.log(head); err != nil {
+		return v.done, err
+	}
+	if err := v.originals(); err != nil {
+		return v.done, err
+	}
+	return v.done, v.index()
+}
+
+type verifier struct {
+	g      *Group
+	ctx    context.Context
+	report func(Finding)
+	done   Verified
+	buf    []byte
+}
+
+func (v *verifier) found(where string, lsn record.LSN, err error) {
+	v.done.Findings++
+	v.report(Finding{Where: where, LSN: lsn, What: err.Error()})
+}
+
+// payload checks a record's payload.
+func (v *verifier) payload(f *segment.File, off int64, h record.Header) error {
+	if err := v.ctx.Err(); err != nil {
+		return err
+	}
+	var err error
+	if v.buf, err = f.VerifyPayload(off, h, v.buf); errors.Is(err, record.ErrCorrupt) {
+		v.found(fmt.Sprintf("%s at %d", f.Path, off), h.LSN, err)
+		return nil
+	}
+	v.done.Bytes += int64(h.Payload)
+	return err
+}
+
+func (v *verifier) log(head record.LSN) error {
+	files := v.g.set.Files(segment.Log)
+	if len(files) == 0 {
+		return nil
+	}
+	next := files[0].First
+	for next <= head {
+		at, atOff := files[0], files[0].Start()
+		err := segment.ScanLog(files, atOff, func(f *segment.File, off int64, h record.Header) error {
+			at, atOff = f, off+h.Size()
+			if h.LSN < next {
+				return nil
+			}
+			if h.LSN > next {
+				v.found(fmt.Sprintf("%s at %d", f.Path, off), next, fmt.Errorf("%w: LSN %d to %d are missing", record.ErrCorrupt, next, h.LSN-1))
+			}
+			next = h.LSN + 1
+			v.done.Records++
+			if err := v.payload(f, off, h); err != nil || h.LSN < head {
+				return err
+			}
+			return segment.ErrStop // what follows may be half written
+		})
+		switch {
+		case err == nil && next <= head:
+			v.found(at.Path, next, fmt.Errorf("%w: the log ends before LSN %d", record.ErrCorrupt, head))
+			return nil
+		case err == nil:
+			return nil
+		case !errors.Is(err, record.ErrCorrupt):
+			return err
+		}
+		v.found(fmt.Sprintf("%s at %d", at.Path, atOff), next, err)
+		if files, next = v.skip(files, at); files == nil {
+			return nil
+		}
+	}
+	return nil
+}
+
+// skip finds the files and the LSN at which the log can be read again behind damage.
+func (v *verifier) skip(files []*segment.File, at *segment.File) ([]*segment.File, record.LSN) {
+	for len(files) > 0 && files[0] != at {
+		files = files[1:]
+	}
+	// The rest of a damaged file is passed over: its records behind the damage
+	// can not be replayed, and are reported as missing.
+	if len(files) < 2 {
+		return nil, 0
+	}
+	return files[1:], files[1].First
+}
+
+func (v *verifier) originals() error {
+	v.g.index.Lock()
+	last := v.g.index.mark // behind it, originals may be half written
+	v.g.index.Unlock()
+	for _, f := range v.g.set.Files(segment.Originals) {
+		_, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
+			if f.Number > last.OrigFile || f.Number == last.OrigFile && off >= int64(last.OrigOff) {
+				return segment.ErrStop
+			}
+			v.done.Origins++
+			return v.payload(f, off, h)
+		})
+		if errors.Is(err, segment.ErrStop) {
+			continue
+		}
+		if errors.Is(err, record.ErrCorrupt) {
+			v.found(f.Path, 0, err)
+		} else if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// index reads what every version names.
+func (v *verifier) index() error {
+	var buf [record.BlockSize]byte
+	var sums []byte
+	return v.g.ix.Versions(func(e index.Entry) (bool, error) {
+		if err := v.ctx.Err(); err != nil {
+			return false, err
+		}
+		v.done.Versions++
+		if e.Zero {
+			return true, nil
+		}
+		where := fmt.Sprintf("index: disk %d class %d unit %d LSN %d", e.Disk, e.Unit.Class, e.Unit.Index, e.LSN)
+		f, err := v.g.set.Acquire(e.File)
+		if err != nil {
+			v.found(where, e.LSN, err)
+			return true, nil
+		}
+		defer f.Release()
+		n := int(e.Unit.Blocks())
+		sums = append(sums[:0], byte(e.Aux), byte(e.Aux>>8), byte(e.Aux>>16), byte(e.Aux>>24))
+		if e.Unit.Class > 0 {
+			sums = append(sums[:0], make([]byte, 4*n)...)
+			if err := f.ReadAt(sums, int64(e.Aux), false); err != nil {
+				v.found(where, e.LSN, err)
+				return true, nil
+			}
+		}
+		for i := range n {
+			b := buf[:v.blockLen(e, i)]
+			if err := f.Block(b, int64(e.Payload)+int64(i)*record.BlockSize, record.Sums(sums).At(i), false); err != nil {
+				v.found(where, e.LSN, err)
+				break
+			}
+		}
+		return true, nil
+	})
+}
+
+// blockLen is the length of block i of an entry's unit: the last of a disk may be short.
+func (v *verifier) blockLen(e index.Entry, i int) int64 {
+	for _, t := range v.g.table {
+		if t.ID == e.Disk {
+			return min(record.BlockSize, t.Size-(e.Unit.First()+int64(i))*record.BlockSize)
+		}
+	}
+	return record.BlockSize
+}
+
+// Visit is what Dump calls for what it finds, in order.
+type Visit struct {
+	Segment func(path string, h segment.Header) error
+	Record  func(path string, off int64, h record.Header) error
+	Version func(e index.Entry) error
+	Marker  func(m record.Marker) error
+}
+
+// Dump shows the group's files and index as they are. Functions that are nil
+// are not called. Damage ends a file's part and is returned at the end.
+func (g *Group) Dump(ctx context.Context, v Visit) error {
+	horizon := g.Horizon()
+	if err := g.pin(horizon); err != nil {
+		return err
+	}
+	defer g.unpin(horizon)
+	var damage []error
+	for _, k := range []segment.Kind{segment.Log, segment.Originals} {
+		if v.Segment == nil {
+			break
+		}
+		for _, f := range g.set.Files(k) {
+			if err := v.Segment(f.Path, f.Header); err != nil {
+				return err
+			}
+			if v.Record == nil {
+				continue
+			}
+			_, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
+				return errors.Join(ctx.Err(), v.Record(f.Path, off, h))
+			})
+			if errors.Is(err, record.ErrCorrupt) {
+				damage = append(damage, err)
+			} else if err != nil {
+				return err
+			}
+		}
+	}
+	if v.Version != nil {
+		err := g.ix.Versions(func(e index.Entry) (bool, error) { return true, errors.Join(ctx.Err(), v.Version(e)) })
+		if err != nil {
+			return err
+		}
+	}
+	if v.Marker != nil {
+		err := g.ix.Markers(0, func(m record.Marker) (bool, error) { return true, v.Marker(m) })
+		if err != nil {
+			return err
+		}
+	}
+	return errors.Join(damage...)
+}
+
+// GroupNames lists the groups that a state directory holds.
+func GroupNames(dir string, o Options) ([]string, error) {
+	o = o.withDefaults()
+	names, err := o.FS.List(o.FS.PathJoin(dir, groupsName))
+	if err != nil {
+		return nil, fmt.Errorf("%s is no state directory: %w", dir, err)
+	}
+	return names, nil
+}

@@ -1,0 +1,343 @@
+package journal
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/tidemark-cdp/tidemark/journal/disk"
+	"github.com/tidemark-cdp/tidemark/journal/index"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
+)
+
+// View is a disk as of an LSN: immutable, and pinned until it is closed. It is
+// safe for concurrent use; Close must come last.
+type View struct {
+	g   *Group
+	d   *disk.Disk
+	lsn record.LSN
+
+	closed sync.Once
+}
+
+// View opens a disk as of an LSN between Horizon and Head. It reads nothing of
+// the disk.
+func (g *Group) View(d *disk.Disk, lsn record.LSN) (*View, error) {
+	if err := g.pin(lsn); err != nil {
+		return nil, err
+	}
+	if err := g.indexTo(lsn); err != nil {
+		g.unpin(lsn)
+		return nil, fmt.Errorf("open disk %s/%s as of LSN %d: %w", g.name, d.Name, lsn, err)
+	}
+	return &View{g: g, d: d, lsn: lsn}, nil
+}
+
+// pin keeps the history from lsn on.
+func (g *Group) pin(lsn record.LSN) error {
+	g.pins.Lock()
+	defer g.pins.Unlock()
+	if head := g.Head(); lsn < g.Horizon() || lsn > head {
+		why := "it is older than the horizon"
+		if lsn > head {
+			why = "it is newer than the head"
+		}
+		return &PointError{Group: g.name, Point: fmt.Sprintf("lsn:%d", lsn), Why: why, Horizon: g.Horizon(), Head: head}
+	}
+	g.pins.views[lsn]++
+	return nil
+}
+
+func (g *Group) unpin(lsn record.LSN) {
+	g.pins.Lock()
+	defer g.pins.Unlock()
+	if g.pins.views[lsn]--; g.pins.views[lsn] == 0 {
+		delete(g.pins.views, lsn)
+	}
+}
+
+// LSN is the point of the view.
+func (v *View) LSN() record.LSN { return v.lsn }
+
+// Size is the disk's size in bytes.
+func (v *View) Size() int64 { return v.d.Size }
+
+// Close lets go of the view's history.
+func (v *View) Close() {
+	v.closed.Do(func() { v.g.unpin(v.lsn) })
+}
+
+// viewStep is how many blocks are looked up at once.
+const viewStep = 1024
+
+type viewScratch struct {
+	picks []index.Pick
+	sums  []byte
+	block [record.BlockSize]byte
+}
+
+var viewPool = sync.Pool{New: func() any { return &viewScratch{picks: make([]index.Pick, viewStep)} }}
+
+// ReadAt fills p with the view's bytes from off, any alignment. With nowait it
+// returns ErrWouldBlock rather than wait for the disk under the
+// segments; the index it may wait for.
+func (v *View) ReadAt(p []byte, off int64, nowait bool) error {
+	if !(record.Extent{Off: off, Len: int64(len(p))}).In(v.d.Size) {
+		return fmt.Errorf("read %d bytes at %d of %s: its size is %d", len(p), off, v.d.Name, v.d.Size)
+	}
+	s := viewPool.Get().(*viewScratch)
+	defer viewPool.Put(s)
+	for len(p) > 0 {
+		first := off / record.BlockSize
+		n := min(viewStep, int((off+int64(len(p))-1)/record.BlockSize-first+1))
+		part := p[:min(int64(len(p)), (first+int64(n))*record.BlockSize-off)]
+		if err := v.readStep(s, part, off, first, n, nowait); err != nil {
+			return err
+		}
+		p, off = p[len(part):], off+int64(len(part))
+	}
+	return nil
+}
+
+// readStep reads what n blocks from first on have between off and off+len(p).
+//
+// A block without a version at or below the view's LSN still stands in the
+// backing, unless Apply overtakes: it commits the block's original to the index, sets the
+// captured bit, and writes the backing, in that order. So the bit is asked
+// after the backing was read; where it is set, the index knows better by now.
+//
+// A version's segment may have expired between look-up and reading: the block
+// then stands elsewhere, and the index says where.
+func (v *View) readStep(s *viewScratch, p []byte, off, first int64, n int, nowait bool) error {
+	picks := s.picks[:n]
+	for try := 0; ; try++ {
+		if err := v.find(picks, first, try > 0); err != nil {
+			return err
+		}
+		err := v.readPicks(s, p, off, first, picks, nowait)
+		if errors.Is(err, segment.ErrGone) && try < maxRetries {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if !v.overtaken(picks, first) {
+			return v.checkKnown(picks, first)
+		}
+		if try == maxRetries {
+			return v.lost(picks, first)
+		}
+	}
+}
+
+// maxRetries bounds how often a read follows blocks that move.
+const maxRetries = 16
+
+func (v *View) find(picks []index.Pick, first int64, fresh bool) error {
+	reader := func() (*index.Reader, error) { return v.g.ix.Reader(v.lsn) }
+	if fresh {
+		reader = v.g.ix.FreshReader
+	}
+	r, err := reader()
+	if err != nil {
+		return err
+	}
+	if err := r.Find(v.d.ID, first, v.lsn, picks); err != nil {
+		r.Close()
+		return err
+	}
+	r.Release()
+	return nil
+}
+
+// overtaken reports whether a block that was read from the backing has an original now.
+func (v *View) overtaken(picks []index.Pick, first int64) bool {
+	for i := range picks {
+		if !picks[i].Found && v.d.Captured(first+int64(i)) {
+			return true
+		}
+	}
+	return false
+}
+
+// checkKnown refuses blocks whose content at the view's LSN is lost: the
+// backing was changed by someone else after it, and the journal never held them.
+func (v *View) checkKnown(picks []index.Pick, first int64) error {
+	since := v.d.KnownSince()
+	if v.lsn >= since {
+		return nil
+	}
+	for i := range picks {
+		if !picks[i].Found {
+			return fmt.Errorf("block %d of disk %s/%s as of LSN %d is not known: the backing was changed outside of Tidemark before LSN %d",
+				first+int64(i), v.g.name, v.d.Name, v.lsn, since)
+		}
+	}
+	return nil
+}
+
+// lost says why blocks whose originals were captured are not found.
+func (v *View) lost(picks []index.Pick, first int64) error {
+	if err := v.checkKnown(picks, first); err != nil {
+		return err
+	}
+	return fmt.Errorf("%w: disk %s/%s as of LSN %d: the index lacks an original between blocks %d and %d",
+		record.ErrCorrupt, v.g.name, v.d.Name, v.lsn, first, first+int64(len(picks))-1)
+}
+
+// readPicks reads run by run: blocks that stand together are read together.
+func (v *View) readPicks(s *viewScratch, p []byte, off, first int64, picks []index.Pick, nowait bool) error {
+	end := off + int64(len(p))
+	var file *segment.File
+	defer func() {
+		if file != nil {
+			file.Release()
+		}
+	}()
+	for i := 0; i < len(picks); {
+		j := i + 1
+		for j < len(picks) && together(&picks[j-1], &picks[j]) {
+			j++
+		}
+		from := max(off, (first+int64(i))*record.BlockSize)
+		to := min(end, (first+int64(j))*record.BlockSize)
+		dst := p[from-off : to-off]
+		var err error
+		switch pick := &picks[i]; {
+		case !pick.Found:
+			err = v.d.ReadBacking(dst, from, nowait)
+		case pick.Zero:
+			clear(dst)
+		default:
+			if file == nil || file.Number != pick.File {
+				if file != nil {
+					file.Release()
+				}
+				if file, err = v.g.set.Acquire(pick.File); err != nil {
+					file = nil
+					return err
+				}
+			}
+			err = v.readRun(s, file, dst, from, first+int64(i), picks[i:j], nowait)
+		}
+		if err != nil {
+			return err
+		}
+		i = j
+	}
+	return nil
+}
+
+// together reports whether b's bytes follow a's where they stand.
+func together(a, b *index.Pick) bool {
+	switch {
+	case a.Found != b.Found:
+		return false
+	case !a.Found:
+		return true
+	case a.Zero || b.Zero:
+		return a.Zero && b.Zero
+	}
+	return a.File == b.File && (a.Class == 0) == (b.Class == 0) && b.PayloadOff() == a.PayloadOff()+record.BlockSize &&
+		(a.Class == 0 || b.SumOff() == a.SumOff()+4)
+}
+
+// readRun reads blocks that stand together in a segment and verifies each.
+func (v *View) readRun(s *viewScratch, f *segment.File, dst []byte, off, block int64, picks []index.Pick, nowait bool) error {
+	whole := dst
+	last := block + int64(len(picks)) - 1
+	full := int64(len(picks)-1)*record.BlockSize + int64(v.d.BlockLen(last))
+	if int64(len(dst)) != full {
+		// The ends of an unaligned read: whole blocks are needed to verify them.
+		if whole = s.block[:]; full > int64(len(whole)) {
+			whole = make([]byte, full)
+		}
+		whole = whole[:full]
+	}
+	sums := s.sums[:0]
+	if picks[0].Class == 0 {
+		for i := range picks {
+			a := picks[i].Aux
+			sums = append(sums, byte(a), byte(a>>8), byte(a>>16), byte(a>>24))
+		}
+	} else {
+		sums = append(sums, make([]byte, 4*len(picks))...)
+		if err := f.ReadAt(sums, picks[0].SumOff(), nowait); err != nil {
+			return err
+		}
+	}
+	s.sums = sums
+	if err := f.ReadAt(whole, picks[0].PayloadOff(), nowait); err != nil {
+		return err
+	}
+	if err := record.Sums(sums).Verify(whole); err != nil {
+		return fmt.Errorf("disk %s/%s from block %d as of LSN %d: %s at %d: %w",
+			v.g.name, v.d.Name, block, v.lsn, f.Path, picks[0].PayloadOff(), err)
+	}
+	if int64(len(dst)) != full {
+		copy(dst, whole[off-block*record.BlockSize:])
+	}
+	return nil
+}
+
+// Extents calls fn with runs of the extent that together fill it, and whether
+// each is known to read as zeroes without being read.
+func (v *View) Extents(ext record.Extent, fn func(n int64, zero bool)) error {
+	if !ext.In(v.d.Size) {
+		return fmt.Errorf("extents of %v of %s: its size is %d", ext, v.d.Name, v.d.Size)
+	}
+	picks := make([]index.Pick, viewStep)
+	for ext.Len > 0 {
+		first := ext.Off / record.BlockSize
+		n := min(viewStep, int((ext.End()-1)/record.BlockSize-first+1))
+		part := record.Extent{Off: ext.Off, Len: min(ext.End(), (first+int64(n))*record.BlockSize) - ext.Off}
+		if err := v.extentsStep(picks[:n], first, part, fn); err != nil {
+			return err
+		}
+		ext.Off, ext.Len = part.End(), ext.Len-part.Len
+	}
+	return nil
+}
+
+type zeroRun struct {
+	n    int64
+	zero bool
+}
+
+// extentsStep asks the backing first and tells only when no block was overtaken meanwhile.
+func (v *View) extentsStep(picks []index.Pick, first int64, ext record.Extent, fn func(int64, bool)) error {
+	var runs []zeroRun
+	for try := 0; ; try++ {
+		if err := v.find(picks, first, try > 0); err != nil {
+			return err
+		}
+		runs = runs[:0]
+		for i := 0; i < len(picks); {
+			j := i + 1
+			for j < len(picks) && picks[j].Found == picks[i].Found && picks[j].Zero == picks[i].Zero {
+				j++
+			}
+			from := max(ext.Off, (first+int64(i))*record.BlockSize)
+			n := min(ext.End(), (first+int64(j))*record.BlockSize) - from
+			if picks[i].Found {
+				runs = append(runs, zeroRun{n, picks[i].Zero})
+			} else {
+				v.d.BackingExtents(record.Extent{Off: from, Len: n}, func(n int64, zero bool) {
+					runs = append(runs, zeroRun{n, zero})
+				})
+			}
+			i = j
+		}
+		if !v.overtaken(picks, first) {
+			break
+		}
+		if try == maxRetries {
+			return v.lost(picks, first)
+		}
+	}
+	for _, r := range runs {
+		fn(r.n, r.zero)
+	}
+	return nil
+}
