@@ -1,0 +1,390 @@
+package nbd
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/pojntfx/go-nbd/pkg/protocol"
+	"go.uber.org/zap"
+)
+
+const (
+	// streamSize is what a connection reads of its socket at once, in bytes.
+	// Writes that fit are served from there, longer ones from a buffer of their own.
+	streamSize = 512 << 10
+	// outSize is how many bytes of replies are gathered before they are sent.
+	outSize = 512 << 10
+	// inlineRead is the longest READ that the reader tries itself.
+	inlineRead = 128 << 10
+	// maxWorkers bounds the requests of a connection that wait at one time.
+	maxWorkers = 64
+	// stopTime is what clients have to take their last replies when the server stops.
+	stopTime = 10 * time.Second
+	// maxBatch bounds the writes that reach the device together.
+	maxBatch = 256
+)
+
+// conn is a connection in the transmission phase.
+type conn struct {
+	s    *Server
+	c    net.Conn
+	sess *session
+	log  *zap.Logger
+
+	// The reader's alone:
+	in      []byte // in[r:w] was received and is not served
+	r, w    int
+	batch   []Change // writes that wait for commit; their buffers are views of in
+	cookies []uint64 // of batch
+	fua     bool     // some write of batch wants to be durable
+	out     []byte   // replies that wait to be sent
+
+	workers sync.WaitGroup
+	slots   chan struct{}
+
+	wmu sync.Mutex // held for a write to c; replies stay whole
+}
+
+// request is a parsed request header.
+type request struct {
+	flags, typ uint16
+	cookie     uint64
+	off        uint64
+	n          uint32
+}
+
+func newConn(s *Server, c net.Conn, sess *session, log *zap.Logger) *conn {
+	return &conn{
+		s: s, c: c, sess: sess, log: log,
+		in: make([]byte, streamSize), out: make([]byte, 0, outSize+inlineRead+structuredSize+8),
+		slots: make(chan struct{}, maxWorkers),
+	}
+}
+
+// errDisc says that the client ended the connection in order.
+var errDisc = errors.New("client disconnected")
+
+// serve runs until the client disconnects or ctx ends, which are no errors,
+// or the stream can not go on.
+func (c *conn) serve(ctx context.Context) error {
+	// A client that does not read its replies must not hold up a stop.
+	stop := context.AfterFunc(ctx, func() {
+		_ = c.c.SetReadDeadline(time.Unix(1, 0))
+		_ = c.c.SetWriteDeadline(time.Now().Add(stopTime))
+	})
+	defer stop()
+	err := c.loop()
+	// What was received is finished and answered, whatever ended the loop.
+	ferr := c.settle()
+	c.workers.Wait()
+	switch {
+	case errors.Is(err, errDisc), ctx.Err() != nil && errors.Is(err, os.ErrDeadlineExceeded):
+		return nil
+	case errors.Is(err, io.EOF):
+		return errors.New("connection ended without DISC")
+	}
+	return errors.Join(err, ferr)
+}
+
+func (c *conn) loop() error {
+	for {
+		if err := c.need(requestSize); err != nil {
+			return err
+		}
+		be := binary.BigEndian
+		b := c.in[c.r:]
+		if m := be.Uint32(b); m != protocol.TRANSMISSION_MAGIC_REQUEST {
+			return fmt.Errorf("client sent request magic %#x: the stream is out of step", m)
+		}
+		req := request{be.Uint16(b[4:]), be.Uint16(b[6:]), be.Uint64(b[8:]), be.Uint64(b[16:]), be.Uint32(b[24:])}
+		c.r += requestSize
+		if err := c.request(req); err != nil {
+			return err
+		}
+	}
+}
+
+// need makes in[r:w] hold n bytes at least. Before it waits for the socket,
+// all that was gathered is done and answered.
+func (c *conn) need(n int) error {
+	for c.w-c.r < n {
+		if err := c.settle(); err != nil {
+			return err
+		}
+		if c.r > 0 {
+			c.w = copy(c.in, c.in[c.r:c.w])
+			c.r = 0
+		}
+		k, err := c.c.Read(c.in[c.w:])
+		if k == 0 && err != nil {
+			return err
+		}
+		c.w += k
+	}
+	return nil
+}
+
+// settle commits the gathered writes and sends the gathered replies.
+func (c *conn) settle() error {
+	c.commit()
+	return c.send()
+}
+
+func (c *conn) send() error {
+	if len(c.out) == 0 {
+		return nil
+	}
+	c.wmu.Lock()
+	defer c.wmu.Unlock()
+	_, err := c.c.Write(c.out)
+	c.out = c.out[:0]
+	return err
+}
+
+// commit hands the gathered writes to the device, and answers them.
+func (c *conn) commit() {
+	if len(c.batch) == 0 {
+		return
+	}
+	err := c.change(c.batch, c.fua)
+	for _, cookie := range c.cookies {
+		c.out = c.appendDone(c.out, cookie, err)
+	}
+	clear(c.batch)
+	c.batch, c.cookies, c.fua = c.batch[:0], c.cookies[:0], false
+}
+
+func (c *conn) change(changes []Change, fua bool) error {
+	err := c.sess.dev.Change(changes)
+	if err == nil && (fua || c.s.Durable) {
+		err = c.sess.dev.Flush()
+	}
+	if err != nil {
+		c.log.Warn("write failed", zap.Int("requests", len(changes)), zap.Int64("offset", changes[0].Off), zap.Error(err))
+	}
+	return err
+}
+
+// validFlags are the command flags that each command takes.
+var validFlags = map[uint16]uint16{
+	cmdRead:        cmdFlagFUA | cmdFlagDF,
+	cmdWrite:       cmdFlagFUA,
+	cmdFlush:       cmdFlagFUA,
+	cmdTrim:        cmdFlagFUA,
+	cmdCache:       cmdFlagFUA,
+	cmdWriteZeroes: cmdFlagFUA | cmdFlagNoHole | cmdFlagFastZero,
+	cmdBlockStatus: cmdFlagFUA | cmdFlagReqOne,
+}
+
+// check finds what is wrong with a request; 0: nothing.
+func (c *conn) check(req request) uint32 {
+	valid, known := validFlags[req.typ]
+	if !known || req.flags&^valid != 0 || req.flags&cmdFlagDF != 0 && !c.sess.structured {
+		return errEINVAL
+	}
+	if req.typ == cmdFlush {
+		return 0
+	}
+	changes := req.typ == cmdWrite || req.typ == cmdTrim || req.typ == cmdWriteZeroes
+	if changes && c.sess.dev.ReadOnly() {
+		return errEPERM
+	}
+	size := uint64(c.sess.dev.Size())
+	if req.off > size || uint64(req.n) > size-req.off {
+		if req.typ == cmdWrite || req.typ == cmdWriteZeroes {
+			return errENOSPC
+		}
+		return errEINVAL
+	}
+	switch {
+	case (req.typ == cmdRead || req.typ == cmdWrite) && req.n > MaxRequest:
+		return errEINVAL
+	case req.typ == cmdBlockStatus && (!c.sess.meta || req.n == 0):
+		return errEINVAL
+	}
+	return 0
+}
+
+// request serves a request whose header has been taken off the stream. Its
+// error ends the connection.
+func (c *conn) request(req request) error {
+	if req.typ == cmdDisc {
+		return errDisc
+	}
+	if errno := c.check(req); errno != 0 {
+		if req.typ == cmdWrite {
+			if err := c.drain(int64(req.n)); err != nil {
+				return err
+			}
+		}
+		text := fmt.Sprintf("command %d with flags %#x at %d, %d bytes, is not served on an export of %d bytes", req.typ, req.flags, req.off, req.n, c.sess.dev.Size())
+		c.out = c.appendError(c.out, req.cookie, errno, text)
+		return nil
+	}
+	switch req.typ {
+	case cmdWrite:
+		return c.write(req)
+	case cmdTrim, cmdWriteZeroes:
+		op := OpTrim
+		if req.flags&cmdFlagNoHole != 0 {
+			op = OpZero
+		}
+		c.gather(req, Change{Op: op, Off: int64(req.off), Len: int64(req.n)})
+		return nil
+	case cmdRead:
+		return c.read(req)
+	case cmdFlush:
+		return c.flush(req)
+	}
+	c.commit()
+	return c.work(func() []byte {
+		if req.typ == cmdCache {
+			return c.cache(req)
+		}
+		return c.blockStatus(req)
+	})
+}
+
+// drain passes over the payload of a refused write.
+func (c *conn) drain(n int64) error {
+	for n > 0 {
+		if err := c.need(1); err != nil {
+			return err
+		}
+		k := min(n, int64(c.w-c.r))
+		c.r, n = c.r+int(k), n-k
+	}
+	return nil
+}
+
+func (c *conn) gather(req request, ch Change) {
+	c.batch, c.cookies = append(c.batch, ch), append(c.cookies, req.cookie)
+	c.fua = c.fua || req.flags&cmdFlagFUA != 0
+	if len(c.batch) >= maxBatch {
+		c.commit()
+	}
+}
+
+func (c *conn) write(req request) error {
+	n := int(req.n)
+	if n <= streamSize/2 {
+		if err := c.need(n); err != nil {
+			return err
+		}
+		c.gather(req, Change{Op: OpWrite, Off: int64(req.off), Len: int64(n), Buf: c.in[c.r : c.r+n : c.r+n]})
+		c.r += n
+		return nil
+	}
+	buf, err := c.s.buffer(n)
+	if err != nil {
+		return err
+	}
+	defer c.s.release(buf)
+	have := copy(buf, c.in[c.r:c.w])
+	c.r += have
+	if err := c.settle(); err != nil {
+		return err
+	}
+	if _, err := io.ReadFull(c.c, buf[have:]); err != nil {
+		return err
+	}
+	c.gather(req, Change{Op: OpWrite, Off: int64(req.off), Len: int64(n), Buf: buf})
+	c.commit()
+	return nil
+}
+
+// read answers from memory at once; what must wait for the disk goes to a worker.
+func (c *conn) read(req request) error {
+	n := int(req.n)
+	if n <= inlineRead {
+		if len(c.out)+n > outSize {
+			if err := c.send(); err != nil {
+				return err
+			}
+		}
+		out, err := c.appendRead(c.out, req, true)
+		if err == nil {
+			c.out = out
+			return nil
+		}
+	}
+	return c.work(func() []byte {
+		head := structuredSize + 8
+		buf, err := c.s.buffer(head + n)
+		if err != nil {
+			return c.appendDone(nil, req.cookie, err)
+		}
+		defer c.s.release(buf)
+		out, err := c.appendRead(buf[:0], req, false)
+		if err != nil {
+			c.log.Warn("read failed", zap.Uint64("offset", req.off), zap.Uint32("length", req.n), zap.Error(err))
+			out = c.appendDone(nil, req.cookie, err)
+		}
+		c.reply(out)
+		return nil
+	})
+}
+
+// flush runs on the spot if the client waits for nothing else, which spares two switches.
+func (c *conn) flush(req request) error {
+	c.commit()
+	if c.r == c.w && len(c.slots) == 0 {
+		c.out = c.appendDone(c.out, req.cookie, c.flushDevice())
+		return nil
+	}
+	return c.work(func() []byte { return c.appendDone(nil, req.cookie, c.flushDevice()) })
+}
+
+func (c *conn) flushDevice() error {
+	err := c.sess.dev.Flush()
+	if err != nil {
+		c.log.Error("flush failed", zap.Error(err))
+	}
+	return err
+}
+
+// work runs fn beside the reader and sends what it returns. It waits for a free slot.
+func (c *conn) work(fn func() []byte) error {
+	select {
+	case c.slots <- struct{}{}:
+	default:
+		// All slots wait: the client must get the replies it may be waiting for.
+		if err := c.settle(); err != nil {
+			return err
+		}
+		c.slots <- struct{}{}
+	}
+	c.workers.Go(func() {
+		defer func() { <-c.slots }()
+		if out := fn(); out != nil {
+			c.reply(out)
+		}
+	})
+	return nil
+}
+
+// reply sends a whole reply from a worker. If the connection is broken the
+// reader finds out too.
+func (c *conn) reply(out []byte) {
+	c.wmu.Lock()
+	defer c.wmu.Unlock()
+	_, _ = c.c.Write(out)
+}
+
+func (c *conn) cache(req request) []byte {
+	buf := make([]byte, min(int(req.n), 256<<10))
+	var err error
+	for off, left := int64(req.off), int64(req.n); left > 0 && err == nil; {
+		k := min(left, int64(len(buf)))
+		err = c.sess.dev.ReadAt(buf[:k], off, false)
+		off, left = off+k, left-k
+	}
+	return c.appendDone(nil, req.cookie, err)
+}

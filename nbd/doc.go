@@ -1,0 +1,39 @@
+// Package nbd serves block devices over the Network Block Device protocol. It
+// knows the protocol and nothing of what is behind a [Device].
+//
+// # Promises
+//
+//   - Fixed newstyle negotiation with EXPORT_NAME, GO, INFO, LIST, ABORT,
+//     STRUCTURED_REPLY, LIST_META_CONTEXT, SET_META_CONTEXT and STARTTLS; the
+//     commands READ, WRITE, FLUSH, TRIM, WRITE_ZEROES, CACHE, BLOCK_STATUS and
+//     DISC. Whatever else a client asks is answered with the protocol's error,
+//     its payload drained: the stream stays in step.
+//   - A reply to FLUSH, or to a command with FUA, is sent after Device.Flush
+//     returned. On a server that is Durable every write is treated so.
+//   - Memory is bounded: no length from the wire is allocated before it is
+//     checked, large buffers come out of one budget for all connections.
+//   - Requests of one connection are served side by side and answered in
+//     any order; a request that must wait for the disk holds up no other.
+//
+// # The caller must
+//
+//  1. give Devices whose methods may be called from many goroutines;
+//  2. cancel Serve's context to stop: requests in hand are finished first.
+//
+// # Concurrency
+//
+// Each connection has one reader. It serves what can be served without waiting
+// itself, and hands the rest to goroutines, whose number is bounded and for which the
+// connection waits before it closes. Writes that one read of the socket brought
+// reach the device in one call.
+//
+// # Format
+//
+// The protocol's text is doc/proto.md of github.com/NetworkBlockDevice/nbd. Names
+// here are those of the text without their NBD_ prefix.
+//
+// # Limits
+//
+// Extended headers (64-bit lengths) are not offered; oldstyle negotiation is
+// not known. base:allocation is the only metadata context.
+package nbd

@@ -1,0 +1,216 @@
+package nbd
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"fmt"
+	"slices"
+	"sync"
+	"syscall"
+
+	"github.com/pojntfx/go-nbd/pkg/protocol"
+)
+
+func appendSimple(out []byte, cookie uint64, errno uint32) []byte {
+	out = binary.BigEndian.AppendUint32(out, protocol.TRANSMISSION_MAGIC_REPLY)
+	out = binary.BigEndian.AppendUint32(out, errno)
+	return binary.BigEndian.AppendUint64(out, cookie)
+}
+
+func appendChunk(out []byte, flags, typ uint16, cookie uint64, n uint32) []byte {
+	out = binary.BigEndian.AppendUint32(out, magicStructuredReply)
+	out = binary.BigEndian.AppendUint16(out, flags)
+	out = binary.BigEndian.AppendUint16(out, typ)
+	out = binary.BigEndian.AppendUint64(out, cookie)
+	return binary.BigEndian.AppendUint32(out, n)
+}
+
+// appendError appends the reply that ends a request with an error.
+func (c *conn) appendError(out []byte, cookie uint64, errno uint32, text string) []byte {
+	if !c.sess.structured {
+		return appendSimple(out, cookie, errno)
+	}
+	text = text[:min(len(text), maxString)]
+	out = appendChunk(out, replyFlagDone, replyError, cookie, uint32(6+len(text)))
+	out = binary.BigEndian.AppendUint32(out, errno)
+	out = binary.BigEndian.AppendUint16(out, uint16(len(text)))
+	return append(out, text...)
+}
+
+// appendDone appends the reply to a command without data.
+func (c *conn) appendDone(out []byte, cookie uint64, err error) []byte {
+	if err != nil {
+		return c.appendError(out, cookie, errnoOf(err), err.Error())
+	}
+	return appendSimple(out, cookie, 0)
+}
+
+// zeroGrain is how finely zeroes in a long READ are sent as holes, in bytes.
+const zeroGrain = 64 << 10
+
+// appendRead appends the whole reply to a READ. On an error nothing is
+// appended. Zeroes go as holes where the client takes structured replies.
+func (c *conn) appendRead(out []byte, req request, nowait bool) ([]byte, error) {
+	n := int(req.n)
+	head := simpleSize
+	if c.sess.structured {
+		head = structuredSize + 8
+	}
+	at := len(out)
+	out = slices.Grow(out, head+n)
+	data := out[at+head : at+head+n]
+	if err := c.sess.dev.ReadAt(data, int64(req.off), nowait); err != nil {
+		return nil, err
+	}
+	if !c.sess.structured {
+		return appendSimple(out, req.cookie, 0)[:at+head+n], nil
+	}
+	if n == 0 {
+		return appendChunk(out, replyFlagDone, replyNone, req.cookie, 0), nil
+	}
+	if req.flags&cmdFlagDF == 0 && hasZeroes(data) {
+		// Chunks of data move up; they are copied out first.
+		return c.appendSparse(out[:at], req, bytes.Clone(data)), nil
+	}
+	out = appendChunk(out, replyFlagDone, replyOffsetData, req.cookie, uint32(8+n))
+	return binary.BigEndian.AppendUint64(out, req.off)[:at+head+n], nil
+}
+
+// hasZeroes reports whether any grain of data, or a short read as a whole, is zeroes.
+func hasZeroes(data []byte) bool {
+	for len(data) > 0 {
+		n := min(len(data), zeroGrain)
+		if isZero(data[:n]) {
+			return true
+		}
+		data = data[n:]
+	}
+	return false
+}
+
+func (c *conn) appendSparse(out []byte, req request, data []byte) []byte {
+	for i := 0; i < len(data); {
+		zero := isZero(data[i:min(len(data), i+zeroGrain)])
+		j := min(len(data), i+zeroGrain)
+		for j < len(data) && isZero(data[j:min(len(data), j+zeroGrain)]) == zero {
+			j = min(len(data), j+zeroGrain)
+		}
+		var flags uint16
+		if j == len(data) {
+			flags = replyFlagDone
+		}
+		if zero {
+			out = appendChunk(out, flags, replyOffsetHole, req.cookie, 12)
+			out = binary.BigEndian.AppendUint64(out, req.off+uint64(i))
+			out = binary.BigEndian.AppendUint32(out, uint32(j-i))
+		} else {
+			out = appendChunk(out, flags, replyOffsetData, req.cookie, uint32(8+j-i))
+			out = binary.BigEndian.AppendUint64(out, req.off+uint64(i))
+			out = append(out, data[i:j]...)
+		}
+		i = j
+	}
+	return out
+}
+
+var zeroes [4096]byte
+
+// isZero stops at the first 4 KiB that are not zeroes.
+func isZero(b []byte) bool {
+	for len(b) > 0 {
+		n := min(len(b), len(zeroes))
+		if !bytes.Equal(b[:n], zeroes[:n]) {
+			return false
+		}
+		b = b[n:]
+	}
+	return true
+}
+
+const (
+	// statusRange is how much of a BLOCK_STATUS request is looked at, in
+	// bytes: the protocol lets the answer be shorter than the question.
+	statusRange = 256 << 20
+	// maxExtents bounds the descriptors of one answer.
+	maxExtents = 16384
+)
+
+func (c *conn) blockStatus(req request) []byte {
+	type extent struct {
+		n    int64
+		zero bool
+	}
+	var exts []extent
+	full := false
+	note := func(n int64, zero bool) {
+		k := len(exts)
+		switch {
+		case full:
+		case k > 0 && exts[k-1].zero == zero:
+			exts[k-1].n += n
+		case k == maxExtents:
+			full = true
+		default:
+			exts = append(exts, extent{n, zero})
+		}
+	}
+	// Step by step: who asks for one extent is not made to wait for the rest.
+	off, left := int64(req.off), min(int64(req.n), statusRange)
+	for step := int64(1 << 20); left > 0 && !full && (len(exts) < 2 || req.flags&cmdFlagReqOne == 0); step = min(2*step, 64<<20) {
+		n := min(step, left)
+		if err := c.sess.dev.Extents(off, n, note); err != nil {
+			return c.appendDone(nil, req.cookie, err)
+		}
+		off, left = off+n, left-n
+	}
+	if req.flags&cmdFlagReqOne != 0 {
+		exts = exts[:1]
+	}
+	out := appendChunk(nil, replyFlagDone, replyBlockStatus, req.cookie, uint32(4+8*len(exts)))
+	out = binary.BigEndian.AppendUint32(out, metaAllocationID)
+	for _, e := range exts {
+		var flags uint32
+		if e.zero {
+			flags = stateHole | stateZero
+		}
+		out = binary.BigEndian.AppendUint32(out, uint32(e.n))
+		out = binary.BigEndian.AppendUint32(out, flags)
+	}
+	return out
+}
+
+// Buffers of requests that do not fit the stream come in three sizes, out of
+// the server's budget.
+var (
+	bufferSizes = [...]int{1<<20 + 4096, 4<<20 + 4096, MaxRequest + 4096}
+	bufferPools [len(bufferSizes)]sync.Pool
+)
+
+// buffer waits until n bytes fit the budget. n is at most MaxRequest and a header.
+func (s *Server) buffer(n int) ([]byte, error) {
+	for i, size := range bufferSizes {
+		if n > size {
+			continue
+		}
+		if err := s.budget.Acquire(context.Background(), int64(size)); err != nil {
+			return nil, err
+		}
+		if b, ok := bufferPools[i].Get().(*[]byte); ok {
+			return (*b)[:n], nil
+		}
+		return make([]byte, n, size), nil
+	}
+	return nil, fmt.Errorf("a buffer of %d bytes: %w", n, syscall.EINVAL)
+}
+
+// release gives a buffer back.
+func (s *Server) release(b []byte) {
+	b = b[:0]
+	for i, size := range bufferSizes {
+		if cap(b) == size {
+			bufferPools[i].Put(&b)
+			s.budget.Release(int64(size))
+		}
+	}
+}
