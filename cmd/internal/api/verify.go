@@ -1,0 +1,26 @@
+package api
+
+import (
+	"context"
+
+	"github.com/tidemark-cdp/tidemark/journal"
+)
+
+// maxFindings bounds the findings that are listed; all are counted in Damaged.
+const maxFindings = 1000
+
+// VerifyGroup verifies an open group, in the daemon or at rest.
+func VerifyGroup(ctx context.Context, g *journal.Group) (Verified, error) {
+	v := Verified{Group: g.Name(), Findings: []Finding{}}
+	done, err := g.Verify(ctx, func(f journal.Finding) {
+		if len(v.Findings) < maxFindings {
+			v.Findings = append(v.Findings, Finding{Where: f.Where, LSN: uint64(f.LSN), What: f.What})
+		}
+	})
+	v.Records, v.Origins, v.Bytes, v.Versions, v.Damaged = done.Records, done.Origins, done.Bytes, done.Versions, done.Findings
+	if state, why := g.State(); state == "failed" {
+		v.Damaged++
+		v.Findings = append(v.Findings, Finding{Where: "group " + g.Name(), What: why.Error()})
+	}
+	return v, err
+}

@@ -1,0 +1,133 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+	"github.com/tidemark-cdp/tidemark/cmd/internal/config"
+)
+
+// Exit codes, as documented in docs/cli.md.
+const (
+	exitError       = 1
+	exitUsage       = 2
+	exitUnreachable = 3
+	exitNotFound    = 4
+	exitLabelInUse  = 5
+	exitDamage      = 6
+)
+
+var (
+	errUsage  = errors.New("usage")
+	errDamage = errors.New("damage was found")
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	if err := root().ExecuteContext(ctx); err != nil {
+		fmt.Fprintf(os.Stderr, "tidemark: %v\n", err)
+		os.Exit(exitCode(err))
+	}
+}
+
+func exitCode(err error) int {
+	var e *api.Error
+	switch {
+	case errors.Is(err, errUsage):
+		return exitUsage
+	case errors.Is(err, errDamage):
+		return exitDamage
+	case errors.Is(err, api.ErrUnreachable):
+		return exitUnreachable
+	case errors.As(err, &e):
+		switch e.Code {
+		case api.CodeNotFound, api.CodeNoPoint:
+			return exitNotFound
+		case api.CodeConflict:
+			return exitLabelInUse
+		case api.CodeBadRequest:
+			return exitUsage
+		}
+	}
+	return exitError
+}
+
+// app is what the verbs share.
+type app struct {
+	api  string
+	json bool
+}
+
+func root() *cobra.Command {
+	a := &app{}
+	def := os.Getenv("TIDEMARK_API")
+	if def == "" {
+		def = config.DefaultAPI
+	}
+	cmd := &cobra.Command{
+		Use:           "tidemark",
+		Short:         "Look at, mark and restore the disks that tidemarkd protects",
+		Args:          args(cobra.NoArgs),
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	cmd.PersistentFlags().StringVar(&a.api, "api", def, "the daemon's control socket, unix:PATH; also TIDEMARK_API")
+	cmd.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON")
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
+	cmd.AddCommand(a.status(), a.mark(), a.points(), a.restore(), a.verify(), a.dump(), a.version())
+	return cmd
+}
+
+func usage(err error) error { return fmt.Errorf("%w (%w; see --help)", err, errUsage) }
+
+// args makes a check of positional arguments a usage error.
+func args(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, a []string) error {
+		if err := check(cmd, a); err != nil {
+			return usage(err)
+		}
+		return nil
+	}
+}
+
+func (a *app) client() (*api.Client, error) {
+	network, addr, err := config.ParseListen(a.api)
+	if err != nil || network != "unix" {
+		return nil, usage(fmt.Errorf("--api %q: expected unix:PATH", a.api))
+	}
+	return api.NewClient(addr), nil
+}
+
+// printJSON writes one value to the command's output.
+func printJSON(cmd *cobra.Command, v any) error {
+	enc := json.NewEncoder(cmd.OutOrStdout())
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}
+
+// completeGroups completes a group's name from what the daemon has.
+func (a *app) completeGroups(cmd *cobra.Command, done []string, _ string) ([]string, cobra.ShellCompDirective) {
+	c, err := a.client()
+	if err != nil || len(done) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	s, err := c.Status(cmd.Context())
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var names []string
+	for _, g := range s.Groups {
+		names = append(names, g.Name)
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}

@@ -1,0 +1,54 @@
+package main
+
+import (
+	"fmt"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+)
+
+func (a *app) status() *cobra.Command {
+	return &cobra.Command{
+		Use:   "status",
+		Short: "Show the groups, their disks and how far each is",
+		Args:  args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			s, err := c.Status(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return printJSON(cmd, s)
+			}
+			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
+			fmt.Fprintln(w, "GROUP\tSTATE\tHORIZON\tAPPLIED\tDURABLE\tHEAD\tJOURNAL")
+			for _, g := range s.Groups {
+				fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%d\t%d\t%s\n", g.Name, g.State, g.Horizon, g.Applied, g.Durable, g.Head, size(g.JournalBytes))
+				if g.Error != "" {
+					fmt.Fprintf(w, "  %s\n", g.Error)
+				}
+				for _, d := range g.Disks {
+					fmt.Fprintf(w, "  %s\t%s\t%s\n", d.Name, size(d.Size), d.Backing)
+				}
+			}
+			return w.Flush()
+		},
+	}
+}
+
+// size is a number of bytes for people.
+func size(n int64) string {
+	const units = "KMGTPE"
+	if n < 1024 {
+		return fmt.Sprintf("%d B", n)
+	}
+	v, i := float64(n)/1024, 0
+	for v >= 1024 && i < len(units)-1 {
+		v, i = v/1024, i+1
+	}
+	return fmt.Sprintf("%.1f %ciB", v, units[i])
+}

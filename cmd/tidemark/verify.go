@@ -1,0 +1,127 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+	"github.com/tidemark-cdp/tidemark/journal"
+)
+
+func (a *app) verify() *cobra.Command {
+	var stateDir string
+	cmd := &cobra.Command{
+		Use:   "verify [GROUP…]",
+		Short: "Read everything in the journal and compare it with its checksums",
+		Long: `Read every record and every version in the index of the groups (all by
+default) and compare them with their checksums. Nothing is changed. With
+--state-dir, the journal of a daemon that is not running is read.`,
+		ValidArgsFunction: a.completeGroups,
+		RunE: func(cmd *cobra.Command, groups []string) error {
+			all, err := a.verifyAll(cmd, stateDir, groups)
+			if err != nil {
+				return err
+			}
+			return a.printVerified(cmd, all)
+		},
+	}
+	cmd.Flags().StringVar(&stateDir, "state-dir", "", "state directory of a daemon that is not running")
+	return cmd
+}
+
+func (a *app) verifyAll(cmd *cobra.Command, stateDir string, groups []string) (all []api.Verified, err error) {
+	ctx := cmd.Context()
+	if stateDir != "" {
+		return all, atRest(stateDir, groups, func(g *journal.Group) error {
+			v, err := api.VerifyGroup(ctx, g)
+			all = append(all, v)
+			return err
+		})
+	}
+	c, groups, err := a.groups(cmd, groups)
+	if err != nil {
+		return nil, err
+	}
+	for _, g := range groups {
+		v, err := c.Verify(ctx, g)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, v)
+	}
+	return all, nil
+}
+
+// groups is the daemon's client, and the groups named or all that it has.
+func (a *app) groups(cmd *cobra.Command, named []string) (*api.Client, []string, error) {
+	c, err := a.client()
+	if err != nil || len(named) > 0 {
+		return c, named, err
+	}
+	s, err := c.Status(cmd.Context())
+	for _, g := range s.Groups {
+		named = append(named, g.Name)
+	}
+	return c, named, err
+}
+
+// atRest opens a state directory that no daemon uses, changes nothing in it,
+// and calls fn with the groups named, or all.
+func atRest(stateDir string, groups []string, fn func(*journal.Group) error) error {
+	names, err := journal.GroupNames(stateDir, journal.Options{})
+	if err != nil {
+		return err
+	}
+	if len(groups) == 0 {
+		groups = names
+	}
+	var configs []journal.GroupConfig
+	for _, g := range groups {
+		if !slices.Contains(names, g) {
+			return &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("group %q is not in %s", g, stateDir)}
+		}
+		configs = append(configs, journal.GroupConfig{Name: g})
+	}
+	s, err := journal.Open(stateDir, configs, journal.Options{ReadOnly: true})
+	if err != nil {
+		return err
+	}
+	for _, g := range s.Groups() {
+		if err := fn(g); err != nil {
+			return errors.Join(err, s.Abandon())
+		}
+	}
+	return s.Abandon()
+}
+
+func (a *app) printVerified(cmd *cobra.Command, all []api.Verified) error {
+	var damaged int64
+	for _, v := range all {
+		damaged += v.Damaged
+	}
+	if a.json {
+		if err := printJSON(cmd, map[string]any{"groups": all}); err != nil {
+			return err
+		}
+	} else {
+		out := cmd.OutOrStdout()
+		for _, v := range all {
+			fmt.Fprintf(out, "%s: %d records, %d originals, %s of payload, %d versions: ", v.Group, v.Records, v.Origins, size(v.Bytes), v.Versions)
+			if v.Damaged == 0 {
+				fmt.Fprintln(out, "no damage")
+				continue
+			}
+			fmt.Fprintf(out, "%d damaged\n", v.Damaged)
+			for _, f := range v.Findings {
+				fmt.Fprintf(out, "  %s: LSN %d: %s\n", f.Where, f.LSN, f.What)
+			}
+		}
+	}
+	if damaged > 0 {
+		return fmt.Errorf("%w: %d findings", errDamage, damaged)
+	}
+	return nil
+}

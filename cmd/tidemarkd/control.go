@@ -1,0 +1,179 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/pprof"
+
+	"go.uber.org/zap"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+	"github.com/tidemark-cdp/tidemark/cmd/internal/build"
+	"github.com/tidemark-cdp/tidemark/cmd/internal/dump"
+	"github.com/tidemark-cdp/tidemark/journal"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// control serves the API of package api.
+type control struct {
+	store    *journal.Store
+	stateDir string
+	nbd      []string
+	log      *zap.Logger
+}
+
+func newControl(store *journal.Store, stateDir string, nbd []string, log *zap.Logger) http.Handler {
+	c := &control{store: store, stateDir: stateDir, nbd: nbd, log: log}
+	mux := http.NewServeMux()
+	handle := func(pattern string, fn func(*http.Request) (any, error)) {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			r.Body = http.MaxBytesReader(w, r.Body, 64<<10)
+			answer, err := fn(r)
+			c.answer(w, r, answer, err)
+		})
+	}
+	handle("GET /v1/status", c.status)
+	handle("POST /v1/groups/{group}/markers", c.mark)
+	handle("GET /v1/groups/{group}/points", c.points)
+	handle("GET /v1/groups/{group}/resolve", c.resolve)
+	handle("POST /v1/groups/{group}/verify", c.verify)
+	mux.HandleFunc("GET /v1/groups/{group}/dump", c.dump)
+	// Profiles, for whoever may open the socket anyway.
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+	return mux
+}
+
+var errBadRequest = errors.New("bad request")
+
+// codes are tried in order: an error may wrap several.
+var codes = []struct {
+	err    error
+	code   string
+	status int
+}{
+	{errBadRequest, api.CodeBadRequest, http.StatusBadRequest},
+	{journal.ErrLabelInUse, api.CodeConflict, http.StatusConflict},
+	{journal.ErrNoPoint, api.CodeNoPoint, http.StatusNotFound},
+	{journal.ErrNotFound, api.CodeNotFound, http.StatusNotFound},
+	{journal.ErrFailed, api.CodeFailed, http.StatusServiceUnavailable},
+	{journal.ErrNoSpace, api.CodeNoSpace, http.StatusInsufficientStorage},
+}
+
+func (c *control) answer(w http.ResponseWriter, r *http.Request, answer any, err error) {
+	status := http.StatusOK
+	if err != nil {
+		e := api.Error{Code: api.CodeInternal, Message: err.Error()}
+		status = http.StatusInternalServerError
+		for _, k := range codes {
+			if errors.Is(err, k.err) {
+				e.Code, status = k.code, k.status
+				break
+			}
+		}
+		answer = e
+		c.log.Info("API call refused", zap.String("call", r.Method+" "+r.URL.Path), zap.Error(err))
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	if err := json.NewEncoder(w).Encode(answer); err != nil {
+		c.log.Info("API client is gone", zap.Error(err))
+	}
+}
+
+func (c *control) status(*http.Request) (any, error) {
+	s := api.Status{Version: build.Version(), NBD: c.nbd, StateDir: c.stateDir, IndexBytes: c.store.IndexBytes(), Groups: []api.Group{}}
+	for _, g := range c.store.Groups() {
+		state, why := g.State()
+		a := api.Group{
+			Name: g.Name(), State: state, Head: uint64(g.Head()), Durable: uint64(g.Durable()), Applied: uint64(g.Applied()),
+			Horizon: uint64(g.Horizon()), JournalBytes: g.JournalBytes(), Disks: []api.Disk{},
+		}
+		if why != nil {
+			a.Error = why.Error()
+		}
+		for _, d := range g.Disks() {
+			a.Disks = append(a.Disks, api.Disk{Name: d.Name, Size: d.Size, Backing: d.Path})
+		}
+		s.Groups = append(s.Groups, a)
+	}
+	return s, nil
+}
+
+func marker(g *journal.Group, m record.Marker) api.Marker {
+	return api.Marker{
+		Group: g.Name(), LSN: uint64(m.LSN), Label: m.Label, Time: m.Time, Consistency: m.Consistency.String(), By: m.By,
+	}
+}
+
+func (c *control) mark(r *http.Request) (any, error) {
+	g, err := c.store.Group(r.PathValue("group"))
+	if err != nil {
+		return nil, err
+	}
+	var req api.MarkRequest
+	if err := json.NewDecoder(r.Body).Decode(&req); err != nil {
+		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
+	}
+	if err := record.CheckLabel(req.Label); err != nil {
+		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
+	}
+	m, err := g.Mark(req.Label, req.By)
+	if err != nil {
+		return nil, err
+	}
+	c.log.Info("marker", zap.String("group", g.Name()), zap.String("label", m.Label), zap.Uint64("lsn", uint64(m.LSN)))
+	return marker(g, m), nil
+}
+
+func (c *control) points(r *http.Request) (any, error) {
+	g, err := c.store.Group(r.PathValue("group"))
+	if err != nil {
+		return nil, err
+	}
+	p := api.Points{
+		Group: g.Name(), Horizon: uint64(g.Horizon()), Durable: uint64(g.Durable()), Head: uint64(g.Head()), Markers: []api.Marker{},
+	}
+	markers, err := g.Markers()
+	for _, m := range markers {
+		p.Markers = append(p.Markers, marker(g, m))
+	}
+	return p, err
+}
+
+func (c *control) resolve(r *http.Request) (any, error) {
+	g, err := c.store.Group(r.PathValue("group"))
+	if err != nil {
+		return nil, err
+	}
+	point, err := record.ParsePoint(r.URL.Query().Get("point"))
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
+	}
+	lsn, err := g.Resolve(point)
+	return api.Resolved{Group: g.Name(), Point: point.String(), LSN: uint64(lsn)}, err
+}
+
+func (c *control) verify(r *http.Request) (any, error) {
+	g, err := c.store.Group(r.PathValue("group"))
+	if err != nil {
+		return nil, err
+	}
+	return api.VerifyGroup(r.Context(), g)
+}
+
+// dump streams: what goes wrong behind the first line ends the answer.
+func (c *control) dump(w http.ResponseWriter, r *http.Request) {
+	g, err := c.store.Group(r.PathValue("group"))
+	if err != nil {
+		c.answer(w, r, nil, err)
+		return
+	}
+	on := func(name string) bool { return r.URL.Query().Get(name) == "true" }
+	o := dump.Options{Segments: on("segments"), Records: on("records"), Index: on("index"), JSON: on("json")}
+	if err := dump.Group(r.Context(), w, g, o); err != nil {
+		c.log.Info("dump ended early", zap.String("group", g.Name()), zap.Error(err))
+	}
+}

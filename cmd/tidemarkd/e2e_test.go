@@ -1,0 +1,318 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/tidemark-cdp/tidemark/nbd/client"
+)
+
+// The tests of this file run the real programs and real clients.
+
+var binDir string
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		var err error
+		if binDir, err = os.MkdirTemp("", "tidemark-bin"); err != nil {
+			panic(err)
+		}
+		defer os.RemoveAll(binDir)
+		for _, p := range []string{"tidemarkd", "tidemark"} {
+			cmd := exec.Command("go", "build", "-race", "-o", binDir+"/", "../"+p)
+			cmd.Stderr = os.Stderr
+			if err := cmd.Run(); err != nil {
+				fmt.Fprintln(os.Stderr, "build", p, err)
+				return 1
+			}
+		}
+		return m.Run()
+	}())
+}
+
+// need skips a test, by the name of what is missing, where a tool is absent.
+func need(t *testing.T, tools ...string) {
+	t.Helper()
+	for _, tool := range tools {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("this machine has no %s: run make deps", tool)
+		}
+	}
+}
+
+func needRoot(t *testing.T) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("takes root: mounts and loop devices")
+	}
+}
+
+// served is a tidemarkd with one disk, web01/vda.
+type served struct {
+	t     *testing.T
+	dir   string
+	disk  string
+	extra []string
+	cmd   *exec.Cmd
+	log   *os.File
+}
+
+func serve(t *testing.T, size int64, extra ...string) *served {
+	t.Helper()
+	d := &served{t: t, dir: t.TempDir(), extra: extra}
+	d.disk = filepath.Join(d.dir, "vda.raw")
+	require.NoError(t, os.WriteFile(d.disk, nil, 0o600))
+	require.NoError(t, os.Truncate(d.disk, size))
+	d.start()
+	return d
+}
+
+func (d *served) path(name string) string { return filepath.Join(d.dir, name) }
+func (d *served) sock() string            { return d.path("nbd.sock") }
+
+func (d *served) args() []string {
+	return append([]string{"--state-dir", d.path("state"), "--nbd", "unix:" + d.sock(), "--api", "unix:" + d.path("api.sock"),
+		"--disk", "web01/vda=" + d.disk, "--log-format", "console", "--config", d.config()}, d.extra...)
+}
+
+func (d *served) config() string {
+	path := d.path("tidemark.yaml")
+	if _, err := os.Stat(path); err != nil {
+		require.NoError(d.t, os.WriteFile(path, []byte("journal: {segment: 16MiB, reserve: 16MiB}\n"), 0o600))
+	}
+	return path
+}
+
+// start starts the daemon and waits until it is ready, as systemd would.
+func (d *served) start() {
+	d.t.Helper()
+	var err error
+	d.log, err = os.OpenFile(d.path("log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	require.NoError(d.t, err)
+	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: d.path("notify"), Net: "unixgram"})
+	require.NoError(d.t, err)
+	defer func() { require.NoError(d.t, errors.Join(notify.Close(), os.RemoveAll(d.path("notify")))) }()
+	d.cmd = exec.Command(filepath.Join(binDir, "tidemarkd"), d.args()...)
+	d.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+d.path("notify"))
+	d.cmd.Stderr = d.log
+	require.NoError(d.t, d.cmd.Start())
+	cmd := d.cmd
+	d.t.Cleanup(func() {
+		if cmd.ProcessState == nil {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		}
+		if d.t.Failed() {
+			b, _ := os.ReadFile(d.path("log"))
+			d.t.Logf("the daemon's log:\n%s", b)
+		}
+	})
+	b := make([]byte, 100)
+	require.NoError(d.t, notify.SetReadDeadline(time.Now().Add(30*time.Second)))
+	n, err := notify.Read(b)
+	if err != nil {
+		out, _ := os.ReadFile(d.path("log"))
+		d.t.Fatalf("the daemon does not get ready: %s", out)
+	}
+	require.Equal(d.t, "READY=1", string(b[:n]))
+}
+
+// stop stops the daemon in order.
+func (d *served) stop() {
+	d.t.Helper()
+	require.NoError(d.t, d.cmd.Process.Signal(syscall.SIGTERM))
+	require.NoError(d.t, d.cmd.Wait())
+	require.NoError(d.t, d.log.Close())
+}
+
+func (d *served) kill() {
+	d.t.Helper()
+	require.NoError(d.t, d.cmd.Process.Kill())
+	_ = d.cmd.Wait() // it was killed
+	require.NoError(d.t, d.log.Close())
+}
+
+// uri names an export as other programs do.
+func (d *served) uri(export string) string {
+	return "nbd+unix:///" + strings.ReplaceAll(export, "@", "%40") + "?socket=" + d.sock()
+}
+
+func (d *served) dial(export string) *client.Client {
+	d.t.Helper()
+	c, err := client.Dial(context.Background(), "unix", d.sock(), export, nil)
+	require.NoError(d.t, err)
+	return c
+}
+
+// tidemark runs the client and returns its output and exit code.
+func (d *served) tidemark(args ...string) (string, int) {
+	d.t.Helper()
+	cmd := exec.Command(filepath.Join(binDir, "tidemark"), args...)
+	cmd.Env = append(os.Environ(), "TIDEMARK_API=unix:"+d.path("api.sock"))
+	var out, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &stderr
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if err != nil {
+		require.ErrorAs(d.t, err, &exit)
+		return stderr.String(), exit.ExitCode()
+	}
+	return out.String(), 0
+}
+
+func (d *served) ok(args ...string) string {
+	d.t.Helper()
+	out, code := d.tidemark(args...)
+	require.Zero(d.t, code, "tidemark %v: %s", args, out)
+	return out
+}
+
+// tool runs a program and wants it to succeed.
+func tool(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	require.NoError(t, err, "%s %v: %s", name, args, out)
+	return string(out)
+}
+
+func TestStopInOrderAndStartAgain(t *testing.T) {
+	d := serve(t, 16<<20)
+	c := d.dial("web01/vda")
+	want := bytes.Repeat([]byte("tidemark"), 8192)
+	require.NoError(t, c.WriteAt(want, 12345, false))
+	d.stop()
+	require.Error(t, c.WriteAt(want, 0, false), "the connection is gone")
+	require.NoError(t, c.Close())
+	b, err := os.ReadFile(d.disk)
+	require.NoError(t, err)
+	require.True(t, bytes.Equal(want, b[12345:12345+len(want)]), "the backing is what was written")
+	d.start()
+	c = d.dial("web01/vda")
+	defer c.Close()
+	got := make([]byte, len(want))
+	require.NoError(t, c.ReadAt(got, 12345))
+	require.Equal(t, want, got)
+	past := d.dial("web01/vda@lsn:0")
+	defer past.Close()
+	require.True(t, past.ReadOnly())
+	require.NoError(t, past.ReadAt(got, 12345))
+	require.Equal(t, make([]byte, len(want)), got)
+}
+
+func TestJSONContractAndExitCodes(t *testing.T) {
+	d := serve(t, 16<<20)
+	decode := func(s string) map[string]any {
+		var v map[string]any
+		require.NoError(t, json.Unmarshal([]byte(s), &v))
+		return v
+	}
+	mark := decode(d.ok("mark", "web01", "first", "--json"))
+	for _, k := range []string{"group", "lsn", "label", "time", "consistency"} {
+		require.Contains(t, mark, k)
+	}
+	require.Equal(t, "crash", mark["consistency"])
+	points := decode(d.ok("points", "web01", "--json"))
+	for _, k := range []string{"group", "horizon", "durable", "head", "markers"} {
+		require.Contains(t, points, k)
+	}
+	require.Len(t, points["markers"], 1)
+	group := decode(d.ok("status", "--json"))["groups"].([]any)[0].(map[string]any)
+	for _, k := range []string{"name", "state", "head", "durable", "applied", "horizon", "disks"} {
+		require.Contains(t, group, k)
+	}
+	for _, k := range []string{"name", "size", "backing"} {
+		require.Contains(t, group["disks"].([]any)[0], k)
+	}
+	require.Contains(t, decode(d.ok("version", "--json")), "version")
+	require.Contains(t, d.ok("completion", "bash"), "tidemark")
+	for _, c := range []struct {
+		code int
+		args []string
+	}{
+		{2, []string{"mark", "web01"}},
+		{2, []string{"nonsense"}},
+		{2, []string{"status", "--nonsense"}},
+		{2, []string{"mark", "web01", "lsn:4"}},
+		{2, []string{"restore", "web01/vda", "--to", "x"}},
+		{3, []string{"status", "--api", "unix:/nonexistent"}},
+		{4, []string{"mark", "web02", "x"}},
+		{4, []string{"restore", "web01/vda@nope", "--to", d.path("x")}},
+		{5, []string{"mark", "web01", "first"}},
+	} {
+		out, code := d.tidemark(c.args...)
+		require.Equal(t, c.code, code, "%v: %s", c.args, out)
+		require.NotEmpty(t, out)
+	}
+}
+
+// TestAtRestVerbsChangeNothing compares every byte and time of the state
+// directory before and after.
+func TestAtRestVerbsChangeNothing(t *testing.T) {
+	d := serve(t, 16<<20)
+	c := d.dial("web01/vda")
+	for i := range int64(50) {
+		require.NoError(t, c.WriteAt(bytes.Repeat([]byte{byte(i)}, 70000), i*70001, false))
+	}
+	require.NoError(t, c.Close())
+	d.ok("mark", "web01", "m")
+	picture := func() (all []string) {
+		require.NoError(t, filepath.WalkDir(d.path("state"), func(path string, e os.DirEntry, err error) error {
+			require.NoError(t, err)
+			info, err := e.Info()
+			require.NoError(t, err)
+			line := fmt.Sprint(path, info.Size(), info.ModTime(), info.Mode())
+			if info.Mode().IsRegular() {
+				b, err := os.ReadFile(path)
+				require.NoError(t, err)
+				line += fmt.Sprintf("%x", bytes.Compare(b, nil)) + string(b)
+			}
+			all = append(all, line)
+			return nil
+		}))
+		return all
+	}
+	for _, end := range []func(){d.kill, d.stop} {
+		end()
+		before := picture()
+		require.Contains(t, d.ok("verify", "--state-dir", d.path("state")), "no damage")
+		require.Contains(t, d.ok("dump", "--state-dir", d.path("state"), "--records"), "LSN 1 ")
+		d.ok("dump", "--state-dir", d.path("state"), "--json")
+		require.True(t, strings.Join(before, "\n") == strings.Join(picture(), "\n"), "something changed")
+		d.start()
+	}
+	out, code := d.tidemark("verify", "--state-dir", d.path("state"))
+	require.Equal(t, 1, code, "a running daemon has the directory: %s", out)
+	require.Contains(t, d.ok("dump"), "segment")
+	require.Contains(t, d.ok("verify"), "no damage")
+}
+
+func TestBadStartsSayWhy(t *testing.T) {
+	d := serve(t, 1<<20)
+	fails := func(args ...string) string {
+		out, err := exec.Command(filepath.Join(binDir, "tidemarkd"), args...).CombinedOutput()
+		require.Error(t, err)
+		return string(out)
+	}
+	base := []string{"--state-dir", d.path("s2"), "--nbd", "unix:" + d.path("n2"), "--api", "unix:" + d.path("a2")}
+	require.Contains(t, fails(append(base, "--disk", "web01")...), "GROUP/DISK=BACKING")
+	require.Contains(t, fails(append(base, "--disk", "web01/vda=/nonexistent")...), "does not exist")
+	require.Contains(t, fails(append(base, "--disk", "we b/vda="+d.disk)...), "not allowed")
+	require.Contains(t, fails(base...), "no disk is given")
+	require.Contains(t, fails(d.args()...), "another")
+	bad := d.path("bad.yaml")
+	require.NoError(t, os.WriteFile(bad, []byte("groups: {g: {disks: {d: {backing: /x, colour: red}}}}"), 0o600))
+	require.Contains(t, fails("--config", bad), "colour")
+}

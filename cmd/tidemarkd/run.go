@@ -1,0 +1,227 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	"github.com/coreos/go-systemd/v22/daemon"
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/build"
+	"github.com/tidemark-cdp/tidemark/cmd/internal/config"
+	"github.com/tidemark-cdp/tidemark/journal"
+	"github.com/tidemark-cdp/tidemark/nbd"
+)
+
+// run serves until ctx ends, then stops in order: no new requests, those in
+// hand finished, everything applied and checkpointed.
+func run(ctx context.Context, c config.Config, log *zap.Logger) error {
+	began := time.Now()
+	tlsConf, err := c.TLS.Server()
+	if err != nil {
+		return err
+	}
+	store, err := openStore(c, log)
+	if err != nil {
+		return err
+	}
+	ls, err := listen(c)
+	if err != nil {
+		return errors.Join(err, store.Close())
+	}
+	log.Info("serving", zap.String("version", build.Version()), zap.Duration("after", time.Since(began)),
+		zap.Strings("nbd", ls.names), zap.String("api", c.API))
+
+	// The store's work goes on until the last client is gone.
+	work, stopWork := context.WithCancel(context.Background())
+	defer stopWork()
+	storeDone := make(chan error, 1)
+	go func() { storeDone <- store.Run(work) }()
+
+	eg, serving := errgroup.WithContext(ctx)
+	ls.serve(serving, eg, store, c, tlsConf, log)
+	notify(log, daemon.SdNotifyReady)
+	served := make(chan error, 1)
+	go func() { served <- eg.Wait() }()
+	select {
+	case err = <-served:
+	case err := <-storeDone:
+		// The index is beyond use, and whoever needs it may hang: end here.
+		// Recovery has all that was acknowledged.
+		return err
+	}
+	notify(log, daemon.SdNotifyStopping)
+	stopWork()
+	if serr := <-storeDone; serr != nil {
+		return errors.Join(err, serr)
+	}
+	log.Info("stopping: applying what is journaled")
+	if err := errors.Join(err, store.Close()); err != nil {
+		return err
+	}
+	log.Info("stopped")
+	return nil
+}
+
+func notify(log *zap.Logger, state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		log.Warn("notify systemd", zap.Error(err))
+	}
+}
+
+func openStore(c config.Config, log *zap.Logger) (*journal.Store, error) {
+	var groups []journal.GroupConfig
+	for name, g := range c.Groups {
+		gc := journal.GroupConfig{Name: name}
+		for disk, d := range g.Disks {
+			gc.Disks = append(gc.Disks, journal.DiskConfig{Name: disk, Backing: d.Backing})
+		}
+		slices.SortFunc(gc.Disks, func(a, b journal.DiskConfig) int { return cmp.Compare(a.Name, b.Name) })
+		groups = append(groups, gc)
+	}
+	slices.SortFunc(groups, func(a, b journal.GroupConfig) int { return cmp.Compare(a.Name, b.Name) })
+	return journal.Open(c.StateDir, groups, journal.Options{
+		Log: log, SegmentSize: int64(c.Journal.Segment), Limit: int64(c.Journal.Limit), Reserve: int64(c.Journal.Reserve),
+		Unapplied: int64(c.Journal.Unapplied), IndexCache: int64(c.Journal.IndexCache),
+	})
+}
+
+// listeners are the daemon's sockets.
+type listeners struct {
+	nbd   []net.Listener
+	api   net.Listener
+	names []string
+}
+
+// listen opens the sockets, or takes them from systemd: sockets named "api" and
+// "nbd" in their units' FileDescriptorName stand for those configured.
+func listen(c config.Config) (*listeners, error) {
+	var ls listeners
+	given, err := activation.ListenersWithNames()
+	if err != nil {
+		return nil, fmt.Errorf("sockets from systemd: %w", err)
+	}
+	for name, l := range given {
+		switch name {
+		case "api":
+			ls.api = l[0]
+		case "nbd":
+			ls.nbd = l
+		default:
+			return nil, fmt.Errorf("systemd passed a socket named %q: FileDescriptorName must be nbd or api", name)
+		}
+	}
+	if ls.api == nil {
+		if ls.api, err = listenOn(c.API); err != nil {
+			return nil, err
+		}
+	}
+	if ls.nbd == nil {
+		for _, spec := range c.NBD {
+			l, err := listenOn(spec)
+			if err != nil {
+				return nil, errors.Join(err, ls.close())
+			}
+			ls.nbd = append(ls.nbd, l)
+		}
+	}
+	for _, l := range ls.nbd {
+		ls.names = append(ls.names, l.Addr().Network()+":"+l.Addr().String())
+	}
+	return &ls, nil
+}
+
+func (ls *listeners) close() error {
+	errs := []error{ls.api.Close()}
+	for _, l := range ls.nbd {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// listenOn opens one socket. A unix socket that nobody serves any more is replaced.
+func listenOn(spec string) (net.Listener, error) {
+	network, addr, err := config.ParseListen(spec)
+	if err != nil {
+		return nil, err
+	}
+	if network == "unix" {
+		if err := os.MkdirAll(filepath.Dir(addr), 0o755); err != nil {
+			return nil, err
+		}
+		if c, err := net.DialTimeout("unix", addr, time.Second); err == nil {
+			_ = c.Close()
+			return nil, fmt.Errorf("listen on %s: another process serves it", spec)
+		}
+		if err := os.Remove(addr); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("listen on %s: %w", spec, err)
+		}
+	}
+	l, err := net.Listen(network, addr)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", spec, err)
+	}
+	if network == "unix" {
+		// Whoever opens these sockets has the disks.
+		if err := os.Chmod(addr, 0o660); err != nil {
+			return nil, errors.Join(err, l.Close())
+		}
+	}
+	return l, nil
+}
+
+func (ls *listeners) serve(ctx context.Context, eg *errgroup.Group, store *journal.Store, c config.Config, tlsConf tlsConfig, log *zap.Logger) {
+	exports := &exports{store: store}
+	for _, l := range ls.nbd {
+		// A client on another host outlives this one: what it was told is
+		// written must be.
+		remote := l.Addr().Network() != "unix"
+		s := &nbd.Server{Exports: exports, Log: log, Durable: remote}
+		if remote {
+			s.TLS = tlsConf
+		}
+		eg.Go(func() error { return s.Serve(ctx, l) })
+	}
+	// A call under way when the daemon stops sees its context end; all calls
+	// have returned before the store is closed.
+	var calls sync.WaitGroup
+	handler := newControl(store, c.StateDir, ls.names, log)
+	srv := &http.Server{
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			calls.Add(1)
+			defer calls.Done()
+			handler.ServeHTTP(w, r)
+		}),
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ReadHeaderTimeout: 10 * time.Second,
+	}
+	eg.Go(func() error {
+		if err := srv.Serve(ls.api); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("serve the API: %w", err)
+		}
+		return nil
+	})
+	eg.Go(func() error {
+		<-ctx.Done()
+		grace, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		if err := srv.Shutdown(grace); err != nil {
+			err = srv.Close() // cut off who does not read
+			calls.Wait()
+			return err
+		}
+		return nil
+	})
+}
