@@ -1,0 +1,188 @@
+package fuzz
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"go.uber.org/zap"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
+	"github.com/tidemark-cdp/tidemark/nbd"
+)
+
+// memory is the smallest device that checks what it is asked.
+type memory struct {
+	t *testing.T
+	b []byte
+}
+
+func (m memory) Size() int64    { return int64(len(m.b)) }
+func (m memory) ReadOnly() bool { return false }
+func (m memory) Flush() error   { return nil }
+func (m memory) Close() error   { return nil }
+
+func (m memory) ReadAt(p []byte, off int64, _ bool) error {
+	copy(p, m.b[off:off+int64(len(p))])
+	return nil
+}
+
+func (m memory) Change(changes []nbd.Change) error {
+	for _, c := range changes {
+		if c.Op == nbd.OpWrite && int64(len(c.Buf)) != c.Len {
+			m.t.Fatalf("a write of %d bytes with a buffer of %d", c.Len, len(c.Buf))
+		}
+		copy(m.b[c.Off:c.Off+c.Len], c.Buf)
+	}
+	return nil
+}
+
+func (m memory) Extents(_, n int64, fn func(int64, bool)) error {
+	fn(n, false)
+	return nil
+}
+
+type exports struct{ dev nbd.Device }
+
+func (e exports) List() []string { return []string{"d"} }
+
+func (e exports) Open(name string) (nbd.Device, error) {
+	if name != "d" {
+		return nil, errors.New("no such export")
+	}
+	return e.dev, nil
+}
+
+// serve gives a connection the client's bytes and waits for its end.
+func serve(t *testing.T, in []byte) {
+	client, server := net.Pipe()
+	s := nbd.Server{Exports: exports{memory{t, make([]byte, 64<<10)}}, Log: zap.NewNop()}
+	done := make(chan struct{})
+	go func() {
+		s.ServeConn(context.Background(), server)
+		close(done)
+	}()
+	go func() {
+		buf := make([]byte, 4096)
+		for {
+			if _, err := client.Read(buf); err != nil {
+				return
+			}
+		}
+	}()
+	_ = client.SetWriteDeadline(time.Now().Add(5 * time.Second))
+	_, _ = client.Write(in) // the server may hang up first
+	_ = client.Close()
+	select {
+	case <-done:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the connection did not end")
+	}
+}
+
+var hello = []byte{0, 0, 0, 3}
+
+func option(opt byte, data string) []byte {
+	b := append([]byte("IHAVEOPT\x00\x00\x00"), opt, 0, 0, 0, byte(len(data)))
+	return append(b, data...)
+}
+
+func request(flags, typ byte, n byte, payload string) []byte {
+	b := []byte{0x25, 0x60, 0x95, 0x13, 0, flags, 0, typ, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 16, 0, 0, 0, 0, n}
+	return append(b, payload...)
+}
+
+func FuzzHandshake(f *testing.F) {
+	for _, o := range [][]byte{option(3, ""), option(7, "\x00\x00\x00\x01d\x00\x00"), option(8, ""), option(5, ""), option(1, "d"),
+		append(option(8, ""), option(10, "\x00\x00\x00\x01d\x00\x00\x00\x01\x00\x00\x00\x0fbase:allocation")...)} {
+		f.Add(append(bytes.Clone(hello), o...))
+	}
+	f.Fuzz(func(t *testing.T, in []byte) { serve(t, in) })
+}
+
+func FuzzTransmission(f *testing.F) {
+	for _, r := range [][]byte{request(0, 0, 9, ""), request(1, 1, 3, "abc"), request(0, 3, 0, ""), request(0, 6, 8, ""), request(0, 7, 8, ""), request(0, 2, 0, "")} {
+		f.Add(true, r)
+		f.Add(false, append(bytes.Clone(r), r...))
+	}
+	f.Fuzz(func(t *testing.T, structured bool, in []byte) {
+		b := bytes.Clone(hello)
+		if structured {
+			b = append(b, option(8, "")...)
+			b = append(b, option(10, "\x00\x00\x00\x01d\x00\x00\x00\x01\x00\x00\x00\x0fbase:allocation")...)
+		}
+		serve(t, append(append(b, option(7, "\x00\x00\x00\x01d\x00\x00")...), in...))
+	})
+}
+
+func FuzzRecord(f *testing.F) {
+	payload := bytes.Repeat([]byte{5}, 5000)
+	h := record.Header{LSN: 1, Extent: record.Extent{Len: 5000}, Kind: record.KindWrite, Payload: 5000, Sums: record.AppendSums(nil, payload)}
+	f.Add(h.Append(nil))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		h, err := record.Decode(b)
+		if err != nil {
+			return
+		}
+		if again := h.Append(nil); len(again) > len(b) || !bytes.Equal(again[8:54], b[8:54]) {
+			t.Fatal("what was decoded encodes to something else")
+		}
+		_, _ = record.DecodeMarker(h.LSN, h.Time, b)
+	})
+}
+
+func FuzzSegment(f *testing.F) {
+	f.Add([]byte("TIDESEG\n"), []byte("TMR1"))
+	f.Fuzz(func(t *testing.T, head, rest []byte) {
+		_, _ = segment.DecodeHeader(append(head, make([]byte, 4096)...))
+		fs := vfs.NewMem()
+		set, err := segment.OpenSet(fs, "", false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer set.Close()
+		w := segment.NewWriter(set, segment.Log, segment.MinSize, 0)
+		if err := w.Roll(segment.Header{First: 1, Name: "g"}, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Append([][]byte{rest}, int64(len(rest))); err != nil {
+			return // longer than the file
+		}
+		file := set.Files(segment.Log)[0]
+		_, err = file.Scan(file.Start(), func(off int64, h record.Header) error {
+			_, err := file.VerifyPayload(off, h, nil)
+			return err
+		})
+		if err != nil && !errors.Is(err, record.ErrCorrupt) {
+			t.Fatal(err)
+		}
+		if _, _, _, err := file.Resync(file.Start()); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func FuzzPoint(f *testing.F) {
+	for _, s := range []string{"latest", "latest:crash", "lsn:5", "-15m", "-2d", "2026-11-21T10:00:00Z", "label"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		p, err := record.ParsePoint(s)
+		if err == nil && p.Form != record.FormTime && p.Form != record.FormAgo {
+			if again, err := record.ParsePoint(p.String()); err != nil || again != p {
+				t.Fatalf("%q reads as %v, which reads as %v, %v", s, p, again, err)
+			}
+		}
+		if record.CheckLabel(s) == nil {
+			if e, err := record.ParseExportName("g/d@" + s); err != nil || e.Point.Label != s {
+				t.Fatalf("label %q can not be named: %v", s, err)
+			}
+		}
+	})
+}
