@@ -1,0 +1,167 @@
+// Command bench compares Tidemark with qemu-nbd and nbdkit in one run: the same
+// jobs on the same 4 GiB disk, in turn and repeated, over unix sockets. It prints ratios
+// of medians and writes the table to a file, with the machine it ran on.
+//
+// It promises nothing about absolute times, which are the machine's. The disk
+// is written through beforehand with random bytes, past Tidemark, so that every first overwrite costs
+// Tidemark an original, as on a disk that was there before. It takes root's rights on nothing, but fio,
+// qemu-nbd, nbdkit and nbdcopy on the path (make deps), and some 40 GiB of disk.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+// job is a row of the table.
+type job struct {
+	name    string
+	peers   []string // to compare with; the best of them counts
+	atLeast float64
+	aim     float64
+	run     func(b *bench, s *server) (float64, error) // larger is better
+}
+
+func fioJob(rw, bs string, depth int, seconds int, extra ...string) func(*bench, *server) (float64, error) {
+	return func(b *bench, s *server) (float64, error) { return b.fio(s.uri, rw, bs, depth, seconds, extra...) }
+}
+
+func jobs(minute int) []job {
+	q := []string{"qemu-nbd"}
+	both := []string{"qemu-nbd", "nbdkit"}
+	short := max(minute/6, 3)
+	return []job{
+		{"4 KiB random write, depth 32", q, 2, 4, fioJob("randwrite", "4k", 32, minute)},
+		{"4 KiB random write, depth 1", q, 3, 6, fioJob("randwrite", "4k", 1, short)},
+		{"4 KiB random write, a flush after each", q, 1, 1.5, func(b *bench, s *server) (float64, error) { return b.flushes(s, short) }},
+		{"64 KiB sequential write, depth 16", q, 0.6, 0.9, fioJob("write", "64k", 16, 0)},
+		{"1 MiB sequential write, depth 8, with the final flush", q, 0.6, 0.9, fioJob("write", "1m", 8, 0, "--end_fsync=1")},
+		{"4 KiB random read, depth 32", both, 1, 1.3, fioJob("randread", "4k", 32, short)},
+		{"1 MiB sequential read, depth 8", both, 0.9, 1.1, fioJob("read", "1m", 8, 0)},
+	}
+}
+
+func main() {
+	out := flag.String("out", "", "file to write the table to")
+	dir := flag.String("dir", "", "scratch directory (default: a temporary one)")
+	rounds := flag.Int("rounds", 3, "how often each job is run")
+	minute := flag.Int("minute", 60, "seconds of the long job; others take a sixth")
+	overwrites := flag.Int("overwrites", 1_000_000, "random overwrites behind the view")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	if err := run(ctx, *dir, *out, *rounds, *minute, *overwrites); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, dir, out string, rounds, minute, overwrites int) error {
+	if dir == "" {
+		tmp, err := os.MkdirTemp("", "tidemark-bench")
+		if err != nil {
+			return err
+		}
+		defer os.RemoveAll(tmp)
+		dir = tmp
+	}
+	b := &bench{ctx: ctx, dir: dir, disk: filepath.Join(dir, "disk.raw")}
+	if err := b.prefill(4 << 30); err != nil {
+		return err
+	}
+	var rows []string
+	add := func(format string, args ...any) {
+		row := fmt.Sprintf(format, args...)
+		fmt.Println(row)
+		rows = append(rows, row)
+	}
+	add("| job | Tidemark | qemu-nbd | nbdkit | ratio | at least | aim |")
+	add("|---|---|---|---|---|---|---|")
+	for _, j := range jobs(minute) {
+		med, err := b.compare(j, rounds)
+		if err != nil {
+			return fmt.Errorf("%s: %w", j.name, err)
+		}
+		best := 0.0
+		for _, p := range j.peers {
+			best = max(best, med[p])
+		}
+		add("| %s | %s | %s | %s | %.2f | %g | %g |", j.name, num(med["tidemark"]), num(med["qemu-nbd"]), num(med["nbdkit"]), med["tidemark"]/best, j.atLeast, j.aim)
+	}
+	add("| memory, resident at most under the first job | %d MiB | | | | 600 MiB | 300 MiB |", b.rss>>20)
+	extra, err := b.views(overwrites, rounds)
+	if err != nil {
+		return fmt.Errorf("views: %w", err)
+	}
+	for _, r := range extra {
+		add("%s", r)
+	}
+	if out == "" {
+		return nil
+	}
+	return os.WriteFile(out, []byte(page(rows, rounds, minute, overwrites)), 0o644)
+}
+
+func num(v float64) string {
+	if v == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%.0f", v)
+}
+
+// compare runs a job on every server in turn, so that a machine that drifts drifts for all.
+func (b *bench) compare(j job, rounds int) (map[string]float64, error) {
+	all := map[string][]float64{}
+	for range rounds {
+		for _, name := range append([]string{"tidemark"}, j.peers...) {
+			s, err := b.start(name)
+			if err != nil {
+				return nil, err
+			}
+			v, err := j.run(b, s)
+			if name == "tidemark" {
+				b.rss = max(b.rss, s.rss())
+			}
+			if serr := s.stop(); err == nil {
+				err = serr
+			}
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", name, err)
+			}
+			all[name] = append(all[name], v)
+		}
+	}
+	med := map[string]float64{}
+	for name, vs := range all {
+		med[name] = median(vs)
+	}
+	return med, nil
+}
+
+func median(v []float64) float64 {
+	v = slices.Sorted(slices.Values(v))
+	return v[len(v)/2]
+}
+
+func page(rows []string, rounds, minute, overwrites int) string {
+	return fmt.Sprintf(`# Benchmarks
+
+Made by `+"`make bench`"+` on %s: %s. %d rounds, the long job %d s, %d random overwrites behind the view.
+Figures are medians in requests a second, or as the row says; ratios are what compares, absolute figures are the machine's.
+
+What is compared: Tidemark journals every write and keeps every version; qemu-nbd (`+"`-f raw --cache=writeback`"+`) and
+nbdkit (file plugin) protect nothing. All serve the same 4 GiB raw disk, filled with random bytes beforehand past Tidemark, over a unix
+socket. Each run of Tidemark begins with an empty journal, so that each first overwrite of a block costs it an original. The sequential
+writes go over the disk once: they fit what Tidemark lets its backing be behind (4 GiB by default). A stream that is longer goes at the pace of three writes (journal,
+original, backing) for one.
+
+%s
+`, time.Now().UTC().Format("2006-01-02"), machine(), rounds, minute, overwrites, strings.Join(rows, "\n"))
+}
