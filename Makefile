@@ -1,0 +1,58 @@
+# What a person or CI runs. Everything installs what it needs, on Debian 12
+# with Go, gcc, make and git.
+
+GO       ?= go
+BIN      := bin
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null)
+LDFLAGS  := -X github.com/tidemark-cdp/tidemark/cmd/internal/build.version=$(VERSION)
+PACKAGES := qemu-utils libnbd-bin python3-libnbd nbdkit fio e2fsprogs xfsprogs fuse3 util-linux
+GUEST    := qemu-system-x86 busybox-static cpio
+FUZZTIME ?= 10s
+SEEDS    ?= 1000
+
+.PHONY: build deps guest-deps test test-long fuzz bench lint demo clean
+
+build:
+	$(GO) build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/tidemark ./cmd/tidemarkd
+
+# deps installs the peers and tools that tests, benchmarks and demo use.
+deps:
+	@testdata/install-packages $(PACKAGES)
+
+guest-deps: deps
+	@testdata/install-packages $(GUEST)
+
+# test runs everything that fits some minutes. Tests that need what a machine
+# may lack (root, FUSE, loop devices, QEMU) skip by name where it is absent.
+test: guest-deps
+	$(GO) vet ./...
+	$(GO) test -race -timeout 20m $(TESTFLAGS) ./...
+	$(GO) test -timeout 10m ./journal -run TestModel -model.seeds=$(SEEDS)
+	$(MAKE) fuzz FUZZTIME=2000x
+
+# test-long is for a night: more seeds, more kills, more fuzzing.
+test-long: guest-deps
+	$(GO) test -timeout 8h ./journal -run TestModel -model.seeds=20000
+	TIDEMARK_KILLS=200 $(GO) test -race -timeout 2h ./cmd/tidemarkd -run TestKill
+	$(MAKE) fuzz FUZZTIME=5m
+
+fuzz:
+	@set -e; for p in ./fuzz ./cmd/internal/config; do \
+		for f in $$($(GO) test -list 'Fuzz.*' $$p | grep ^Fuzz); do \
+			echo "fuzz $$p $$f"; $(GO) test $$p -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME); done; done
+
+# bench compares with qemu-nbd and nbdkit and rewrites docs/BENCHMARKS.md.
+bench: deps build
+	$(GO) run ./cmd/internal/bench -out docs/BENCHMARKS.md
+
+lint:
+	@test -z "$$(gofmt -l .)" || { gofmt -l .; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool -modfile=tools.mod golangci-lint run ./...
+	$(GO) tool -modfile=tools.mod govulncheck ./...
+
+demo: deps build
+	testdata/demo
+
+clean:
+	rm -rf $(BIN)
