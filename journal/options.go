@@ -34,8 +34,8 @@ type Options struct {
 	Unapplied int64
 	// IndexCache is the memory for blocks of the index, bytes; 64 MiB by default.
 	IndexCache int64
-	// ReadOnly opens a store at rest and changes nothing in it: views and
-	// verification alone.
+	// ReadOnly opens a store at rest and changes nothing in it: for Verify and
+	// Dump. A view of what the index does not have yet is an error.
 	ReadOnly bool
 }
 

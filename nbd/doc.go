@@ -13,7 +13,9 @@
 //   - Memory is bounded: no length from the wire is allocated before it is
 //     checked, large buffers come out of one budget for all connections.
 //   - Requests of one connection are served side by side and answered in
-//     any order; a request that must wait for the disk holds up no other.
+//     any order; a READ, CACHE or BLOCK_STATUS that must wait for the disk holds
+//     up no other. Writes are done in the reader, and so are the flushes of FUA
+//     and of a Durable server: what comes behind them on the connection waits.
 //
 // # The caller must
 //
@@ -35,5 +37,7 @@
 // # Limits
 //
 // Extended headers (64-bit lengths) are not offered; oldstyle negotiation is
-// not known. base:allocation is the only metadata context.
+// not known. base:allocation is the only metadata context. The budget of large
+// requests is not divided between clients: one that never takes its replies can
+// hold up others' requests of more than 128 KiB.
 package nbd
