@@ -63,25 +63,25 @@ func (d *Disk) BlockLen(block int64) int {
 }
 
 // Insert puts a record, already in its segment, over the backing. payload is
-// the place of its payload in the file. It returns about what that takes of
-// memory, in units of some 200 bytes.
+// the place of its payload in the file. It returns what the overlay grew by, in
+// units of some 200 bytes.
 func (d *Disk) Insert(h *record.Header, file uint32, payload int64) int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	first, n := h.Extent.Off/record.BlockSize, int64(record.Blocks(h.Extent.Len))
 	l := d.mu.active
+	before := l.weight()
 	switch h.Kind {
 	case record.KindWrite:
 		l.insert(first, n, func(i int64) place {
 			return place{file: file, off: uint32(payload + i*record.BlockSize), sum: h.Sums.At(int(i))}
 		})
-		return cost(first, n, false)
 	case record.KindZero:
 		l.insertZero(first, n, place{file: zeroes})
 	case record.KindTrim:
 		l.insertZero(first, n, place{file: zeroes, off: 1})
 	}
-	return cost(first, n, true)
+	return l.weight() - before
 }
 
 // Captured reports whether the journal holds what the block was before its

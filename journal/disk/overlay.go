@@ -18,53 +18,79 @@ const zeroes = ^uint32(0)
 
 const (
 	chunkBits   = 4
-	chunkBlocks = 1 << chunkBits // blocks of one map entry: 64 KiB
+	chunkBlocks = 1 << chunkBits // blocks of a chunk: 64 KiB
 	slabChunks  = 512
+
+	nodeBits   = 8
+	nodeChunks = 1 << (nodeBits - chunkBits) // chunks of a node: 1 MiB
+	slabNodes  = 512
 
 	unitBits   = 12
 	unitBlocks = 1 << unitBits // blocks of an aligned run that may be zeroes as a whole: 16 MiB
+	unitNodes  = 1 << (unitBits - nodeBits)
 )
 
-type chunk [chunkBlocks]place
+type (
+	chunk [chunkBlocks]place
+	// node has the positions of its chunks in the slabs plus one; 0: no such chunk.
+	node [nodeChunks]uint32
+)
 
-// layer maps blocks to places. Chunks stand in slabs without pointers, so that
-// a large layer costs the garbage collector nothing.
+// layer maps blocks to places, by a map of nodes, which is small enough to stay in the processor's
+// cache, and chunks below them. Both stand in slabs without pointers, so that a large layer
+// costs the garbage collector nothing.
 //
 // A trim may be of a whole disk. Units that it covers are kept as such: a unit in zero
 // reads as zeroes where no chunk says otherwise.
 type layer struct {
-	index map[int64]uint32 // chunk number to its position in the slabs
+	nodes map[int64]uint32 // node number to its position in its slabs
 	zero  map[int64]place  // unit number to the place of its blocks
-	slabs []*[slabChunks]chunk
-	used  uint32
+
+	nodeSlabs  []*[slabNodes]node
+	chunkSlabs []*[slabChunks]chunk
+	usedNodes  uint32
+	usedChunks uint32
 }
 
-func newLayer() *layer { return &layer{index: map[int64]uint32{}, zero: map[int64]place{}} }
+func newLayer() *layer { return &layer{nodes: map[int64]uint32{}, zero: map[int64]place{}} }
 
-func (l *layer) at(pos uint32) *chunk { return &l.slabs[pos/slabChunks][pos%slabChunks] }
+func (l *layer) nodeAt(pos uint32) *node   { return &l.nodeSlabs[pos/slabNodes][pos%slabNodes] }
+func (l *layer) chunkAt(pos uint32) *chunk { return &l.chunkSlabs[pos/slabChunks][pos%slabChunks] }
 
 // chunk returns the chunk with a number, nil if the layer has none.
 func (l *layer) chunk(n int64) *chunk {
 	if l == nil {
 		return nil
 	}
-	pos, ok := l.index[n]
+	pos, ok := l.nodes[n/nodeChunks]
 	if !ok {
 		return nil
 	}
-	return l.at(pos)
+	if pos = l.nodeAt(pos)[n%nodeChunks]; pos == 0 {
+		return nil
+	}
+	return l.chunkAt(pos - 1)
 }
 
 func (l *layer) grow(n int64) *chunk {
-	if c := l.chunk(n); c != nil {
-		return c
+	pos, ok := l.nodes[n/nodeChunks]
+	if !ok {
+		if int(l.usedNodes) == len(l.nodeSlabs)*slabNodes {
+			l.nodeSlabs = append(l.nodeSlabs, new([slabNodes]node))
+		}
+		pos = l.usedNodes
+		l.nodes[n/nodeChunks] = pos
+		l.usedNodes++
 	}
-	if int(l.used) == len(l.slabs)*slabChunks {
-		l.slabs = append(l.slabs, new([slabChunks]chunk))
+	at := &l.nodeAt(pos)[n%nodeChunks]
+	if *at == 0 {
+		if int(l.usedChunks) == len(l.chunkSlabs)*slabChunks {
+			l.chunkSlabs = append(l.chunkSlabs, new([slabChunks]chunk))
+		}
+		l.usedChunks++
+		*at = l.usedChunks
 	}
-	l.index[n] = l.used
-	l.used++
-	return l.at(l.used - 1)
+	return l.chunkAt(*at - 1)
 }
 
 // insert sets the places of n blocks from first on. place is called for each.
@@ -86,8 +112,8 @@ func (l *layer) insertZero(first, n int64, p place) {
 		if k < unitBlocks {
 			l.insert(first, k, func(int64) place { return p })
 		} else {
-			for c := first >> chunkBits; c < (first+k)>>chunkBits; c++ {
-				delete(l.index, c) // its slot is lost until the layer is dropped
+			for n := first >> nodeBits; n < first>>nodeBits+unitNodes; n++ {
+				delete(l.nodes, n) // its slots are lost until the layer is dropped
 			}
 			l.zero[first>>unitBits] = p
 		}
@@ -95,15 +121,10 @@ func (l *layer) insertZero(first, n int64, p place) {
 	}
 }
 
-// cost is about how many map entries a record of n blocks adds.
-func cost(first, n int64, zero bool) int {
-	if zero && n >= 2*unitBlocks {
-		return int(n>>unitBits) + 2*unitBlocks/chunkBlocks
-	}
-	return int((first+n-1)>>chunkBits-first>>chunkBits) + 1
-}
+// weight is what the layer takes of memory, in units of some 200 bytes.
+func (l *layer) weight() int { return int(l.usedChunks+l.usedNodes) + len(l.zero) }
 
-func (l *layer) empty() bool { return len(l.index) == 0 && len(l.zero) == 0 }
+func (l *layer) empty() bool { return len(l.nodes) == 0 && len(l.zero) == 0 }
 
 // zeroAt is the place of a block by its unit alone.
 func (l *layer) zeroAt(block int64) place {
@@ -114,7 +135,17 @@ func (l *layer) zeroAt(block int64) place {
 }
 
 // chunkNumbers lists the layer's chunks in the order of the disk.
-func (l *layer) chunkNumbers() []int64 { return slices.Sorted(maps.Keys(l.index)) }
+func (l *layer) chunkNumbers() []int64 {
+	numbers := make([]int64, 0, l.usedChunks)
+	for _, n := range slices.Sorted(maps.Keys(l.nodes)) {
+		for i, pos := range l.nodeAt(l.nodes[n]) {
+			if pos != 0 {
+				numbers = append(numbers, n*nodeChunks+int64(i))
+			}
+		}
+	}
+	return numbers
+}
 
 // lookup sets places[i] to that of block first+i, from the newer layer if both
 // have it; it reports whether any was found.
