@@ -374,14 +374,14 @@ func (r *recovery) log() error {
 	}
 	q := replayQueue{r: r, disks: disks}
 	at, atOff := logs[0], logs[0].Start()
-	err := segment.ScanLog(logs, atOff, func(f *segment.File, off int64, h record.Header) error {
+	err := scanBeside(logs, func(rec queued) error {
+		h := &rec.h
 		if h.LSN != r.last+1 {
 			return fmt.Errorf("%w: LSN %d follows LSN %d", record.ErrCorrupt, h.LSN, r.last)
 		}
 		r.last, r.durable = h.LSN, max(r.durable, h.Durable)
-		at, atOff = f, off+h.Size()
-		h.Sums = slices.Clone(h.Sums)
-		return q.add(queued{f, off, h})
+		at, atOff = rec.file, rec.off+h.Size()
+		return q.add(rec)
 	})
 	if err != nil && !errors.Is(err, record.ErrCorrupt) {
 		return fmt.Errorf("replay the log: %w", err)
@@ -400,6 +400,61 @@ func (r *recovery) log() error {
 		r.damage = fmt.Errorf("LSN %d was durable and is gone: %w", r.last+1, err)
 	}
 	return q.finish()
+}
+
+// scanBeside calls fn with the records of log files from the first one's start
+// on, while it reads on ahead of fn: reading headers and replaying them take about as long.
+func scanBeside(logs []*segment.File, fn func(queued) error) error {
+	const ahead = 1024 // records handed over at once
+	batches := make(chan []queued, 4)
+	done := make(chan struct{}) // fn wants no more
+	scanned := make(chan error, 1)
+	go func() {
+		var batch []queued
+		var sums arena
+		send := func() error {
+			select {
+			case batches <- batch:
+				batch = make([]queued, 0, ahead)
+				return nil
+			case <-done:
+				return segment.ErrStop
+			}
+		}
+		err := segment.ScanLog(logs, logs[0].Start(), func(f *segment.File, off int64, h record.Header) error {
+			h.Sums = sums.clone(h.Sums)
+			if batch = append(batch, queued{f, off, h}); len(batch) < ahead {
+				return nil
+			}
+			return send()
+		})
+		_ = send() // what was read before an error counts
+		close(batches)
+		scanned <- err
+	}()
+	var err error
+	for batch := range batches {
+		for i := 0; i < len(batch) && err == nil; i++ {
+			if err = fn(batch[i]); err != nil {
+				close(done)
+			}
+		}
+	}
+	if serr := <-scanned; err == nil {
+		err = serr
+	}
+	return err
+}
+
+// arena keeps small slices together.
+type arena []byte
+
+func (a *arena) clone(b []byte) []byte {
+	if len(b) > cap(*a)-len(*a) {
+		*a = make([]byte, 0, max(64<<10, len(b)))
+	}
+	*a = append(*a, b...)
+	return (*a)[len(*a)-len(b) : len(*a) : len(*a)]
 }
 
 // replayQueue holds records back until they are known to have been durable.
@@ -515,7 +570,7 @@ func (r *recovery) replay(d *disk.Disk, f *segment.File, off int64, h *record.He
 		}
 		if h.LSN > r.applied && d != nil {
 			g.append.weight += d.Insert(h, f.Number, off+int64(h.EncodedSize()))
-			g.unapplied.Add(h.Size())
+			g.unapplied.Add(max(h.Size(), record.BlockSize))
 		}
 	}
 	if h.LSN > r.mark.LSN {

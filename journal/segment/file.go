@@ -2,7 +2,6 @@ package segment
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -43,11 +42,12 @@ func (f *File) Cut(off int64) error {
 }
 
 // scanWindow is what a scan reads at once, in bytes; scanPeek is that behind a
-// payload of scanFar bytes or more, which it passes over.
+// payload of scanFar bytes or more, which it passes over: a call costs less than
+// the copy, and a disk that is read ahead of does not notice.
 const (
 	scanWindow = 1 << 20
-	scanPeek   = 8 << 10
-	scanFar    = 32 << 10
+	scanPeek   = 128
+	scanFar    = 2 << 10
 )
 
 // Scan calls fn with each record's header from off on, which must be a
@@ -69,7 +69,9 @@ func (f *File) Scan(off int64, fn func(off int64, h record.Header) error) (int64
 			return off, err
 		}
 		off += h.Size()
-		w.far = h.Payload >= scanFar
+		if w.peek = 0; h.Payload >= scanFar {
+			w.peek = max(scanPeek, h.EncodedSize()) // the next one is likely as long
+		}
 	}
 }
 
@@ -111,10 +113,10 @@ func ScanLog(files []*File, from int64, fn func(f *File, off int64, h record.Hea
 
 // window reads a file in large pieces for a scan.
 type window struct {
-	f   *File
-	buf []byte
-	off int64 // of buf in the file
-	far bool  // what is asked for next is likely far from what comes after it
+	f    *File
+	buf  []byte
+	off  int64 // of buf in the file
+	peek int   // read no more than this many bytes at once; 0: scanWindow
 }
 
 // at returns at least n bytes at off, or what is left of the file.
@@ -124,11 +126,11 @@ func (w *window) at(off int64, n int) ([]byte, error) {
 			w.buf = make([]byte, scanWindow)
 		}
 		size := scanWindow
-		if w.far {
-			size = max(scanPeek, n)
+		if w.peek > 0 {
+			size = max(w.peek, n)
 		}
-		got, err := w.f.f.ReadAt(w.buf[:size], off)
-		if err != nil && err != io.EOF {
+		got, err := osfile.ReadAt(w.f.f, w.buf[:size], off)
+		if err != nil {
 			w.buf = w.buf[:0]
 			return nil, err
 		}
@@ -192,10 +194,20 @@ func (f *File) VerifyPayload(off int64, h record.Header, buf []byte) ([]byte, er
 // lies behind damage can be told from a torn tail. ok is false if there is none.
 func (f *File) Resync(off int64) (at int64, h record.Header, ok bool, err error) {
 	w := window{f: f}
-	var magic [4]byte
 	first := record.Header{Kind: record.KindTrim, Extent: record.Extent{Len: 1}}
-	copy(magic[:], first.Append(nil))
-	for off = (off + record.Alignment - 1) &^ (record.Alignment - 1); ; off += record.Alignment {
+	magic := first.Append(nil)[:4]
+	off = (off + record.Alignment - 1) &^ (record.Alignment - 1)
+	data := off // up to here there is no hole
+	for {
+		// What was allocated and never written is a hole, and large.
+		if off >= data && off < f.alloc {
+			n, hole := osfile.Run(f.f, off, f.alloc-off)
+			if hole {
+				off += max(n&^(record.Alignment-1), record.Alignment)
+				continue
+			}
+			data = off + n
+		}
 		b, err := w.at(off, record.HeaderSize)
 		if err != nil {
 			return 0, h, false, err
@@ -203,11 +215,17 @@ func (f *File) Resync(off int64) (at int64, h record.Header, ok bool, err error)
 		if len(b) < record.HeaderSize {
 			return 0, h, false, nil
 		}
-		if binary.LittleEndian.Uint32(b) != binary.LittleEndian.Uint32(magic[:]) {
+		i := bytes.Index(b, magic)
+		if i < 0 {
+			i = len(b) - len(magic) + 1 // it may begin here
+		}
+		if i &^= record.Alignment - 1; i > 0 {
+			off += int64(i)
 			continue
 		}
 		if h, err := w.header(off); err == nil {
 			return off, h, true, nil
 		}
+		off += record.Alignment
 	}
 }
