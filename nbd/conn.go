@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/pojntfx/go-nbd/pkg/protocol"
@@ -28,7 +29,7 @@ const (
 	// stopTime is what clients have to take their last replies when the server stops.
 	stopTime = 10 * time.Second
 	// maxBatch bounds the writes that reach the device together.
-	maxBatch = 256
+	maxBatch = 16
 )
 
 // conn is a connection in the transmission phase.
@@ -46,6 +47,9 @@ type conn struct {
 	fua     bool     // some write of batch wants to be durable
 	out     []byte   // replies that wait to be sent
 
+	raw   syscall.RawConn // of c, nil if it has none
+	close bool            // the client's last answer came soon: see spinTime
+
 	workers sync.WaitGroup
 	slots   chan struct{}
 
@@ -61,8 +65,12 @@ type request struct {
 }
 
 func newConn(s *Server, c net.Conn, sess *session, log *zap.Logger) *conn {
+	var raw syscall.RawConn
+	if sc, ok := c.(syscall.Conn); ok {
+		raw, _ = sc.SyscallConn() // without it the connection is only slower
+	}
 	return &conn{
-		s: s, c: c, sess: sess, log: log,
+		s: s, c: c, sess: sess, log: log, raw: raw,
 		in: make([]byte, streamSize), out: make([]byte, 0, outSize+inlineRead+structuredSize+8),
 		slots: make(chan struct{}, maxWorkers),
 	}
@@ -122,13 +130,43 @@ func (c *conn) need(n int) error {
 			c.w = copy(c.in, c.in[c.r:c.w])
 			c.r = 0
 		}
-		k, err := c.c.Read(c.in[c.w:])
+		k, err := c.receive(c.in[c.w:])
 		if k == 0 && err != nil {
 			return err
 		}
 		c.w += k
 	}
 	return nil
+}
+
+// spinTime is how long a reader asks for the next request again and again
+// before it sleeps. A client that has one request under way at a time sends the next
+// within some microseconds of a reply, and waking up takes as long. A client
+// that took longer than spinTime last time is not waited for like that.
+const spinTime = 50 * time.Microsecond
+
+// receive reads from the socket.
+func (c *conn) receive(p []byte) (n int, err error) {
+	if c.raw == nil {
+		return c.c.Read(p)
+	}
+	began := time.Now()
+	if c.close {
+		rerr := c.raw.Read(func(fd uintptr) bool {
+			for {
+				n, err = syscall.Read(int(fd), p)
+				if err == nil || err != syscall.EAGAIN && err != syscall.EINTR || time.Since(began) > spinTime {
+					return true
+				}
+			}
+		})
+		if rerr == nil && n > 0 {
+			return n, nil
+		}
+	}
+	n, err = c.c.Read(p) // and it tells what went wrong
+	c.close = time.Since(began) <= spinTime
+	return n, err
 }
 
 // settle commits the gathered writes and sends the gathered replies.
@@ -236,8 +274,7 @@ func (c *conn) request(req request) error {
 		if req.flags&cmdFlagNoHole != 0 {
 			op = OpZero
 		}
-		c.gather(req, Change{Op: op, Off: int64(req.off), Len: int64(req.n)})
-		return nil
+		return c.gather(req, Change{Op: op, Off: int64(req.off), Len: int64(req.n)})
 	case cmdRead:
 		return c.read(req)
 	case cmdFlush:
@@ -264,12 +301,13 @@ func (c *conn) drain(n int64) error {
 	return nil
 }
 
-func (c *conn) gather(req request, ch Change) {
+func (c *conn) gather(req request, ch Change) error {
 	c.batch, c.cookies = append(c.batch, ch), append(c.cookies, req.cookie)
 	c.fua = c.fua || req.flags&cmdFlagFUA != 0
 	if len(c.batch) >= maxBatch {
-		c.commit()
+		return c.settle()
 	}
+	return nil
 }
 
 func (c *conn) write(req request) error {
@@ -278,9 +316,8 @@ func (c *conn) write(req request) error {
 		if err := c.need(n); err != nil {
 			return err
 		}
-		c.gather(req, Change{Op: OpWrite, Off: int64(req.off), Len: int64(n), Buf: c.in[c.r : c.r+n : c.r+n]})
 		c.r += n
-		return nil
+		return c.gather(req, Change{Op: OpWrite, Off: int64(req.off), Len: int64(n), Buf: c.in[c.r-n : c.r : c.r]})
 	}
 	buf, err := c.s.buffer(n)
 	if err != nil {
@@ -295,7 +332,9 @@ func (c *conn) write(req request) error {
 	if _, err := io.ReadFull(c.c, buf[have:]); err != nil {
 		return err
 	}
-	c.gather(req, Change{Op: OpWrite, Off: int64(req.off), Len: int64(n), Buf: buf})
+	if err := c.gather(req, Change{Op: OpWrite, Off: int64(req.off), Len: int64(n), Buf: buf}); err != nil {
+		return err
+	}
 	c.commit()
 	return nil
 }
