@@ -294,7 +294,9 @@ func (g *Group) noteLocked(h *record.Header, d *disk.Disk, off int64) {
 	file := g.append.log.Current().Number
 	g.append.weight += d.Insert(h, file, off+int64(h.EncodedSize()))
 	p := g.append.pend
+	before := len(p.entries)
 	p.entries = appendEntries(p.entries, h, file, off)
+	g.append.lag += len(p.entries) - before
 	g.noteTimeLocked(h, file, off)
 }
 
@@ -312,14 +314,10 @@ func (g *Group) advanceLocked(n int, bytes int64) {
 	if a.oldest.IsZero() {
 		a.oldest = g.o.Now()
 	}
-	a.lag = len(a.pend.entries)
-	for _, p := range a.ready {
-		a.lag += len(p.entries)
-	}
 	a.next += record.LSN(n)
 	a.bytes += bytes
 	g.appended.Store(uint64(a.next - 1))
-	if g.unapplied.Add(bytes) > g.o.Unapplied/2 || a.weight > maxWeight/2 {
+	if g.unapplied.Add(max(bytes, int64(n)*record.BlockSize)) > g.o.Unapplied/2 || a.weight > maxWeight/2 {
 		kick(g.kickApply)
 	}
 	if a.bytes-a.synced >= syncBytes {

@@ -66,7 +66,7 @@ type Group struct {
 		next     record.LSN
 		pend     *pending   // versions of records that no sync covers yet
 		ready    []*pending // synced, not indexed; ascending
-		lag      int        // versions in pend and ready
+		lag      int        // versions that are not indexed
 		bytes    int64      // appended since open
 		synced   int64      // of bytes
 		weight   int        // of the overlays, see maxWeight
@@ -86,7 +86,7 @@ type Group struct {
 	// checkpointed is the LSN up to which the backings hold the records durably.
 	checkpointed atomic.Uint64
 	horizon      atomic.Uint64
-	unapplied    atomic.Int64 // bytes of records
+	unapplied    atomic.Int64 // bytes of records, each counted as a block at least
 	lastTime     atomic.Int64 // of the newest record, Unix nanoseconds; set with g.append held
 
 	pins struct {

@@ -12,52 +12,53 @@ import (
 func (g *Group) Index() error {
 	g.index.Lock()
 	defer g.index.Unlock()
-	for {
-		g.append.Lock()
-		var p *pending
-		if len(g.append.ready) > 0 {
-			p = g.append.ready[0]
-		}
-		g.append.Unlock()
-		if p == nil {
-			return nil
-		}
-		if err := g.commitPending(p); err != nil {
-			return g.fail(err)
-		}
-		g.append.Lock()
-		g.append.ready = g.append.ready[1:]
-		g.append.lag -= len(p.entries)
-		g.append.room.Broadcast()
-		g.append.Unlock()
-		g.indexed.Store(uint64(p.last))
-	}
-}
-
-// commitPending commits one run of records. g.index is held.
-func (g *Group) commitPending(p *pending) error {
-	if p.last <= g.index.mark.LSN && len(p.entries)+len(p.markers) == 0 {
+	g.append.Lock()
+	ready := g.append.ready
+	g.append.ready = nil
+	g.append.Unlock()
+	if len(ready) == 0 {
 		return nil
 	}
-	b := g.ix.NewBatch()
-	n := len(p.entries)
-	b.Set(p.entries)
-	for _, t := range p.times {
-		if err := b.AddTime(t.Time, t.LSN, t.File, t.Off); err != nil {
-			return err
-		}
-		g.index.mark.LastTime = t.Time
+	n, err := g.commitPending(ready)
+	if err != nil {
+		return g.fail(err)
 	}
-	for _, m := range p.markers {
-		if err := b.AddMarker(m); err != nil {
-			return err
-		}
-	}
-	g.index.mark.LSN = p.last
-	if err := b.Commit(g.index.mark); err != nil {
-		return fmt.Errorf("index %d versions up to LSN %d: %w", n, p.last, err)
-	}
+	g.append.Lock()
+	g.append.lag -= n
+	g.append.room.Broadcast()
+	g.append.Unlock()
+	g.indexed.Store(uint64(ready[len(ready)-1].last))
 	return nil
+}
+
+// commitPending commits runs of records together, and returns how many
+// versions they are. g.index is held.
+func (g *Group) commitPending(ready []*pending) (n int, err error) {
+	last := ready[len(ready)-1].last
+	if last <= g.index.mark.LSN {
+		return 0, nil // a sync of nothing new
+	}
+	b := g.ix.NewBatch()
+	for _, p := range ready {
+		n += len(p.entries)
+		b.Set(p.entries)
+		for _, t := range p.times {
+			if err := b.AddTime(t.Time, t.LSN, t.File, t.Off); err != nil {
+				return 0, err
+			}
+			g.index.mark.LastTime = t.Time
+		}
+		for _, m := range p.markers {
+			if err := b.AddMarker(m); err != nil {
+				return 0, err
+			}
+		}
+	}
+	g.index.mark.LSN = last
+	if err := b.Commit(g.index.mark); err != nil {
+		return 0, fmt.Errorf("index %d versions up to LSN %d: %w", n, last, err)
+	}
+	return n, nil
 }
 
 // indexTo makes the index complete to an LSN at least.

@@ -29,8 +29,9 @@ type Options struct {
 	// is expired, bytes; 0: as far as the file system has room.
 	Limit int64
 	// Unapplied is how many bytes of records a group's backings may be
-	// behind before writes wait; 4 GiB by default. Their number is
-	// bounded too.
+	// behind before writes wait; 8 GiB by default. A round of applying begins
+	// at half of it. A record counts as a block at least: recovery reads the headers
+	// of all.
 	Unapplied int64
 	// IndexCache is the memory for blocks of the index, bytes; 64 MiB by default.
 	IndexCache int64
@@ -45,8 +46,7 @@ const (
 	syncBytes = 32 << 20
 	syncAge   = time.Second
 	// maxWeight bounds the memory of a group's overlays, in units of some 200
-	// bytes, and with it the records that the backings may be behind: what recovery
-	// reads the headers of.
+	// bytes: a chunk of 64 KiB of a disk is one.
 	maxWeight = 1 << 18
 	// applyAge is how long a record waits for the backing, so that overwrites
 	// of hot blocks meet in the overlay. While the guest writes busyBytes or more
@@ -60,8 +60,10 @@ const (
 	checkpointAge   = 30 * time.Second
 	// indexLag is how many versions may wait for the index before writes do.
 	indexLag = 1 << 20
-	// indexBatch is how many versions are worth a commit of their own.
-	indexBatch = 8192
+	// indexBatch is how many versions are worth a commit of their own before
+	// the oldest is of indexAge.
+	indexBatch = 1 << 16
+	indexAge   = time.Second
 )
 
 func (o Options) withDefaults() Options {
@@ -81,7 +83,7 @@ func (o Options) withDefaults() Options {
 	}
 	def(&o.SegmentSize, segment.DefaultSize)
 	def(&o.Reserve, 128<<20)
-	def(&o.Unapplied, 4<<30)
+	def(&o.Unapplied, 8<<30)
 	def(&o.IndexCache, 64<<20)
 	return o
 }

@@ -15,7 +15,7 @@ const tick = 100 * time.Millisecond
 func (g *Group) runCommits(ctx context.Context) {
 	t := time.NewTicker(tick)
 	defer t.Stop()
-	var lastSync time.Time
+	var lastSync, lastIndex time.Time
 	for {
 		select {
 		case <-ctx.Done():
@@ -25,20 +25,24 @@ func (g *Group) runCommits(ctx context.Context) {
 		}
 		g.append.Lock()
 		dirty, failed := g.append.bytes-g.append.synced, g.append.err != nil
-		crowded := g.append.lag >= indexLag
+		lag := g.append.lag
 		g.append.Unlock()
 		if failed {
 			continue
 		}
 		now := g.o.Now()
-		if dirty >= syncBytes || crowded || dirty > 0 && now.Sub(lastSync) >= syncAge {
+		if dirty >= syncBytes || lag >= indexLag || dirty > 0 && now.Sub(lastSync) >= syncAge {
 			lastSync = now
 			if err := g.Sync(); err != nil {
 				continue // the group has failed and has said so
 			}
 		}
-		if err := g.Index(); err != nil {
-			continue
+		// Many versions at once are neighbours in the index, and cost it less.
+		if lag >= indexBatch || now.Sub(lastIndex) >= indexAge {
+			lastIndex = now
+			if err := g.Index(); err != nil {
+				continue
+			}
 		}
 		if err := g.ix.RetireReaders(time.Now(), time.Second); err != nil {
 			g.log.Error("close index readers", zap.Error(err))

@@ -17,8 +17,11 @@ import (
 // formatVersion of the key space. Another one in the database is an error.
 const formatVersion = "1"
 
-// memTable is how many bytes of new keys are gathered before they are written.
-const memTable = 16 << 20
+// memTable is how many bytes of new keys are gathered before they are written:
+// some 600 000. Random overwrites are spread over all of the index, so that each compaction
+// rewrites most of it: fewer and larger ones cost a burst less, and a look-up asks a few
+// more filters until it is over.
+const memTable = 64 << 20
 
 var versionKey = []byte("version")
 
@@ -54,12 +57,13 @@ func Open(dir string, o Options) (*DB, error) {
 		DisableWAL:                  true, // the segments are the log
 		ErrorIfNotExists:            o.ReadOnly,
 		FormatMajorVersion:          pebble.FormatColumnarBlocks,
-		L0CompactionThreshold:       4,
+		L0CompactionThreshold:       8,
+		LBaseMaxBytes:               512 << 20,
 		L0StopWritesThreshold:       64,
 		Logger:                      o.Logger,
 		MaxOpenFiles:                4096,
 		MemTableSize:                memTable,
-		MemTableStopWritesThreshold: 4,
+		MemTableStopWritesThreshold: 3,
 		ReadOnly:                    o.ReadOnly,
 	}
 	for i := range opts.Levels {
