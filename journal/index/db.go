@@ -18,10 +18,14 @@ import (
 const formatVersion = "1"
 
 // memTable is how many bytes of new keys are gathered before they are written:
-// some 600 000. Random overwrites are spread over all of the index, so that each compaction
+// some 300 000. Random overwrites are spread over all of the index, so that each compaction
 // rewrites most of it: fewer and larger ones cost a burst less, and a look-up asks a few
 // more filters until it is over.
-const memTable = 64 << 20
+const memTable = 32 << 20
+
+// tableSize is how large the tables on disk become, in bytes. A look-up keeps one
+// of each level open: to find the next key in it again costs a third of opening another.
+const tableSize = 32 << 20
 
 var versionKey = []byte("version")
 
@@ -48,7 +52,8 @@ func Open(dir string, o Options) (*DB, error) {
 	if o.ReadOnly {
 		o.FS = osfile.ReadOnly(o.FS)
 	}
-	cache := pebble.NewCache(o.Cache)
+	// Pebble takes the memory of its tables of new keys out of the cache.
+	cache := pebble.NewCache(o.Cache + 2*memTable)
 	defer cache.Unref()
 	opts := &pebble.Options{
 		FS:                          o.FS,
@@ -63,10 +68,12 @@ func Open(dir string, o Options) (*DB, error) {
 		Logger:                      o.Logger,
 		MaxOpenFiles:                4096,
 		MemTableSize:                memTable,
-		MemTableStopWritesThreshold: 3,
+		MemTableStopWritesThreshold: 4,
 		ReadOnly:                    o.ReadOnly,
 	}
 	for i := range opts.Levels {
+		opts.TargetFileSizes[i] = tableSize
+		opts.Levels[i].IndexBlockSize = tableSize // one index for a table
 		opts.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
 		opts.Levels[i].FilterType = pebble.TableFilter
 	}

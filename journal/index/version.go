@@ -155,30 +155,43 @@ func (r *Reader) findOne(disk record.DiskID, c uint8, block int64, lsn record.LS
 	return r.paint(u, at, block, picks)
 }
 
-// findRun goes through the versions of the units that touch the run, one seek
-// for each unit that has any.
+// maxSteps is how many keys findRun steps over before it seeks.
+const maxSteps = 8
+
+// findRun goes through the versions of the units that touch the run: by steps where
+// they stand close together, which costs a tenth of a seek, and by at most one seek and maxSteps
+// steps for each unit that has any.
 func (r *Reader) findRun(disk record.DiskID, c uint8, first int64, lsn record.LSN, picks []Pick) error {
 	shift := classShift(int(c))
 	last := (first + int64(len(picks)) - 1) >> shift
+	steps := maxSteps
 	for u := first >> shift; u <= last; {
-		if !r.seek(disk, Unit{Class: c, Index: u}, lsn) {
+		var ok bool
+		if steps == maxSteps {
+			ok, steps = r.seek(disk, Unit{Class: c, Index: u}, lsn), 0
+		} else {
+			ok, steps = r.it.Next(), steps+1
+		}
+		if !ok {
 			return r.it.Error()
 		}
 		if !inClass(r.it.Key(), r.key) {
 			return nil
 		}
 		unit, at := splitVersionKey(r.it.Key())
-		if unit > last {
+		switch {
+		case unit > last:
 			return nil
-		}
-		if unit > u && at > lsn {
-			u = unit // its newest version is too new: seek within its chain
+		case unit < u:
+			continue // an older version of the unit before
+		case at > lsn:
+			u = unit // too new: its chain goes on
 			continue
 		}
 		if err := r.paint(Unit{Class: c, Index: unit}, at, first, picks); err != nil {
 			return err
 		}
-		u = unit + 1
+		u, steps = unit+1, 0
 	}
 	return nil
 }
