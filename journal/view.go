@@ -305,6 +305,25 @@ type zeroRun struct {
 	zero bool
 }
 
+// appendRuns appends the runs of an extent whose blocks the backing has as data or as a hole.
+func (v *View) appendRuns(runs []zeroRun, picks []index.Pick, first int64, ext record.Extent, hole bool) []zeroRun {
+	for ext.Len > 0 {
+		block := ext.Off / record.BlockSize
+		n := min(ext.End(), (block+1)*record.BlockSize) - ext.Off
+		zero := hole
+		if p := &picks[block-first]; p.Found {
+			zero = p.Zero
+		}
+		if k := len(runs); k > 0 && runs[k-1].zero == zero {
+			runs[k-1].n += n
+		} else {
+			runs = append(runs, zeroRun{n, zero})
+		}
+		ext.Off, ext.Len = ext.Off+n, ext.Len-n
+	}
+	return runs
+}
+
 // extentsStep asks the backing first and tells only when no block was overtaken meanwhile.
 func (v *View) extentsStep(picks []index.Pick, first int64, ext record.Extent, fn func(int64, bool)) error {
 	var runs []zeroRun
@@ -313,22 +332,11 @@ func (v *View) extentsStep(picks []index.Pick, first int64, ext record.Extent, f
 			return err
 		}
 		runs = runs[:0]
-		for i := 0; i < len(picks); {
-			j := i + 1
-			for j < len(picks) && picks[j].Found == picks[i].Found && picks[j].Zero == picks[i].Zero {
-				j++
-			}
-			from := max(ext.Off, (first+int64(i))*record.BlockSize)
-			n := min(ext.End(), (first+int64(j))*record.BlockSize) - from
-			if picks[i].Found {
-				runs = append(runs, zeroRun{n, picks[i].Zero})
-			} else {
-				v.d.BackingExtents(record.Extent{Off: from, Len: n}, func(n int64, zero bool) {
-					runs = append(runs, zeroRun{n, zero})
-				})
-			}
-			i = j
-		}
+		done := ext.Off
+		v.d.BackingExtents(ext, func(n int64, zero bool) {
+			runs = v.appendRuns(runs, picks, first, record.Extent{Off: done, Len: n}, zero)
+			done += n
+		})
 		if !v.overtaken(picks, first) {
 			break
 		}
