@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"os/exec"
 )
@@ -17,25 +16,20 @@ func QCOW2(ctx context.Context, uri, path string, force bool, progress io.Writer
 	if err != nil {
 		return errors.New("restore to qcow2 takes qemu-img: install it (apt-get install qemu-utils), or restore to raw")
 	}
-	if _, err := os.Lstat(path); err == nil && !force {
-		return fmt.Errorf("restore to %s: %w; --force replaces it", path, fs.ErrExist)
-	}
 	args := []string{"convert", "-f", "raw", "-O", "qcow2"}
 	if progress != nil {
 		args = append(args, "-p")
 	}
-	tmp := path + ".partial"
-	cmd := exec.CommandContext(ctx, tool, append(args, uri, tmp)...)
-	cmd.Stdout = progress
-	var stderr tail
-	cmd.Stderr = &stderr
-	if err := cmd.Run(); err != nil {
-		return errors.Join(fmt.Errorf("qemu-img: %w: %s", err, stderr.b), os.Remove(tmp))
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return err
-	}
-	return nil
+	return replace(path, force, func(f *os.File) error {
+		cmd := exec.CommandContext(ctx, tool, append(args, uri, f.Name())...)
+		cmd.Stdout = progress
+		var stderr tail
+		cmd.Stderr = &stderr
+		if err := cmd.Run(); err != nil {
+			return fmt.Errorf("qemu-img: %w: %s", err, stderr.b)
+		}
+		return nil
+	})
 }
 
 // tail keeps the last bytes written to it.

@@ -40,12 +40,23 @@ const (
 )
 
 // Raw writes the source to a raw image at path.
-func Raw(ctx context.Context, src Source, path string, o Options) (err error) {
+func Raw(ctx context.Context, src Source, path string, o Options) error {
+	return replace(path, o.Force, func(f *os.File) error {
+		if err := f.Truncate(src.Size()); err != nil {
+			return err
+		}
+		return copyAll(ctx, src, f, o.Progress)
+	})
+}
+
+// replace has fn write a file beside path, which takes its name when it is
+// whole and durable. After an error path is as it was.
+func replace(path string, force bool, fn func(f *os.File) error) (err error) {
 	if info, serr := os.Lstat(path); serr == nil {
 		switch {
 		case !info.Mode().IsRegular():
 			return fmt.Errorf("restore to %s: it is not a file", path)
-		case !o.Force:
+		case !force:
 			return fmt.Errorf("restore to %s: %w; --force replaces it", path, fs.ErrExist)
 		}
 	}
@@ -58,10 +69,7 @@ func Raw(ctx context.Context, src Source, path string, o Options) (err error) {
 			err = errors.Join(fmt.Errorf("restore to %s: %w", path, err), f.Close(), os.Remove(f.Name()))
 		}
 	}()
-	if err := f.Truncate(src.Size()); err != nil {
-		return err
-	}
-	if err := copyAll(ctx, src, f, o.Progress); err != nil {
+	if err := fn(f); err != nil {
 		return err
 	}
 	if err := f.Sync(); err != nil {
