@@ -76,8 +76,13 @@ func newConn(s *Server, c net.Conn, sess *session, log *zap.Logger) *conn {
 	}
 }
 
-// errDisc says that the client ended the connection in order.
-var errDisc = errors.New("client disconnected")
+var (
+	// errDisc says that the client ended the connection in order.
+	errDisc = errors.New("client disconnected")
+	// errNoDisc says that it did so between two requests, without saying so:
+	// some clients do.
+	errNoDisc = errors.New("connection ended without DISC")
+)
 
 // serve runs until the client disconnects or ctx ends, which are no errors,
 // or the stream can not go on.
@@ -96,7 +101,7 @@ func (c *conn) serve(ctx context.Context) error {
 	case errors.Is(err, errDisc), ctx.Err() != nil && errors.Is(err, os.ErrDeadlineExceeded):
 		return nil
 	case errors.Is(err, io.EOF):
-		return errors.New("connection ended without DISC")
+		return errors.New("connection ended within a request")
 	}
 	return errors.Join(err, ferr)
 }
@@ -104,6 +109,9 @@ func (c *conn) serve(ctx context.Context) error {
 func (c *conn) loop() error {
 	for {
 		if err := c.need(requestSize); err != nil {
+			if err == io.EOF && c.r == c.w {
+				return errNoDisc
+			}
 			return err
 		}
 		be := binary.BigEndian

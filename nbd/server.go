@@ -112,9 +112,9 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) {
 	if cerr := sess.dev.Close(); cerr != nil {
 		log.Error("close the export", zap.Error(cerr))
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, errNoDisc) {
 		log.Warn("client lost", zap.Error(err))
 		return
 	}
-	log.Info("client detached")
+	log.Info("client detached", zap.Bool("disc", err == nil))
 }
