@@ -52,7 +52,7 @@ func exitCode(err error) int {
 		switch e.Code {
 		case api.CodeNotFound, api.CodeNoPoint:
 			return exitNotFound
-		case api.CodeConflict:
+		case api.CodeLabelInUse:
 			return exitLabelInUse
 		case api.CodeBadRequest:
 			return exitUsage

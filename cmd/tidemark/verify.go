@@ -109,7 +109,7 @@ func (a *app) printVerified(cmd *cobra.Command, all []api.Verified) error {
 	} else {
 		out := cmd.OutOrStdout()
 		for _, v := range all {
-			fmt.Fprintf(out, "%s: %d records, %d originals, %s of payload, %d versions: ", v.Group, v.Records, v.Origins, size(v.Bytes), v.Versions)
+			fmt.Fprintf(out, "%s: %d records, %d originals, %s of payload, %d versions: ", v.Group, v.Records, v.Originals, size(v.Bytes), v.Versions)
 			if v.Damaged == 0 {
 				fmt.Fprintln(out, "no damage")
 				continue

@@ -55,25 +55,26 @@ var codes = []struct {
 	status int
 }{
 	{errBadRequest, api.CodeBadRequest, http.StatusBadRequest},
-	{journal.ErrLabelInUse, api.CodeConflict, http.StatusConflict},
+	{journal.ErrLabelInUse, api.CodeLabelInUse, http.StatusConflict},
 	{journal.ErrNoPoint, api.CodeNoPoint, http.StatusNotFound},
 	{journal.ErrNotFound, api.CodeNotFound, http.StatusNotFound},
 	{journal.ErrFailed, api.CodeFailed, http.StatusServiceUnavailable},
 	{journal.ErrNoSpace, api.CodeNoSpace, http.StatusInsufficientStorage},
 }
 
+func apiError(err error) (api.Error, int) {
+	for _, k := range codes {
+		if errors.Is(err, k.err) {
+			return api.Error{Code: k.code, Message: err.Error()}, k.status
+		}
+	}
+	return api.Error{Code: api.CodeInternal, Message: err.Error()}, http.StatusInternalServerError
+}
+
 func (c *control) answer(w http.ResponseWriter, r *http.Request, answer any, err error) {
 	status := http.StatusOK
 	if err != nil {
-		e := api.Error{Code: api.CodeInternal, Message: err.Error()}
-		status = http.StatusInternalServerError
-		for _, k := range codes {
-			if errors.Is(err, k.err) {
-				e.Code, status = k.code, k.status
-				break
-			}
-		}
-		answer = e
+		answer, status = apiError(err)
 		c.log.Info("API call refused", zap.String("call", r.Method+" "+r.URL.Path), zap.Error(err))
 	}
 	w.Header().Set("Content-Type", "application/json")
@@ -164,7 +165,8 @@ func (c *control) verify(r *http.Request) (any, error) {
 	return api.VerifyGroup(r.Context(), g)
 }
 
-// dump streams: what goes wrong behind the first line ends the answer.
+// dump streams: what goes wrong behind the first line ends the answer, and is
+// told behind it.
 func (c *control) dump(w http.ResponseWriter, r *http.Request) {
 	g, err := c.store.Group(r.PathValue("group"))
 	if err != nil {
@@ -173,7 +175,12 @@ func (c *control) dump(w http.ResponseWriter, r *http.Request) {
 	}
 	on := func(name string) bool { return r.URL.Query().Get(name) == "true" }
 	o := dump.Options{Segments: on("segments"), Records: on("records"), Index: on("index"), JSON: on("json")}
+	w.Header().Set("Trailer", api.ErrorTrailer)
 	if err := dump.Group(r.Context(), w, g, o); err != nil {
+		e, _ := apiError(err)
+		if b, merr := json.Marshal(e); merr == nil {
+			w.Header().Set(api.ErrorTrailer, string(b))
+		}
 		c.log.Info("dump ended early", zap.String("group", g.Name()), zap.Error(err))
 	}
 }

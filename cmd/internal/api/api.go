@@ -23,12 +23,16 @@ import (
 	"github.com/tidemark-cdp/tidemark/cmd/internal/dump"
 )
 
+// ErrorTrailer is the HTTP trailer with the Error, in JSON, of an answer that
+// ended early.
+const ErrorTrailer = "Tidemark-Error"
+
 // Codes of errors.
 const (
 	CodeBadRequest = "bad_request"
 	CodeNotFound   = "not_found"    // no such group or disk
 	CodeNoPoint    = "no_point"     // no such point
-	CodeConflict   = "label_in_use" // the label names another point
+	CodeLabelInUse = "label_in_use" // the label names another point
 	CodeNoSpace    = "no_space"
 	CodeFailed     = "failed" // the group takes no writes
 	CodeInternal   = "internal"
@@ -108,13 +112,13 @@ type Resolved struct {
 
 // Verified is the answer to POST /v1/groups/GROUP/verify.
 type Verified struct {
-	Group    string    `json:"group"`
-	Records  int64     `json:"records"`
-	Origins  int64     `json:"originals"`
-	Bytes    int64     `json:"bytes"`
-	Versions int64     `json:"versions"`
-	Damaged  int64     `json:"damaged"`
-	Findings []Finding `json:"findings"` // the first thousand
+	Group     string    `json:"group"`
+	Records   int64     `json:"records"`
+	Originals int64     `json:"originals"`
+	Bytes     int64     `json:"bytes"`
+	Versions  int64     `json:"versions"`
+	Damaged   int64     `json:"damaged"`
+	Findings  []Finding `json:"findings"` // the first thousand
 }
 
 // Finding is damage.
@@ -205,8 +209,17 @@ func (c *Client) Dump(ctx context.Context, w io.Writer, group string, o dump.Opt
 		return err
 	}
 	defer resp.Body.Close()
-	_, err = io.Copy(w, resp.Body)
-	return err
+	if _, err := io.Copy(w, resp.Body); err != nil {
+		return fmt.Errorf("read the daemon's answer: %w", err)
+	}
+	if t := resp.Trailer.Get(ErrorTrailer); t != "" {
+		e := &Error{}
+		if err := json.Unmarshal([]byte(t), e); err != nil {
+			return fmt.Errorf("the daemon's answer ended early: %s", t)
+		}
+		return e
+	}
+	return nil
 }
 
 func groupPath(group, rest string) string { return "/v1/groups/" + url.PathEscape(group) + rest }

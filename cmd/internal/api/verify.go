@@ -17,7 +17,7 @@ func VerifyGroup(ctx context.Context, g *journal.Group) (Verified, error) {
 			v.Findings = append(v.Findings, Finding{Where: f.Where, LSN: uint64(f.LSN), What: f.What})
 		}
 	})
-	v.Records, v.Origins, v.Bytes, v.Versions, v.Damaged = done.Records, done.Origins, done.Bytes, done.Versions, done.Findings
+	v.Records, v.Originals, v.Bytes, v.Versions, v.Damaged = done.Records, done.Originals, done.Bytes, done.Versions, done.Findings
 	if state, why := g.State(); state == "failed" {
 		v.Damaged++
 		v.Findings = append(v.Findings, Finding{Where: "group " + g.Name(), What: why.Error()})
