@@ -168,21 +168,12 @@ type expiry struct {
 	after   [viewStep]index.Pick // newest versions
 }
 
-func (e *expiry) disk(id record.DiskID) *disk.Disk {
-	for _, d := range e.g.disks {
-		if d.ID == id {
-			return d
-		}
-	}
-	return nil
-}
-
 func (e *expiry) record(f *segment.File, off int64, h *record.Header) error {
 	e.time = h.Time
 	if h.Kind == record.KindMarker {
 		return nil
 	}
-	d := e.disk(h.Disk)
+	d := e.g.disk(h.Disk)
 	for _, entry := range appendEntries(nil, h, f.Number, off) {
 		if err := e.b.Delete(entry.Disk, entry.Unit, entry.LSN); err != nil {
 			return err

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -17,6 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
 // rig is a store with one group of one disk on a simulated file system whose
@@ -25,6 +27,7 @@ type rig struct {
 	t     *testing.T
 	mem   *vfs.MemFS
 	fault atomic.Pointer[fault]
+	seen  func(errorfs.Op) // told of each operation, if set
 	fs    vfs.FS
 	o     Options
 	s     *Store
@@ -37,6 +40,7 @@ type fault struct {
 	kind  errorfs.OpKind
 	path  string
 	err   error
+	spare atomic.Int32 // so many go well first
 	fired atomic.Int32
 }
 
@@ -46,7 +50,10 @@ func newRig(t *testing.T, o Options) *rig {
 	t.Helper()
 	r := &rig{t: t, mem: vfs.NewCrashableMem(), o: o}
 	r.fs = errorfs.Wrap(r.mem, errorfs.InjectorFunc(func(op errorfs.Op) error {
-		if f := r.fault.Load(); f != nil && f.kind == op.Kind && strings.Contains(op.Path, f.path) {
+		if r.seen != nil {
+			r.seen(op)
+		}
+		if f := r.fault.Load(); f != nil && f.kind == op.Kind && strings.Contains(op.Path, f.path) && f.spare.Add(-1) < 0 {
 			f.fired.Add(1)
 			return f.err
 		}
@@ -131,6 +138,31 @@ func TestAFailedSyncIsFinal(t *testing.T) {
 	r.open()
 	require.NoError(t, r.write(2, 2), "opened again, the group works")
 	require.NoError(t, r.g.Sync())
+}
+
+// TestWhatASyncFailedOnIsWrittenAgain: after a failed sync the kernel may hold
+// pages that it calls clean and that are not on the disk. A restart that shows
+// their records must have written them again.
+func TestWhatASyncFailedOnIsWrittenAgain(t *testing.T) {
+	r := newRig(t, Options{})
+	require.NoError(t, r.write(1, 1))
+	log := r.g.append.log.Current().Path
+	r.inject(errorfs.OpFileSyncData, "/log", syscall.EIO)
+	require.ErrorIs(t, r.g.Sync(), syscall.EIO)
+	require.NoError(t, r.s.Abandon())
+
+	var ops []errorfs.OpKind // on the log, since the failure
+	r.fault.Store(nil)
+	r.seen = func(op errorfs.Op) {
+		if op.Path == log && (op.Kind == errorfs.OpFileWriteAt || op.Kind == errorfs.OpFileSyncData) {
+			ops = append(ops, op.Kind)
+		}
+	}
+	r.open()
+	r.seen = nil
+	require.Equal(t, byte(1), r.live(1))
+	require.EqualValues(t, 1, r.g.Durable())
+	require.Equal(t, []errorfs.OpKind{errorfs.OpFileWriteAt, errorfs.OpFileSyncData}, ops)
 }
 
 func TestAFailedBackingKeepsTheJournal(t *testing.T) {
@@ -323,6 +355,53 @@ func TestAChangedBackingIsADiscontinuity(t *testing.T) {
 }
 
 // TestTwoChangedBackings: each is noticed, though the first moves the head.
+// TestADiscontinuityIsTakenUpAgain: the journal fails while a discontinuity is
+// journaled. The next start journals what is left of it.
+func TestADiscontinuityIsTakenUpAgain(t *testing.T) {
+	r := newRig(t, Options{})
+	for b := range int64(10) {
+		require.NoError(t, r.write(b, 1))
+	}
+	require.NoError(t, r.s.Close())
+	f, err := r.mem.OpenReadWrite("disk.raw", vfs.WriteCategoryUnspecified)
+	require.NoError(t, err)
+	for _, b := range []int64{2, 5, 8, 300} {
+		_, err = f.WriteAt(bytes.Repeat([]byte{9}, record.BlockSize), b*record.BlockSize)
+		require.NoError(t, err)
+	}
+	require.NoError(t, errors.Join(f.Sync(), f.Close()))
+
+	// The new segment's header and the first of the three go well.
+	fl := &fault{kind: errorfs.OpFileWriteAt, path: "/log", err: syscall.EIO}
+	fl.spare.Store(2)
+	r.fault.Store(fl)
+	o := r.o
+	o.FS, o.SegmentSize = r.fs, 64<<10
+	_, err = Open("state", []GroupConfig{{Name: "g", Disks: []DiskConfig{{"d", "disk.raw"}}}}, o)
+	require.ErrorIs(t, err, syscall.EIO)
+	require.EqualValues(t, 1, fl.fired.Load())
+	r.fault.Store(nil)
+	r.open()
+	for b := range int64(10) {
+		want := byte(1)
+		if b == 2 || b == 5 || b == 8 {
+			want = 9
+		}
+		require.Equal(t, want, r.live(b))
+		got, err := r.at(r.g.Head(), b)
+		require.NoError(t, err)
+		require.Equal(t, want, got, "block %d", b)
+		got, err = r.at(10, b)
+		require.NoError(t, err)
+		require.Equal(t, byte(1), got, "block %d before the discontinuity", b)
+	}
+	_, err = r.at(10, 300)
+	require.Error(t, err, "what the block was is not known")
+	markers, err := r.g.Markers()
+	require.NoError(t, err)
+	require.Len(t, markers, 1)
+}
+
 func TestTwoChangedBackings(t *testing.T) {
 	mem := vfs.NewMem()
 	change := func(path string, fill byte) {
@@ -408,4 +487,55 @@ func TestNothingIsNotJournaled(t *testing.T) {
 	require.NoError(t, r.s.Abandon())
 	r.open()
 	require.Equal(t, byte(2), r.live(2))
+}
+
+// TestSlowReadersHoldUpNoWrite: a read of an old view and an expiry hang in the
+// disk (P8). Writes, flushes and live reads go on.
+func TestSlowReadersHoldUpNoWrite(t *testing.T) {
+	r := newRig(t, Options{})
+	for i := range int64(40) { // three segments
+		require.NoError(t, r.write(i, byte(i)))
+	}
+	require.NoError(t, r.s.Close())
+	r.open() // so that operations on the segments go by their names
+	view, err := r.g.View(r.g.Disks()[0], 20)
+	require.NoError(t, err)
+
+	disk := make(chan struct{}) // closed: it answers again
+	var hanging atomic.Int32
+	old := r.g.set.Files(segment.Log)[0].Path
+	r.seen = func(op errorfs.Op) {
+		if op.Kind == errorfs.OpFileReadAt && op.Path == old {
+			hanging.Add(1)
+			<-disk
+		}
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		require.NoError(t, view.ReadAt(make([]byte, record.BlockSize), 5*record.BlockSize, false))
+		view.Close()
+	})
+	wg.Go(func() {
+		_, err := r.g.Expire(1)
+		require.True(t, err == nil || strings.Contains(err.Error(), "was opened meanwhile"), err)
+	})
+	require.Eventually(t, func() bool { return hanging.Load() == 2 }, 10*time.Second, time.Millisecond)
+
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := range int64(10) {
+			require.NoError(t, r.write(100+i, 7))
+			require.NoError(t, r.g.Sync())
+			require.Equal(t, byte(7), r.live(100+i))
+		}
+	}()
+	select {
+	case <-done:
+	case <-time.After(10 * time.Second):
+		t.Error("writes wait for readers of the past")
+	}
+	close(disk)
+	<-done
+	wg.Wait()
 }

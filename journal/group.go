@@ -121,6 +121,16 @@ func (g *Group) Disk(name string) (*disk.Disk, error) {
 	return nil, fmt.Errorf("disk %q of group %s: %w", name, g.name, ErrNotFound)
 }
 
+// disk finds a disk by its id, nil if it is not configured. Groups have few.
+func (g *Group) disk(id record.DiskID) *disk.Disk {
+	for _, d := range g.disks {
+		if d.ID == id {
+			return d
+		}
+	}
+	return nil
+}
+
 // Head is the newest LSN.
 func (g *Group) Head() record.LSN { return record.LSN(g.appended.Load()) }
 

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"slices"
 
 	"go.uber.org/zap"
 
@@ -124,70 +123,6 @@ func (r *recovery) broken() error {
 	return r.g.set.RemoveBroken()
 }
 
-// dropStale is for an index that is made anew behind a horizon: an original may
-// be of a block whose history has expired since. It is one to keep only if a record in the
-// window, and of the round that the original was kept for, overwrote the block.
-func (r *recovery) dropStale() error {
-	g := r.g
-	if err := g.Index(); err != nil {
-		return err
-	}
-	reader, err := g.ix.FreshReader()
-	if err != nil {
-		return err
-	}
-	defer reader.Close()
-	disks := map[record.DiskID]*disk.Disk{}
-	for _, d := range g.disks {
-		disks[d.ID] = d
-	}
-	b := g.ix.NewBatch()
-	type place struct {
-		disk  record.DiskID
-		block int64
-	}
-	live := map[place]bool{} // by whether some original of the block is one to keep
-	var picks [1]index.Pick
-	for _, f := range g.set.Files(segment.Originals) {
-		_, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
-			for _, e := range appendOriginal(nil, &h, f.Number, off) {
-				if err := reader.Find(e.Disk, e.Unit.Index, h.LSN, picks[:]); err != nil {
-					return err
-				}
-				at := place{e.Disk, e.Unit.Index}
-				if picks[0].Found && picks[0].LSN > g.Horizon() {
-					live[at] = true
-					continue
-				}
-				live[at] = live[at]
-				if err := b.Delete(e.Disk, e.Unit, e.LSN); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		if err != nil && !errors.Is(err, record.ErrCorrupt) {
-			return err
-		}
-	}
-	stale := map[*disk.Disk][]int64{}
-	for at, ok := range live {
-		if d := disks[at.disk]; d != nil && !ok {
-			stale[d] = append(stale[d], at.block)
-		}
-	}
-	for d, blocks := range stale {
-		if err := setPages(b, d, d.Pages(nil, blocks)); err != nil {
-			return err
-		}
-		d.Forget(blocks)
-	}
-	if err := b.SetState(stateRebuild, nil); err != nil {
-		return err
-	}
-	return b.Commit(g.index.mark)
-}
-
 // state reads what the index and the segments' headers say.
 func (r *recovery) state() (err error) {
 	g := r.g
@@ -270,7 +205,7 @@ func (r *recovery) originals() error {
 		var entries []index.Entry
 		var buf []byte
 		end, err := f.Scan(from, func(off int64, h record.Header) (err error) {
-			if buf, err = f.VerifyPayload(off, h, buf); err != nil {
+			if buf, err = r.believe(f, off, h, buf); err != nil {
 				return err
 			}
 			entries = append(entries, r.original(f, off, h)...)
@@ -298,6 +233,11 @@ func (r *recovery) originals() error {
 				}
 			}
 		}
+		if len(entries) > 0 && !g.o.ReadOnly {
+			if err := f.Sync(); err != nil {
+				return err
+			}
+		}
 		r.mark.OrigFile, r.mark.OrigOff = f.Number, uint32(end)
 		g.index.mark.OrigFile, g.index.mark.OrigOff = f.Number, uint32(end)
 		if err := r.commitOriginals(entries); err != nil {
@@ -322,33 +262,42 @@ func (r *recovery) torn(f *segment.File, off int64) (bool, error) {
 	}
 }
 
-// original makes the index entries of a replayed original and sets its bits.
+// believe verifies a record that nothing says was durable. It may have been read from
+// memory only, so that it is written again; the caller syncs its file.
+func (r *recovery) believe(f *segment.File, off int64, h record.Header, buf []byte) ([]byte, error) {
+	if r.g.o.ReadOnly {
+		return f.VerifyPayload(off, h, buf)
+	}
+	return f.Renew(off, h, buf)
+}
+
+// original makes the index entries of a replayed original.
 func (r *recovery) original(f *segment.File, off int64, h record.Header) []index.Entry {
 	if h.Flags&record.FlagCarried != 0 && h.Durable > r.g.Horizon() {
 		return nil // of an expiry that the crash cut off
 	}
-	for _, d := range r.g.disks {
-		if d.ID == h.Disk {
-			d.MarkCaptured(h.Extent)
-		}
-	}
 	return appendOriginal(nil, &h, f.Number, off)
 }
 
+// commitOriginals sets the bits of replayed originals, and commits them to the
+// index with their entries.
 func (r *recovery) commitOriginals(entries []index.Entry) error {
+	blocks := map[*disk.Disk][]int64{}
+	for _, e := range entries {
+		if d := r.g.disk(e.Disk); d != nil {
+			blocks[d] = append(blocks[d], e.Unit.Index)
+		}
+	}
+	for d, captured := range blocks {
+		d.Keep(captured)
+	}
 	if len(entries) == 0 || r.g.o.ReadOnly {
 		return nil
 	}
 	b := r.g.ix.NewBatch()
-	for _, e := range entries {
-		for _, d := range r.g.disks {
-			if d.ID != e.Disk {
-				continue
-			}
-			ext := record.Extent{Off: e.Unit.Index * record.BlockSize, Len: 1}
-			if err := setPages(b, d, d.CapturedPages(ext)); err != nil {
-				return err
-			}
+	for d, captured := range blocks {
+		if err := setPages(b, d, d.Pages(captured, nil)); err != nil {
+			return err
 		}
 	}
 	b.Set(entries)
@@ -368,11 +317,7 @@ func (r *recovery) log() error {
 		logs = logs[1:]
 	}
 	r.last = logs[0].First - 1
-	disks := map[record.DiskID]*disk.Disk{}
-	for _, d := range g.disks {
-		disks[d.ID] = d
-	}
-	q := replayQueue{r: r, disks: disks}
+	q := replayQueue{r: r}
 	at, atOff := logs[0], logs[0].Start()
 	err := scanBeside(logs, func(rec queued) error {
 		h := &rec.h
@@ -400,195 +345,6 @@ func (r *recovery) log() error {
 		r.damage = fmt.Errorf("LSN %d was durable and is gone: %w", r.last+1, err)
 	}
 	return q.finish()
-}
-
-// scanBeside calls fn with the records of log files from the first one's start
-// on, while it reads on ahead of fn: reading headers and replaying them take about as long.
-func scanBeside(logs []*segment.File, fn func(queued) error) error {
-	const ahead = 1024 // records handed over at once
-	batches := make(chan []queued, 4)
-	done := make(chan struct{}) // fn wants no more
-	scanned := make(chan error, 1)
-	go func() {
-		var batch []queued
-		var sums arena
-		send := func() error {
-			select {
-			case batches <- batch:
-				batch = make([]queued, 0, ahead)
-				return nil
-			case <-done:
-				return segment.ErrStop
-			}
-		}
-		err := segment.ScanLog(logs, logs[0].Start(), func(f *segment.File, off int64, h record.Header) error {
-			h.Sums = sums.clone(h.Sums)
-			if batch = append(batch, queued{f, off, h}); len(batch) < ahead {
-				return nil
-			}
-			return send()
-		})
-		_ = send() // what was read before an error counts
-		close(batches)
-		scanned <- err
-	}()
-	var err error
-	for batch := range batches {
-		for i := 0; i < len(batch) && err == nil; i++ {
-			if err = fn(batch[i]); err != nil {
-				close(done)
-			}
-		}
-	}
-	if serr := <-scanned; err == nil {
-		err = serr
-	}
-	return err
-}
-
-// arena keeps small slices together.
-type arena []byte
-
-func (a *arena) clone(b []byte) []byte {
-	if len(b) > cap(*a)-len(*a) {
-		*a = make([]byte, 0, max(64<<10, len(b)))
-	}
-	*a = append(*a, b...)
-	return (*a)[len(*a)-len(b) : len(*a) : len(*a)]
-}
-
-// replayQueue holds records back until they are known to have been durable.
-// What never is, the tail, is verified payload and all: the crash may have torn it.
-type replayQueue struct {
-	r     *recovery
-	disks map[record.DiskID]*disk.Disk
-	recs  []queued
-
-	absent []record.DiskID // disks that are not configured, with records to apply
-}
-
-type queued struct {
-	file *segment.File
-	off  int64
-	h    record.Header
-}
-
-func (q *replayQueue) add(rec queued) error {
-	if id := rec.h.Disk; q.disks[id] == nil && rec.h.LSN > q.r.applied && rec.h.Kind != record.KindMarker && !slices.Contains(q.absent, id) {
-		q.absent = append(q.absent, id)
-	}
-	q.recs = append(q.recs, rec)
-	n := 0
-	for n < len(q.recs) && q.recs[n].h.LSN <= q.r.durable {
-		if err := q.replay(&q.recs[n]); err != nil {
-			return err
-		}
-		n++
-	}
-	if n == len(q.recs) {
-		q.recs = q.recs[:0]
-	} else {
-		q.recs = q.recs[n:]
-	}
-	return nil
-}
-
-func (q *replayQueue) replay(rec *queued) error {
-	return q.r.replay(q.disks[rec.h.Disk], rec.file, rec.off, &rec.h)
-}
-
-// finish replays the tail up to its first torn record.
-func (q *replayQueue) finish() (err error) {
-	var buf []byte
-	for i := range q.recs {
-		rec := &q.recs[i]
-		if rec.h.LSN > q.r.durable {
-			buf, err = rec.file.VerifyPayload(rec.off, rec.h, buf)
-			if errors.Is(err, record.ErrCorrupt) {
-				q.r.last = rec.h.LSN - 1
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-		}
-		if err := q.replay(rec); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// behind looks for valid records behind a damaged one, and raises durable to
-// what they say was.
-func (r *recovery) behind(f *segment.File, off int64) error {
-	for _, g := range r.logs {
-		if g.Number < f.Number {
-			continue
-		}
-		from := g.Start()
-		if g == f {
-			from = off
-		}
-		for {
-			at, h, ok, err := g.Resync(from)
-			if err != nil {
-				return err
-			}
-			if !ok {
-				break
-			}
-			r.durable = max(r.durable, h.Durable)
-			from = at + record.Alignment
-		}
-	}
-	return nil
-}
-
-// replay takes a record up again: for the index, the overlay and the labels.
-func (r *recovery) replay(d *disk.Disk, f *segment.File, off int64, h *record.Header) error {
-	g := r.g
-	if h.Kind == record.KindMarker {
-		m, err := readMarker(f, off, h)
-		if errors.Is(err, record.ErrCorrupt) {
-			g.log.Error("a marker is damaged and is left out", zap.Uint64("lsn", uint64(h.LSN)), zap.Error(err))
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		g.append.labels[m.Label] = h.LSN
-		if h.Flags&record.FlagDiscontinuity != 0 && d != nil {
-			d.SetKnownSince(h.LSN)
-		}
-		if h.LSN > r.mark.LSN {
-			g.append.pend.markers = append(g.append.pend.markers, m)
-		}
-	} else {
-		if h.LSN > r.mark.LSN {
-			g.append.pend.entries = appendEntries(g.append.pend.entries, h, f.Number, off)
-		}
-		if h.LSN > r.applied && d != nil {
-			g.append.weight += d.Insert(h, f.Number, off+int64(h.EncodedSize()))
-			g.unapplied.Add(max(h.Size(), record.BlockSize))
-		}
-	}
-	if h.LSN > r.mark.LSN {
-		if h.Time-g.lastTime.Load() >= timeMarkEvery || h.LSN%4096 == 1 {
-			g.append.pend.times = append(g.append.pend.times,
-				index.TimeMark{Time: h.Time, LSN: h.LSN, File: f.Number, Off: uint32(off)})
-		}
-	}
-	g.lastTime.Store(max(g.lastTime.Load(), h.Time))
-	return nil
-}
-
-func readMarker(f *segment.File, off int64, h *record.Header) (record.Marker, error) {
-	payload, err := f.VerifyPayload(off, *h, nil)
-	if err != nil {
-		return record.Marker{}, err
-	}
-	return record.DecodeMarker(h.LSN, h.Time, payload)
 }
 
 // start makes the group ready to be written.

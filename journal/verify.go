@@ -19,11 +19,11 @@ type Finding struct {
 
 // Verified says what Verify has looked at.
 type Verified struct {
-	Records  int64 // of the log
-	Origins  int64 // records of the originals
-	Bytes    int64 // of payload
-	Versions int64 // of the index
-	Findings int64
+	Records   int64 // of the log
+	Originals int64 // records of the originals
+	Bytes     int64 // of payload
+	Versions  int64 // of the index
+	Findings  int64
 }
 
 // Verify reads every record of the group, up to what was durable when it was called, and compares it with
@@ -136,7 +136,7 @@ func (v *verifier) originals() error {
 			if f.Number > last.OrigFile || f.Number == last.OrigFile && off >= int64(last.OrigOff) {
 				return segment.ErrStop
 			}
-			v.done.Origins++
+			v.done.Originals++
 			return v.payload(f, off, h)
 		})
 		if errors.Is(err, segment.ErrStop) {
@@ -198,67 +198,4 @@ func (v *verifier) blockLen(e index.Entry, i int) int64 {
 		}
 	}
 	return record.BlockSize
-}
-
-// Visit is what Dump calls for what it finds, in order.
-type Visit struct {
-	Segment func(path string, h segment.Header) error
-	Record  func(path string, off int64, h record.Header) error
-	Version func(e index.Entry) error
-	Marker  func(m record.Marker) error
-}
-
-// Dump shows the group's files and index as they are. Functions that are nil
-// are not called. Damage ends a file's part and is returned at the end.
-func (g *Group) Dump(ctx context.Context, v Visit) error {
-	horizon := g.Horizon()
-	if err := g.pin(horizon); err != nil {
-		return err
-	}
-	defer g.unpin(horizon)
-	var damage []error
-	for _, k := range []segment.Kind{segment.Log, segment.Originals} {
-		if v.Segment == nil {
-			break
-		}
-		for _, f := range g.set.Files(k) {
-			if err := v.Segment(f.Path, f.Header); err != nil {
-				return err
-			}
-			if v.Record == nil {
-				continue
-			}
-			_, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
-				return errors.Join(ctx.Err(), v.Record(f.Path, off, h))
-			})
-			if errors.Is(err, record.ErrCorrupt) {
-				damage = append(damage, err)
-			} else if err != nil {
-				return err
-			}
-		}
-	}
-	if v.Version != nil {
-		err := g.ix.Versions(func(e index.Entry) (bool, error) { return true, errors.Join(ctx.Err(), v.Version(e)) })
-		if err != nil {
-			return err
-		}
-	}
-	if v.Marker != nil {
-		err := g.ix.Markers(0, func(m record.Marker) (bool, error) { return true, v.Marker(m) })
-		if err != nil {
-			return err
-		}
-	}
-	return errors.Join(damage...)
-}
-
-// GroupNames lists the groups that a state directory holds.
-func GroupNames(dir string, o Options) ([]string, error) {
-	o = o.withDefaults()
-	names, err := o.FS.List(o.FS.PathJoin(dir, groupsName))
-	if err != nil {
-		return nil, fmt.Errorf("%s is no state directory: %w", dir, err)
-	}
-	return names, nil
 }

@@ -130,24 +130,6 @@ func (d *Disk) Frozen() bool {
 // LoadCaptured sets a page of the bitmap, at open.
 func (d *Disk) LoadCaptured(page int64, bits []byte) { d.captured.load(page, bits) }
 
-// MarkCaptured sets bits, at recovery, for originals that the segments hold.
-func (d *Disk) MarkCaptured(ext record.Extent) {
-	d.captured.change(blocksOf(ext), true)
-}
-
-// CapturedPages returns the bitmap pages that the extent touches.
-func (d *Disk) CapturedPages(ext record.Extent) map[int64][]byte {
-	return d.captured.changed(blocksOf(ext), nil)
-}
-
-func blocksOf(ext record.Extent) []int64 {
-	blocks := make([]int64, record.Blocks(ext.Len))
-	for i := range blocks {
-		blocks[i] = ext.Off/record.BlockSize + int64(i)
-	}
-	return blocks
-}
-
 // Pages returns the bitmap pages as they are with some blocks captured and others not.
 func (d *Disk) Pages(captured, forgotten []int64) map[int64][]byte {
 	return d.captured.changed(captured, forgotten)

@@ -190,6 +190,38 @@ func (f *File) VerifyPayload(off int64, h record.Header, buf []byte) ([]byte, er
 	return buf, nil
 }
 
+// Renew verifies the record at off like VerifyPayload, and writes it again as it
+// stands. A kernel that failed to write a page may call it clean afterwards: what it shows then is
+// not on the disk, and a Sync has nothing to do. After a Renew it has.
+func (f *File) Renew(off int64, h record.Header, buf []byte) ([]byte, error) {
+	size := int(h.Size())
+	if cap(buf) < size {
+		buf = make([]byte, size)
+	}
+	buf = buf[:size]
+	if err := f.ReadAt(buf, off, false); err != nil {
+		if errors.Is(err, io.ErrUnexpectedEOF) {
+			err = fmt.Errorf("%w: record runs past the end of the file", record.ErrCorrupt)
+		}
+		return buf, fmt.Errorf("%s at %d: %w", f.Path, off, err)
+	}
+	if err := h.Sums.Verify(buf[h.EncodedSize():][:h.Payload]); err != nil {
+		return buf, fmt.Errorf("%s at %d: LSN %d: %w", f.Path, off, h.LSN, err)
+	}
+	if err := osfile.WriteVec(f.f, [][]byte{buf}, off); err != nil {
+		return buf, fmt.Errorf("write %s again at %d: %w", f.Path, off, err)
+	}
+	return buf, nil
+}
+
+// Sync makes the file's records durable, for one who used Renew. Writers have their own.
+func (f *File) Sync() error {
+	if err := f.f.SyncData(); err != nil {
+		return fmt.Errorf("sync %s: %w", f.Path, err)
+	}
+	return nil
+}
+
 // Resync looks for the next valid record header at or after off, so that what
 // lies behind damage can be told from a torn tail. ok is false if there is none.
 func (f *File) Resync(off int64) (at int64, h record.Header, ok bool, err error) {

@@ -1,0 +1,70 @@
+package journal
+
+import (
+	"errors"
+
+	"github.com/tidemark-cdp/tidemark/journal/disk"
+	"github.com/tidemark-cdp/tidemark/journal/index"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
+)
+
+// dropStale is for an index that is made anew behind a horizon: an original may
+// be of a block whose history has expired since. It is one to keep only if a record in the
+// window, and of the round that the original was kept for, overwrote the block.
+func (r *recovery) dropStale() error {
+	g := r.g
+	if err := g.Index(); err != nil {
+		return err
+	}
+	reader, err := g.ix.FreshReader()
+	if err != nil {
+		return err
+	}
+	defer reader.Close()
+	b := g.ix.NewBatch()
+	type place struct {
+		disk  record.DiskID
+		block int64
+	}
+	live := map[place]bool{} // by whether some original of the block is one to keep
+	var picks [1]index.Pick
+	for _, f := range g.set.Files(segment.Originals) {
+		_, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
+			for _, e := range appendOriginal(nil, &h, f.Number, off) {
+				if err := reader.Find(e.Disk, e.Unit.Index, h.LSN, picks[:]); err != nil {
+					return err
+				}
+				at := place{e.Disk, e.Unit.Index}
+				if picks[0].Found && picks[0].LSN > g.Horizon() {
+					live[at] = true
+					continue
+				}
+				live[at] = live[at]
+				if err := b.Delete(e.Disk, e.Unit, e.LSN); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil && !errors.Is(err, record.ErrCorrupt) {
+			return err
+		}
+	}
+	stale := map[*disk.Disk][]int64{}
+	for at, ok := range live {
+		if d := g.disk(at.disk); d != nil && !ok {
+			stale[d] = append(stale[d], at.block)
+		}
+	}
+	for d, blocks := range stale {
+		if err := setPages(b, d, d.Pages(nil, blocks)); err != nil {
+			return err
+		}
+		d.Forget(blocks)
+	}
+	if err := b.SetState(stateRebuild, nil); err != nil {
+		return err
+	}
+	return b.Commit(g.index.mark)
+}

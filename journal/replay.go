@@ -1,0 +1,208 @@
+package journal
+
+import (
+	"errors"
+	"slices"
+
+	"go.uber.org/zap"
+
+	"github.com/tidemark-cdp/tidemark/journal/disk"
+	"github.com/tidemark-cdp/tidemark/journal/index"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
+)
+
+// scanBeside calls fn with the records of log files from the first one's start
+// on, while it reads on ahead of fn: reading headers and replaying them take about as long.
+func scanBeside(logs []*segment.File, fn func(queued) error) error {
+	const ahead = 1024 // records handed over at once
+	batches := make(chan []queued, 4)
+	done := make(chan struct{}) // fn wants no more
+	scanned := make(chan error, 1)
+	go func() {
+		var batch []queued
+		var sums arena
+		send := func() error {
+			select {
+			case batches <- batch:
+				batch = make([]queued, 0, ahead)
+				return nil
+			case <-done:
+				return segment.ErrStop
+			}
+		}
+		err := segment.ScanLog(logs, logs[0].Start(), func(f *segment.File, off int64, h record.Header) error {
+			h.Sums = sums.clone(h.Sums)
+			if batch = append(batch, queued{f, off, h}); len(batch) < ahead {
+				return nil
+			}
+			return send()
+		})
+		_ = send() // what was read before an error counts
+		close(batches)
+		scanned <- err
+	}()
+	var err error
+	for batch := range batches {
+		for i := 0; i < len(batch) && err == nil; i++ {
+			if err = fn(batch[i]); err != nil {
+				close(done)
+			}
+		}
+	}
+	if serr := <-scanned; err == nil {
+		err = serr
+	}
+	return err
+}
+
+// arena keeps small slices together.
+type arena []byte
+
+func (a *arena) clone(b []byte) []byte {
+	if len(b) > cap(*a)-len(*a) {
+		*a = make([]byte, 0, max(64<<10, len(b)))
+	}
+	*a = append(*a, b...)
+	return (*a)[len(*a)-len(b) : len(*a) : len(*a)]
+}
+
+// replayQueue holds records back until they are known to have been durable.
+// What never is, the tail, is verified payload and all: the crash may have torn it.
+type replayQueue struct {
+	r    *recovery
+	recs []queued
+
+	absent []record.DiskID // disks that are not configured, with records to apply
+}
+
+type queued struct {
+	file *segment.File
+	off  int64
+	h    record.Header
+}
+
+func (q *replayQueue) add(rec queued) error {
+	if id := rec.h.Disk; q.r.g.disk(id) == nil && rec.h.LSN > q.r.applied && rec.h.Kind != record.KindMarker && !slices.Contains(q.absent, id) {
+		q.absent = append(q.absent, id)
+	}
+	q.recs = append(q.recs, rec)
+	n := 0
+	for n < len(q.recs) && q.recs[n].h.LSN <= q.r.durable {
+		if err := q.replay(&q.recs[n]); err != nil {
+			return err
+		}
+		n++
+	}
+	if n == len(q.recs) {
+		q.recs = q.recs[:0]
+	} else {
+		q.recs = q.recs[n:]
+	}
+	return nil
+}
+
+func (q *replayQueue) replay(rec *queued) error {
+	return q.r.replay(q.r.g.disk(rec.h.Disk), rec.file, rec.off, &rec.h)
+}
+
+// finish replays the tail up to its first torn record.
+func (q *replayQueue) finish() (err error) {
+	var buf []byte
+	defer func() {
+		for i := range q.recs {
+			if rec := &q.recs[i]; err == nil && !q.r.g.o.ReadOnly && (i == 0 || rec.file != q.recs[i-1].file) {
+				err = rec.file.Sync()
+			}
+		}
+	}()
+	for i := range q.recs {
+		rec := &q.recs[i]
+		if rec.h.LSN > q.r.durable {
+			buf, err = q.r.believe(rec.file, rec.off, rec.h, buf)
+			if errors.Is(err, record.ErrCorrupt) {
+				q.r.last = rec.h.LSN - 1
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+		}
+		if err := q.replay(rec); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// behind looks for valid records behind a damaged one, and raises durable to
+// what they say was.
+func (r *recovery) behind(f *segment.File, off int64) error {
+	for _, g := range r.logs {
+		if g.Number < f.Number {
+			continue
+		}
+		from := g.Start()
+		if g == f {
+			from = off
+		}
+		for {
+			at, h, ok, err := g.Resync(from)
+			if err != nil {
+				return err
+			}
+			if !ok {
+				break
+			}
+			r.durable = max(r.durable, h.Durable)
+			from = at + record.Alignment
+		}
+	}
+	return nil
+}
+
+// replay takes a record up again: for the index, the overlay and the labels.
+func (r *recovery) replay(d *disk.Disk, f *segment.File, off int64, h *record.Header) error {
+	g := r.g
+	if h.Kind == record.KindMarker {
+		m, err := readMarker(f, off, h)
+		if errors.Is(err, record.ErrCorrupt) {
+			g.log.Error("a marker is damaged and is left out", zap.Uint64("lsn", uint64(h.LSN)), zap.Error(err))
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		g.append.labels[m.Label] = h.LSN
+		if h.Flags&record.FlagDiscontinuity != 0 && d != nil {
+			d.SetKnownSince(h.LSN)
+		}
+		if h.LSN > r.mark.LSN {
+			g.append.pend.markers = append(g.append.pend.markers, m)
+		}
+	} else {
+		if h.LSN > r.mark.LSN {
+			g.append.pend.entries = appendEntries(g.append.pend.entries, h, f.Number, off)
+		}
+		if h.LSN > r.applied && d != nil {
+			g.append.weight += d.Insert(h, f.Number, off+int64(h.EncodedSize()))
+			g.unapplied.Add(max(h.Size(), record.BlockSize))
+		}
+	}
+	if h.LSN > r.mark.LSN {
+		if h.Time-g.lastTime.Load() >= timeMarkEvery || h.LSN%4096 == 1 {
+			g.append.pend.times = append(g.append.pend.times,
+				index.TimeMark{Time: h.Time, LSN: h.LSN, File: f.Number, Off: uint32(off)})
+		}
+	}
+	g.lastTime.Store(max(g.lastTime.Load(), h.Time))
+	return nil
+}
+
+func readMarker(f *segment.File, off int64, h *record.Header) (record.Marker, error) {
+	payload, err := f.VerifyPayload(off, *h, nil)
+	if err != nil {
+		return record.Marker{}, err
+	}
+	return record.DecodeMarker(h.LSN, h.Time, payload)
+}
