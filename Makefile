@@ -19,8 +19,10 @@ build:
 deps:
 	@testdata/install-packages $(PACKAGES)
 
+# guest-deps also makes the small Linux guest that a test boots in QEMU.
 guest-deps: deps
 	@testdata/install-packages $(GUEST)
+	@testdata/guest-image .cache/guest
 
 # test runs everything that fits some minutes. Tests that need what a machine
 # may lack (root, FUSE, loop devices, QEMU) skip by name where it is absent.
@@ -55,4 +57,4 @@ demo: deps build
 	testdata/demo
 
 clean:
-	rm -rf $(BIN)
+	rm -rf $(BIN) .cache

@@ -3,13 +3,21 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"math/big"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -315,4 +323,62 @@ func TestBadStartsSayWhy(t *testing.T) {
 	bad := d.path("bad.yaml")
 	require.NoError(t, os.WriteFile(bad, []byte("groups: {g: {disks: {d: {backing: /x, colour: red}}}}"), 0o600))
 	require.Contains(t, fails("--config", bad), "colour")
+}
+
+// certificate makes a self-signed one for 127.0.0.1, and writes it and its key
+// as cert.pem and key.pem. It returns what a client needs to trust it.
+func certificate(t *testing.T, dir string) *tls.Config {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(t, err)
+	tmpl := &x509.Certificate{
+		SerialNumber: big.NewInt(1), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
+	require.NoError(t, err)
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
+	require.NoError(t, err)
+	write := func(name, kind string, der []byte) {
+		b := pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
+		require.NoError(t, os.WriteFile(filepath.Join(dir, name), b, 0o600))
+	}
+	write("cert.pem", "CERTIFICATE", der)
+	write("key.pem", "PRIVATE KEY", pkcs8)
+	cert, err := x509.ParseCertificate(der)
+	require.NoError(t, err)
+	pool := x509.NewCertPool()
+	pool.AddCert(cert)
+	return &tls.Config{RootCAs: pool, ServerName: "127.0.0.1", MinVersion: tls.VersionTLS13}
+}
+
+// TestTCPTakesTLSAndAnswersWhenDurable: a client on another host is refused
+// without TLS, and what it was told is written survives this host.
+func TestTCPTakesTLSAndAnswersWhenDurable(t *testing.T) {
+	d := &served{t: t, dir: t.TempDir(), extra: []string{"--nbd", "tcp:127.0.0.1:0"}}
+	conf := certificate(t, d.dir)
+	d.disk = d.path("vda.raw")
+	require.NoError(t, os.WriteFile(d.disk, make([]byte, 1<<20), 0o600))
+	yaml := fmt.Sprintf("journal: {segment: 16MiB, reserve: 16MiB}\ntls: {cert: %q, key: %q}\n", d.path("cert.pem"), d.path("key.pem"))
+	require.NoError(t, os.WriteFile(d.path("tidemark.yaml"), []byte(yaml), 0o600))
+	d.start()
+	defer d.stop()
+	var s struct{ NBD []string }
+	require.NoError(t, json.Unmarshal([]byte(d.ok("status", "--json")), &s))
+	i := slices.IndexFunc(s.NBD, func(n string) bool { return strings.HasPrefix(n, "tcp:") })
+	require.GreaterOrEqual(t, i, 0, "%v", s.NBD)
+	addr := strings.TrimPrefix(s.NBD[i], "tcp:")
+
+	_, err := client.Dial(context.Background(), "tcp", addr, "web01/vda", nil)
+	require.ErrorContains(t, err, "TLS")
+	c, err := client.Dial(context.Background(), "tcp", addr, "web01/vda", conf)
+	require.NoError(t, err)
+	defer c.Close()
+	for i := range int64(3) {
+		require.NoError(t, c.WriteAt(bytes.Repeat([]byte{1}, 4096), i*4096, false))
+		var p struct{ Durable, Head float64 }
+		require.NoError(t, json.Unmarshal([]byte(d.ok("points", "web01", "--json")), &p))
+		require.EqualValues(t, i+1, p.Head)
+		require.Equal(t, p.Head, p.Durable, "answered before it was durable")
+	}
 }
