@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 )
 
 // Source is what is restored. Its methods are called from several goroutines.
@@ -50,8 +51,18 @@ func Raw(ctx context.Context, src Source, path string, o Options) error {
 }
 
 // replace has fn write a file beside path, which takes its name when it is
-// whole and durable. After an error path is as it was.
-func replace(path string, force bool, fn func(f *os.File) error) (err error) {
+// whole and durable; nobody but the owner may read it. After an error before that, path is as it was.
+func replace(path string, force bool, fn func(f *os.File) error) error {
+	if err := writeBeside(path, force, fn); err != nil {
+		return err
+	}
+	if err := syncDir(filepath.Dir(path)); err != nil {
+		return fmt.Errorf("restore to %s: it is written, its name may not be durable: %w", path, err)
+	}
+	return nil
+}
+
+func writeBeside(path string, force bool, fn func(f *os.File) error) (err error) {
 	if info, serr := os.Lstat(path); serr == nil {
 		switch {
 		case !info.Mode().IsRegular():
@@ -66,22 +77,26 @@ func replace(path string, force bool, fn func(f *os.File) error) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("restore to %s: %w", path, err), f.Close(), os.Remove(f.Name()))
+			_ = f.Close() // again, perhaps
+			err = errors.Join(fmt.Errorf("restore to %s: %w", path, err), os.Remove(f.Name()))
 		}
 	}()
 	if err := fn(f); err != nil {
 		return err
 	}
-	if err := f.Sync(); err != nil {
+	// Whoever wrote it: the bytes are the file's.
+	if err := errors.Join(f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
+	if force {
+		return os.Rename(f.Name(), path)
 	}
-	if err := syncDir(filepath.Dir(path)); err != nil {
-		return err
+	// Whoever made the file meanwhile, in an hour of copying, keeps it.
+	err = unix.Renameat2(unix.AT_FDCWD, f.Name(), unix.AT_FDCWD, path, unix.RENAME_NOREPLACE)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
+		return os.Rename(f.Name(), path) // a file system that knows no such rename
 	}
-	return f.Close()
+	return err
 }
 
 func syncDir(path string) error {
