@@ -28,7 +28,8 @@ const (
 	maxWorkers = 64
 	// stopTime is what clients have to take their last replies when the server stops.
 	stopTime = 10 * time.Second
-	// maxBatch bounds the writes that reach the device together.
+	// maxBatch bounds the writes that reach the device together: with more,
+	// client and server take turns.
 	maxBatch = 16
 )
 
@@ -48,7 +49,7 @@ type conn struct {
 	out     []byte   // replies that wait to be sent
 
 	raw   syscall.RawConn // of c, nil if it has none
-	close bool            // the client's last answer came soon: see spinTime
+	quick bool            // the client's last request came within spinTime
 
 	workers sync.WaitGroup
 	slots   chan struct{}
@@ -84,8 +85,8 @@ var (
 	errNoDisc = errors.New("connection ended without DISC")
 )
 
-// serve runs until the client disconnects or ctx ends, which are no errors,
-// or the stream can not go on.
+// serve runs until the client disconnects or ctx ends, which are no errors but
+// for errNoDisc, or the stream can not go on.
 func (c *conn) serve(ctx context.Context) error {
 	// A client that does not read its replies must not hold up a stop.
 	stop := context.AfterFunc(ctx, func() {
@@ -159,7 +160,7 @@ func (c *conn) receive(p []byte) (n int, err error) {
 		return c.c.Read(p)
 	}
 	began := time.Now()
-	if c.close {
+	if c.quick {
 		rerr := c.raw.Read(func(fd uintptr) bool {
 			for {
 				n, err = syscall.Read(int(fd), p)
@@ -173,7 +174,7 @@ func (c *conn) receive(p []byte) (n int, err error) {
 		}
 	}
 	n, err = c.c.Read(p) // and it tells what went wrong
-	c.close = time.Since(began) <= spinTime
+	c.quick = time.Since(began) <= spinTime
 	return n, err
 }
 
@@ -363,12 +364,14 @@ func (c *conn) read(req request) error {
 		}
 	}
 	return c.work(func() []byte {
-		head := structuredSize + 8
-		buf, err := c.s.buffer(head + n)
-		if err != nil {
-			return c.appendDone(nil, req.cookie, err)
+		var buf []byte // of a short one: bounded by the slots
+		if n > inlineRead {
+			var err error
+			if buf, err = c.s.buffer(structuredSize + 8 + n); err != nil {
+				return c.appendDone(nil, req.cookie, err)
+			}
+			defer c.s.release(buf)
 		}
-		defer c.s.release(buf)
 		out, err := c.appendRead(buf[:0], req, false)
 		if err != nil {
 			c.log.Warn("read failed", zap.Uint64("offset", req.off), zap.Uint32("length", req.n), zap.Error(err))

@@ -27,7 +27,7 @@
 // Each connection has one reader. It serves what can be served without waiting
 // itself, and hands the rest to goroutines, whose number is bounded and for which the
 // connection waits before it closes. Writes that one read of the socket brought
-// reach the device in one call.
+// reach the device some at a time, and are answered before the next of them do.
 //
 // # Format
 //
@@ -39,5 +39,5 @@
 // Extended headers (64-bit lengths) are not offered; oldstyle negotiation is
 // not known. base:allocation is the only metadata context. The budget of large
 // requests is not divided between clients: one that never takes its replies can
-// hold up others' requests of more than 128 KiB.
+// hold up others' READs of more than 128 KiB and WRITEs of more than 256 KiB.
 package nbd

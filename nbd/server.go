@@ -17,7 +17,7 @@ import (
 const (
 	// handshakeTime bounds the negotiation of a connection.
 	handshakeTime = 30 * time.Second
-	// budget bounds the memory of requests longer than streamSize, of all
+	// budget bounds the memory of WRITEs longer than streamSize/2 and READs longer than inlineRead, of all
 	// connections of a server, in bytes.
 	budget = 128 << 20
 	// maxConns bounds the connections of a server.
