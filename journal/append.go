@@ -267,10 +267,12 @@ func (g *Group) fitting(ops []Op) (n, room int, first int64) {
 func (g *Group) rollLocked(n int64) error {
 	if err := g.append.log.Roll(g.header(g.append.next), n); err != nil {
 		if osfile.IsNoSpace(err) {
-			return fmt.Errorf("the journal of group %s is full: %w: %w", g.name, errFull, err)
+			g.append.noRoom = fmt.Errorf("the journal of group %s is full: %w: %w", g.name, errFull, err)
+			return g.append.noRoom
 		}
 		return g.failLocked(err)
 	}
+	g.append.noRoom = nil
 	return nil
 }
 

@@ -49,8 +49,8 @@ func (g *Group) applyLocked() error {
 	return nil
 }
 
-// freeze begins a round that covers every record so far. It reports whether
-// there is one.
+// freeze begins a round that covers every record so far, be they markers alone.
+// It reports whether there is one.
 func (g *Group) freeze() bool {
 	g.append.Lock()
 	defer g.append.Unlock()
@@ -59,12 +59,7 @@ func (g *Group) freeze() bool {
 		any = d.Freeze() || any
 	}
 	head := record.LSN(g.appended.Load())
-	if !any {
-		// Markers alone: nothing to write.
-		g.apply.applied = head
-		g.applied.Store(uint64(head))
-		g.unapplied.Store(0)
-		g.append.weight = 0
+	if !any && head == g.apply.applied {
 		return false
 	}
 	g.apply.round, g.apply.roundBytes, g.apply.roundWeight = head, g.unapplied.Load(), g.append.weight

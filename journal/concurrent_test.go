@@ -82,7 +82,7 @@ func TestReadersBesideEverything(t *testing.T) {
 		if r.g.JournalBytes() > 2<<20 {
 			_, err := r.g.Expire(256 << 10)
 			if err != nil {
-				require.ErrorContains(t, err, "was opened meanwhile")
+				require.ErrorIs(t, err, errPinned)
 			}
 		}
 	})

@@ -118,6 +118,8 @@ func (g *Group) discontinuity(d *disk.Disk) error {
 	if err := g.store.ix.Flush(); err != nil {
 		return err
 	}
+	// Whatever is kept as an original from now on is what the outsider left.
+	d.SetKnownSince(g.Head() + 1)
 	var bytes int64
 	for off := int64(0); off < d.Size; off += viewStep * record.BlockSize {
 		ext := record.Extent{Off: off, Len: min(d.Size-off, viewStep*record.BlockSize)}

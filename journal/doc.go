@@ -43,13 +43,20 @@
 //	6 write the backing                a mix of old and new: covered by replay, from the applied LSN on
 //	7 sync the backing                 as 6
 //	8 applied LSN in the index, flush  replay starts behind it
-//	9 expire: carry over, index, flush segments that nothing refers to: removed by the next expiry
+//	9 expire: carry over, index, flush segments that nothing refers to: log files are removed by the next open, originals by the next expiry
 //	10 remove the segments             –
+//
+// A backing that was changed by others is journaled while the group opens:
+//
+//	1 note in the index that it goes on, flush  taken up again by the next open
+//	2 write what differs, then a marker         compared again: blocks that are equal by then add nothing
+//	3 known-since in the index, note removed    until that is flushed: a second marker at worst
 //
 // # Concurrency
 //
 // A Group is safe for concurrent use. Locks are taken in this order: apply,
-// sync, index, append (the fields of Group say what each guards).
+// syncing, index, append, and pins under any of them (the fields of Group say
+// what each guards).
 //
 // # Limits
 //

@@ -34,6 +34,10 @@ var (
 // what is tried again later may succeed.
 var errFull = errors.New("no room for a new segment")
 
+// errPinned is wrapped when an expiry gives way to a view that was opened
+// meanwhile.
+var errPinned = errors.New("a view was opened meanwhile")
+
 // PointError says why a point can not be viewed, and what can be.
 type PointError struct {
 	Group   string

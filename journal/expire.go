@@ -66,6 +66,9 @@ func (g *Group) Expire(excess int64) (freed int64, err error) {
 		return 0, err
 	}
 	err = g.expireUpTo(closed[n-1].Last, files[:n])
+	if errors.Is(err, errPinned) {
+		return 0, nil // the next look finds the pin
+	}
 	if errors.Is(err, errFull) {
 		// There is no room to carry over what views behind a near horizon
 		// need. Behind the farthest one, they need next to nothing.
@@ -96,7 +99,7 @@ func (g *Group) raiseHorizon(to record.LSN) error {
 	defer g.pins.Unlock()
 	for lsn := range g.pins.views {
 		if lsn < to {
-			return fmt.Errorf("a view of LSN %d was opened meanwhile", lsn)
+			return fmt.Errorf("%w: LSN %d", errPinned, lsn)
 		}
 	}
 	g.horizon.Store(uint64(max(to, g.Horizon())))
@@ -351,10 +354,10 @@ func (e *expiry) originals() (gone []*segment.File, err error) {
 			}
 			return nil
 		})
-		if needed {
-			continue
+		if needed || errors.Is(err, record.ErrCorrupt) {
+			continue // behind damage may be what views need
 		}
-		if err != nil && !errors.Is(err, record.ErrCorrupt) {
+		if err != nil {
 			return nil, err
 		}
 		gone = append(gone, f)

@@ -21,12 +21,12 @@ import (
 	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
-var frozenWrite = flag.Bool("frozen.write", false, "make a new frozen sample, for a new format version, and leave the old ones")
+var frozenWrite = flag.String("frozen.write", "", "make a frozen sample of the present formats at this path, which must not exist")
 
-// frozenSample is a state directory as the first format versions left it after a
-// crash: tar, gzip, base64, for the repository holds no binaries. The file "views" in it has the
-// SHA-256 of each disk as of each LSN. Every later version must open it.
-const frozenSample = "../testdata/formats/state-1.tar.gz.base64"
+// frozenSamples are state directories as versions of the formats left them after
+// a crash: tar, gzip, base64, for the repository holds no binaries. The file "views" in each has
+// the SHA-256 of each disk as of each LSN. Every later version must open all of them.
+const frozenSamples = "../testdata/formats/state-*.tar.gz.base64"
 
 var frozenGroup = GroupConfig{Name: "frozen", Disks: []DiskConfig{{Name: "a"}, {Name: "b"}}}
 
@@ -42,22 +42,27 @@ func frozenIn(dir string) []GroupConfig {
 // TestFrozenFormats opens what an earlier version wrote: with its index and
 // without, and at rest.
 func TestFrozenFormats(t *testing.T) {
-	if *frozenWrite {
-		writeFrozen(t)
+	if *frozenWrite != "" {
+		writeFrozen(t, *frozenWrite)
 	}
-	for name, prepare := range map[string]func(t *testing.T, dir string) Options{
-		"recovered": func(*testing.T, string) Options { return Options{} },
-		"lost index": func(t *testing.T, dir string) Options {
-			require.NoError(t, os.RemoveAll(filepath.Join(dir, "state/index")))
-			return Options{}
-		},
+	samples, err := filepath.Glob(frozenSamples)
+	require.NoError(t, err)
+	require.NotEmpty(t, samples)
+	for _, sample := range samples {
+		t.Run(filepath.Base(sample), func(t *testing.T) { openFrozen(t, sample) })
+	}
+}
+
+func openFrozen(t *testing.T, sample string) {
+	for name, prepare := range map[string]func(t *testing.T, dir string){
+		"recovered":  func(*testing.T, string) {},
+		"lost index": func(t *testing.T, dir string) { require.NoError(t, os.RemoveAll(filepath.Join(dir, "state/index"))) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
-			unpackFrozen(t, dir)
-			o := prepare(t, dir)
-			o.SegmentSize = 64 << 10
-			s, err := Open(filepath.Join(dir, "state"), frozenIn(dir), o)
+			unpackFrozen(t, sample, dir)
+			prepare(t, dir)
+			s, err := Open(filepath.Join(dir, "state"), frozenIn(dir), Options{SegmentSize: 64 << 10})
 			require.NoError(t, err)
 			g := s.Groups()[0]
 			want, err := os.ReadFile(filepath.Join(dir, "views"))
@@ -73,6 +78,15 @@ func TestFrozenFormats(t *testing.T) {
 			require.NoError(t, s.Close())
 		})
 	}
+	t.Run("at rest", func(t *testing.T) {
+		dir := t.TempDir()
+		unpackFrozen(t, sample, dir)
+		s, err := Open(filepath.Join(dir, "state"), frozenIn(dir), Options{ReadOnly: true})
+		require.NoError(t, err)
+		_, err = s.Groups()[0].Verify(context.Background(), func(f Finding) { t.Errorf("%+v", f) })
+		require.NoError(t, err)
+		require.NoError(t, s.Abandon())
+	})
 }
 
 // frozenViews lists the checksum of each disk as of each LSN.
@@ -91,8 +105,8 @@ func frozenViews(t *testing.T, g *Group) string {
 	return out.String()
 }
 
-func unpackFrozen(t *testing.T, dir string) {
-	f, err := os.Open(frozenSample)
+func unpackFrozen(t *testing.T, sample, dir string) {
+	f, err := os.Open(sample)
 	require.NoError(t, err)
 	defer f.Close()
 	z, err := gzip.NewReader(base64.NewDecoder(base64.StdEncoding, f))
@@ -113,7 +127,7 @@ func unpackFrozen(t *testing.T, dir string) {
 
 // writeFrozen makes the sample: applied and unapplied records of every kind, originals, an index
 // that lags behind the log, and a horizon above zero; then a crash.
-func writeFrozen(t *testing.T) {
+func writeFrozen(t *testing.T, path string) {
 	dir := t.TempDir()
 	rng := rand.New(rand.NewPCG(1, 2))
 	for i, size := range []int{40*record.BlockSize + 1000, 64 * record.BlockSize} {
@@ -152,11 +166,11 @@ func writeFrozen(t *testing.T) {
 	views := frozenViews(t, g)
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "views"), []byte(views), 0o600))
 	require.NoError(t, s.Abandon())
-	packFrozen(t, dir)
+	packFrozen(t, dir, path)
 }
 
-func packFrozen(t *testing.T, dir string) {
-	f, err := os.Create(frozenSample)
+func packFrozen(t *testing.T, dir, path string) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 	require.NoError(t, err)
 	enc := base64.NewEncoder(base64.StdEncoding, f)
 	z, err := gzip.NewWriterLevel(enc, gzip.BestCompression)

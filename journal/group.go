@@ -46,8 +46,10 @@ type Group struct {
 		last        time.Time  // of the last checkpoint
 	}
 
-	// sync serialises syncs of the log.
+	// syncing serialises syncs of the log.
 	syncing sync.Mutex
+
+	expireNext time.Time // background's: no expiry before
 
 	// index is held while a batch is made and committed.
 	index struct {
@@ -76,6 +78,7 @@ type Group struct {
 		lastLook int64      // of bytes
 		lookedAt time.Time
 		full     error // why applying makes no progress; nil if it does
+		noRoom   error // why the last write that took a new segment got none; nil if it did
 		labels   map[string]record.LSN
 	}
 
@@ -155,6 +158,8 @@ func (g *Group) State() (string, error) {
 		return "failed", g.append.err
 	case g.append.full != nil:
 		return "full", g.append.full
+	case g.append.noRoom != nil:
+		return "full", g.append.noRoom
 	}
 	return "active", nil
 }

@@ -34,19 +34,25 @@ func (g *Group) Index() error {
 // commitPending commits runs of records together, and returns how many
 // versions they are. g.index is held.
 func (g *Group) commitPending(ready []*pending) (n int, err error) {
+	mark := g.index.mark
 	last := ready[len(ready)-1].last
-	if last <= g.index.mark.LSN {
+	for _, p := range ready {
+		n += len(p.entries)
+	}
+	if last <= mark.LSN {
+		if n > 0 {
+			return 0, fmt.Errorf("%d versions up to LSN %d are new to an index that has all up to LSN %d", n, last, mark.LSN)
+		}
 		return 0, nil // a sync of nothing new
 	}
 	b := g.ix.NewBatch()
 	for _, p := range ready {
-		n += len(p.entries)
 		b.Set(p.entries)
 		for _, t := range p.times {
 			if err := b.AddTime(t.Time, t.LSN, t.File, t.Off); err != nil {
 				return 0, err
 			}
-			g.index.mark.LastTime = t.Time
+			mark.LastTime = t.Time
 		}
 		for _, m := range p.markers {
 			if err := b.AddMarker(m); err != nil {
@@ -54,10 +60,11 @@ func (g *Group) commitPending(ready []*pending) (n int, err error) {
 			}
 		}
 	}
-	g.index.mark.LSN = last
-	if err := b.Commit(g.index.mark); err != nil {
+	mark.LSN = last
+	if err := b.Commit(mark); err != nil {
 		return 0, fmt.Errorf("index %d versions up to LSN %d: %w", n, last, err)
 	}
+	g.index.mark = mark
 	return n, nil
 }
 

@@ -72,11 +72,13 @@ type model struct {
 
 	mu      sync.Mutex // the injector runs in Pebble's goroutines too
 	flushed record.LSN
-	arm     int // crash at this many file operations from now; 0: disarmed
-	percent int
-	tear    uint64 // seed of what survives
-	clone   *vfs.MemFS
-	atClone record.LSN // flushed when the clone was made
+	// recorded is the last one that was answered.
+	recorded record.LSN
+	arm      int // crash at this many file operations from now; 0: disarmed
+	percent  int
+	tear     uint64 // seed of what survives
+	clone    *vfs.MemFS
+	atClone  record.LSN // what had to be there when the clone was made
 }
 
 type heldView struct {
@@ -145,7 +147,9 @@ func (m *model) MaybeError(op errorfs.Op) error {
 	}
 	if m.arm--; m.arm == 0 {
 		m.clone = m.fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: m.percent, RNG: rand.New(rand.NewPCG(m.tear, 2))})
-		m.atClone = m.flushed
+		if m.atClone = m.flushed; m.percent == 100 {
+			m.atClone = max(m.flushed, m.recorded)
+		}
 	}
 	return nil
 }
@@ -298,6 +302,7 @@ func (m *model) record(before record.LSN, d int, op Op, data []byte) {
 	for _, p := range parts {
 		m.changes = append(m.changes, change{d, p.Off, data[p.Off-op.Ext.Off:][:p.Len]})
 	}
+	m.answered()
 }
 
 func (m *model) sync() {
@@ -310,6 +315,13 @@ func (m *model) setFlushed(lsn record.LSN) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.flushed = lsn
+}
+
+// answered notes that everything so far is with the kernel.
+func (m *model) answered() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.recorded = record.LSN(len(m.changes))
 }
 
 func (m *model) mark() {
@@ -478,6 +490,7 @@ func (m *model) crash() {
 		m.labels[l] = slices.DeleteFunc(lsns, func(lsn record.LSN) bool { return lsn > head })
 	}
 	m.setFlushed(head)
+	m.answered()
 	m.checkLive()
 	m.checkView()
 	if m.rng.IntN(4) == 0 {

@@ -55,9 +55,12 @@ const (
 	applyAge  = 2 * time.Second
 	busyAge   = 30 * time.Second
 	busyBytes = 8 << 20
-	// checkpointBytes and checkpointAge bound what recovery replays.
+	// checkpointBytes and checkpointAge bound, with Unapplied, what recovery replays.
 	checkpointBytes = 1 << 30
 	checkpointAge   = 30 * time.Second
+	// expireRetry is how long an expiry that failed is left alone. A write that
+	// finds the journal full tries at once.
+	expireRetry = time.Minute
 	// indexLag is how many versions may wait for the index before writes do.
 	indexLag = 1 << 20
 	// indexBatch is how many versions are worth a commit of their own before

@@ -78,6 +78,9 @@ func (g *Group) resolveTime(t int64, refuse func(string) (record.LSN, error)) (r
 	head := g.Head()
 	last := g.lastTime.Load()
 	files := g.set.Files(segment.Log)
+	for len(files) > 1 && files[1].First-1 <= horizon {
+		files = files[1:] // expired, and not removed yet
+	}
 	if len(files) == 0 || t < files[0].Created {
 		return refuse("it is older than the horizon")
 	}

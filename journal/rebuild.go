@@ -40,7 +40,9 @@ func (r *recovery) dropStale() error {
 					live[at] = true
 					continue
 				}
-				live[at] = live[at]
+				if _, seen := live[at]; !seen {
+					live[at] = false
+				}
 				if err := b.Delete(e.Disk, e.Unit, e.LSN); err != nil {
 					return err
 				}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/index"
+	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
@@ -58,11 +59,12 @@ type recovery struct {
 	logs     []*segment.File
 	fresh    bool // the index knew nothing of the group
 	mark     index.Watermark
-	origFile uint32     // originals up to this file were committed before the crash
-	applied  record.LSN // the backings hold every record up to here
-	last     record.LSN // the last record of the log
-	durable  record.LSN // some record or the index says that this much was
-	damage   error      // of a record that was durable
+	origFile uint32        // originals up to this file were committed before the crash
+	applied  record.LSN    // the backings hold every record up to here
+	last     record.LSN    // the last record of the log
+	durable  record.LSN    // some record or the index says that this much was
+	damage   error         // of a record that was durable
+	renewed  *segment.File // whose header was written again last
 }
 
 func (g *Group) recover(disks []DiskConfig) error {
@@ -120,7 +122,8 @@ func (r *recovery) broken() error {
 	if r.g.o.ReadOnly {
 		return nil
 	}
-	return r.g.set.RemoveBroken()
+	// Without the index, nothing tells whether a file of originals was ever whole.
+	return r.g.set.RemoveBroken(r.fresh && len(r.logs) > 0)
 }
 
 // state reads what the index and the segments' headers say.
@@ -205,7 +208,9 @@ func (r *recovery) originals() error {
 		var entries []index.Entry
 		var buf []byte
 		end, err := f.Scan(from, func(off int64, h record.Header) (err error) {
-			if buf, err = r.believe(f, off, h, buf); err != nil {
+			if durable := h.Flags&record.FlagCarried == 0 && h.LSN <= r.applied; durable {
+				// Its block was overwritten: if it is damaged, a view must find that out.
+			} else if buf, err = r.believe(f, off, h, buf); err != nil {
 				return err
 			}
 			entries = append(entries, r.original(f, off, h)...)
@@ -214,24 +219,8 @@ func (r *recovery) originals() error {
 		if err != nil && !errors.Is(err, record.ErrCorrupt) {
 			return fmt.Errorf("replay originals: %w", err)
 		}
-		if err != nil {
-			// A crash tears only what was appended after the last commit. The
-			// header of each original says which round it was kept for: one of a round
-			// that the backings have durably was synced.
-			torn, terr := r.torn(f, end)
-			if terr != nil {
-				return terr
-			}
-			if !torn && r.damage == nil {
-				r.damage = fmt.Errorf("an original that was durable is damaged: %w", err)
-			}
-			if torn && !g.o.ReadOnly {
-				// Now, while it can be told from damage: later, the rounds of
-				// the records behind it will have been applied.
-				if err := f.Cut(end); err != nil {
-					return err
-				}
-			}
+		if err := r.originalsTail(f, end, err); err != nil {
+			return err
 		}
 		if len(entries) > 0 && !g.o.ReadOnly {
 			if err := f.Sync(); err != nil {
@@ -247,19 +236,45 @@ func (r *recovery) originals() error {
 	return nil
 }
 
-// torn reports whether what stands at off in a file of originals may be what a
-// crash left of an append: nothing valid behind it belongs to a round that was applied.
-func (r *recovery) torn(f *segment.File, off int64) (bool, error) {
-	for {
-		at, h, ok, err := f.Resync(off)
-		if err != nil || !ok {
-			return true, err
-		}
-		if h.Flags&record.FlagCarried == 0 && h.LSN <= r.applied {
-			return false, nil
-		}
-		off = at + record.Alignment
+// originalsTail looks at what stands behind the last original that could be read,
+// and why it was the last: nil if nothing seems to be written there.
+//
+// A crash tears only what was appended after the last commit. The header of each
+// original says which round it was kept for: one of a round that the backings have durably was synced.
+func (r *recovery) originalsTail(f *segment.File, end int64, cause error) error {
+	behind, applied, err := r.originalsBehind(f, end)
+	if err != nil {
+		return err
 	}
+	if applied {
+		if cause == nil {
+			cause = fmt.Errorf("%w: %s: nothing at %d, and originals behind it", record.ErrCorrupt, f.Path, end)
+		}
+		if r.damage == nil {
+			r.damage = fmt.Errorf("an original that was durable is damaged: %w", cause)
+		}
+		return nil
+	}
+	if cause == nil && !behind || r.g.o.ReadOnly {
+		return nil
+	}
+	// Now, while a torn tail can be told from damage: later, the rounds of the
+	// originals in it will have been applied.
+	return f.Cut(end)
+}
+
+// originalsBehind reports whether any valid original stands at or behind off, and
+// whether one of them is of a round that was applied: what a crash left of an append is not.
+func (r *recovery) originalsBehind(f *segment.File, off int64) (any, applied bool, err error) {
+	err = f.Resync(off, func(_ int64, h record.Header) error {
+		any = true
+		if h.Flags&record.FlagCarried == 0 && h.LSN <= r.applied {
+			applied = true
+			return segment.ErrStop
+		}
+		return nil
+	})
+	return any, applied, err
 }
 
 // believe verifies a record that nothing says was durable. It may have been read from
@@ -267,6 +282,12 @@ func (r *recovery) torn(f *segment.File, off int64) (bool, error) {
 func (r *recovery) believe(f *segment.File, off int64, h record.Header, buf []byte) ([]byte, error) {
 	if r.g.o.ReadOnly {
 		return f.VerifyPayload(off, h, buf)
+	}
+	if r.renewed != f {
+		if err := f.RenewHeader(); err != nil {
+			return buf, err
+		}
+		r.renewed = f
 	}
 	return f.Renew(off, h, buf)
 }
@@ -353,6 +374,9 @@ func (g *Group) start(r *recovery) error {
 	maps.DeleteFunc(g.append.labels, func(_ string, lsn record.LSN) bool { return lsn <= g.Horizon() })
 	g.append.next = last + 1
 	g.lastTime.Store(max(g.lastTime.Load(), r.mark.LastTime))
+	if n := len(r.logs); n > 0 {
+		g.lastTime.Store(max(g.lastTime.Load(), r.logs[n-1].Created))
+	}
 	g.appended.Store(uint64(last))
 	g.durable.Store(uint64(last))
 	g.applied.Store(uint64(min(r.applied, last)))
@@ -366,14 +390,22 @@ func (g *Group) start(r *recovery) error {
 		g.append.oldest = g.o.Now()
 	}
 	if r.damage != nil {
-		g.failLocked(r.damage)
+		// Originals may be missing from the index: views must not fall to backings.
+		for _, d := range g.disks {
+			d.SetKnownSince(max(d.KnownSince(), last+1))
+		}
+		_ = g.failLocked(r.damage)
 		return nil
 	}
 	if g.o.ReadOnly {
 		return nil
 	}
 	// A new file: what a crash left behind the last record can never follow it.
-	if err := g.append.log.Roll(g.header(last+1), 0); err != nil {
+	if err := g.append.log.Roll(g.header(last+1), 0); osfile.IsNoSpace(err) {
+		// Reads go on, and an expiry may help: the first write begins the file.
+		g.append.noRoom = fmt.Errorf("the journal of group %s is full: %w", g.name, err)
+		return nil
+	} else if err != nil {
 		return fmt.Errorf("begin the log: %w", err)
 	}
 	if err := g.append.log.Sync(); err != nil {

@@ -103,7 +103,18 @@ func (q *replayQueue) add(rec queued) error {
 }
 
 func (q *replayQueue) replay(rec *queued) error {
-	return q.r.replay(q.r.g.disk(rec.h.Disk), rec.file, rec.off, &rec.h)
+	g := q.r.g
+	if err := q.r.replay(g.disk(rec.h.Disk), rec.file, rec.off, &rec.h); err != nil {
+		return err
+	}
+	// All of the log, if the index is made anew, is too much for one batch.
+	if p := g.append.pend; q.r.fresh && !g.o.ReadOnly && len(p.entries) >= indexBatch && rec.h.LSN <= q.r.durable {
+		p.last = rec.h.LSN
+		g.append.pend = &pending{}
+		_, err := g.commitPending([]*pending{p})
+		return err
+	}
+	return nil
 }
 
 // finish replays the tail up to its first torn record.
@@ -146,16 +157,12 @@ func (r *recovery) behind(f *segment.File, off int64) error {
 		if g == f {
 			from = off
 		}
-		for {
-			at, h, ok, err := g.Resync(from)
-			if err != nil {
-				return err
-			}
-			if !ok {
-				break
-			}
+		err := g.Resync(from, func(_ int64, h record.Header) error {
 			r.durable = max(r.durable, h.Durable)
-			from = at + record.Alignment
+			return nil
+		})
+		if err != nil {
+			return err
 		}
 	}
 	return nil

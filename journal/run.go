@@ -88,8 +88,13 @@ func (g *Group) background() {
 			return
 		}
 	}
+	if now.Before(g.expireNext) {
+		return
+	}
 	if err := g.expireDue(); err != nil {
-		g.log.Warn("expire", zap.Error(err))
+		// What stands in the way is there for a while: a disk that is not configured, damage.
+		g.expireNext = now.Add(expireRetry)
+		g.log.Warn("history is not expired", zap.Error(err), zap.Duration("again_in", expireRetry))
 	}
 }
 

@@ -149,14 +149,19 @@ func syncDirs(fs vfs.FS, paths ...string) error {
 	return nil
 }
 
-// nextGroupID is one more than the numbers of all groups in the directory.
+// nextGroupID is one more than the numbers of all groups in the directory, and of
+// those that the index still has versions of though their segments are gone.
 func (s *Store) nextGroupID() (uint32, error) {
 	fs := s.o.FS
 	names, err := fs.List(fs.PathJoin(s.dir, groupsName))
 	if err != nil {
 		return 0, fmt.Errorf("list groups: %w", err)
 	}
-	next := uint32(1)
+	last, err := s.ix.LastGroup()
+	if err != nil {
+		return 0, err
+	}
+	next := last + 1
 	for _, name := range names {
 		set, err := segment.OpenSet(fs, fs.PathJoin(s.dir, groupsName, name), true)
 		if err != nil {
@@ -219,7 +224,7 @@ func (s *Store) Close() error {
 }
 
 // Abandon closes the store's files and nothing else, as a crash would: the next
-// Open recovers. The index may still be flushed by its own closing.
+// Open recovers. What the index has not flushed is lost, as it would be.
 func (s *Store) Abandon() error {
 	var errs []error
 	for _, g := range s.groups {

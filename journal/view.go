@@ -310,7 +310,7 @@ func (v *View) appendRuns(runs []zeroRun, picks []index.Pick, first int64, ext r
 	for ext.Len > 0 {
 		block := ext.Off / record.BlockSize
 		n := min(ext.End(), (block+1)*record.BlockSize) - ext.Off
-		zero := hole
+		zero := hole && v.lsn >= v.d.KnownSince() // what is not known must be asked for, and refused
 		if p := &picks[block-first]; p.Found {
 			zero = p.Zero
 		}

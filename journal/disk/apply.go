@@ -75,9 +75,9 @@ func (a *applier) chunks() error {
 	for _, n := range a.l.chunkNumbers() {
 		for i, p := range a.l.chunk(n) {
 			block := n<<chunkBits + int64(i)
-			switch {
-			case p.file == 0:
-			case p.file == zeroes:
+			switch p.file {
+			case 0:
+			case zeroes:
 				if err := a.addZeroes(block, 1, p); err != nil {
 					return err
 				}

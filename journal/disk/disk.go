@@ -136,7 +136,8 @@ func (d *Disk) Pages(captured, forgotten []int64) map[int64][]byte {
 }
 
 // Forget clears the blocks' bits: their newest version stands in the backing,
-// and the journal holds no other. Neither Apply nor a frozen layer may be under way.
+// and the journal holds no other. Apply must not be under way, and none of the
+// blocks be in the overlay: those have a newer version, for which theirs is kept.
 func (d *Disk) Forget(blocks []int64) { d.captured.change(blocks, false) }
 
 // Keep sets the blocks' bits: the journal holds a version of each that has no record any more.

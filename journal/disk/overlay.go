@@ -93,7 +93,7 @@ func (l *layer) grow(n int64) *chunk {
 	return l.chunkAt(*at - 1)
 }
 
-// insert sets the places of n blocks from first on. place is called for each.
+// insert sets the places of n blocks from first on. fn is called for each.
 func (l *layer) insert(first, n int64, fn func(i int64) place) {
 	for i := int64(0); i < n; {
 		block := first + i

@@ -87,7 +87,7 @@ func (b *Batch) Commit(w Watermark) error {
 	for i := range b.entries {
 		e := &b.entries[i]
 		b.key = appendVersionKey(b.key[:0], b.g.id, e.Disk, e.Unit, e.LSN)
-		b.val = e.Version.append(b.val[:0])
+		b.val = e.append(b.val[:0])
 		if err := b.b.Set(b.key, b.val, nil); err != nil {
 			return err
 		}

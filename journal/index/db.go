@@ -1,6 +1,7 @@
 package index
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"sync"
@@ -114,7 +115,8 @@ func (d *DB) Flush() error {
 	return nil
 }
 
-// Close flushes and closes the database. No Reader may be in use.
+// Close closes the database. No Reader may be in use. It does not flush: what
+// Flush has not covered is gone.
 func (d *DB) Close() error {
 	return d.db.Close()
 }
@@ -147,6 +149,19 @@ func (d *DB) Group(id uint32) (*Group, error) {
 		return nil, err
 	}
 	return g, nil
+}
+
+// LastGroup is the highest number of a group that the database knows; 0: none.
+func (d *DB) LastGroup() (uint32, error) {
+	it, err := d.db.NewIter(&pebble.IterOptions{UpperBound: versionKey})
+	if err != nil {
+		return 0, fmt.Errorf("read the index: %w", err)
+	}
+	var last uint32
+	if it.Last() && len(it.Key()) > 4 {
+		last = binary.BigEndian.Uint32(it.Key())
+	}
+	return last, errors.Join(it.Error(), it.Close())
 }
 
 // RetireReaders closes the idle readers that are older than age, so that they

@@ -5,9 +5,10 @@
 //
 //   - Decoding never panics and never allocates more than the input it was
 //     given (plus a small constant): every length is checked first.
-//   - Decoding accepts exactly what encoding makes; a flipped bit anywhere in
-//     a header, its checksum table or a payload is noticed ([ErrCorrupt]).
-//   - An unknown format version is reported as such, never as corruption.
+//   - A flipped bit anywhere in a header, its checksum table or a payload is
+//     noticed ([ErrCorrupt]).
+//   - An unknown version of a marker's payload is reported as such, never as
+//     corruption. Records carry none: the segment that holds them does.
 //
 // # The caller must
 //

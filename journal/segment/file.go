@@ -214,6 +214,18 @@ func (f *File) Renew(off int64, h record.Header, buf []byte) ([]byte, error) {
 	return buf, nil
 }
 
+// RenewHeader does the same with the file's header.
+func (f *File) RenewHeader() error {
+	b := make([]byte, f.start)
+	if err := f.ReadAt(b, 0, false); err != nil {
+		return fmt.Errorf("%s: %w", f.Path, err)
+	}
+	if err := osfile.WriteVec(f.f, [][]byte{b}, 0); err != nil {
+		return fmt.Errorf("write the header of %s again: %w", f.Path, err)
+	}
+	return nil
+}
+
 // Sync makes the file's records durable, for one who used Renew. Writers have their own.
 func (f *File) Sync() error {
 	if err := f.f.SyncData(); err != nil {
@@ -222,9 +234,9 @@ func (f *File) Sync() error {
 	return nil
 }
 
-// Resync looks for the next valid record header at or after off, so that what
-// lies behind damage can be told from a torn tail. ok is false if there is none.
-func (f *File) Resync(off int64) (at int64, h record.Header, ok bool, err error) {
+// Resync calls fn with each valid record header at or after off, so that what lies
+// behind damage can be told from a torn tail. ErrStop from fn ends it without an error.
+func (f *File) Resync(off int64, fn func(at int64, h record.Header) error) error {
 	w := window{f: f}
 	first := record.Header{Kind: record.KindTrim, Extent: record.Extent{Len: 1}}
 	magic := first.Append(nil)[:4]
@@ -242,10 +254,10 @@ func (f *File) Resync(off int64) (at int64, h record.Header, ok bool, err error)
 		}
 		b, err := w.at(off, record.HeaderSize)
 		if err != nil {
-			return 0, h, false, err
+			return err
 		}
 		if len(b) < record.HeaderSize {
-			return 0, h, false, nil
+			return nil
 		}
 		i := bytes.Index(b, magic)
 		if i < 0 {
@@ -256,7 +268,12 @@ func (f *File) Resync(off int64) (at int64, h record.Header, ok bool, err error)
 			continue
 		}
 		if h, err := w.header(off); err == nil {
-			return off, h, true, nil
+			if err := fn(off, h); err != nil {
+				if errors.Is(err, ErrStop) {
+					return nil
+				}
+				return err
+			}
 		}
 		off += record.Alignment
 	}

@@ -19,6 +19,8 @@ import (
 const (
 	suffix    = ".seg"
 	tmpSuffix = ".tmp"
+
+	brokenSuffix = ".broken"
 )
 
 // ErrGone says that there is no such file: it was removed, or lost.
@@ -119,13 +121,18 @@ func (s *Set) setAside(name, path string, cause error) error {
 // Broken lists the files that OpenSet found without a valid header.
 func (s *Set) Broken() []Broken { return s.broken }
 
-// RemoveBroken removes those files, durably.
-func (s *Set) RemoveBroken() error {
+// RemoveBroken removes those files, durably. With keep, those of originals are
+// renamed instead, to what no Set looks at.
+func (s *Set) RemoveBroken(keep bool) error {
 	if len(s.broken) == 0 {
 		return nil
 	}
 	for _, b := range s.broken {
-		if err := s.fs.Remove(b.Path); err != nil {
+		remove := func() error { return s.fs.Remove(b.Path) }
+		if keep && b.Kind == Originals {
+			remove = func() error { return s.fs.Rename(b.Path, b.Path+brokenSuffix) }
+		}
+		if err := remove(); err != nil {
 			return fmt.Errorf("remove unfinished segment: %w", err)
 		}
 	}

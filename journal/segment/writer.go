@@ -36,7 +36,7 @@ type Writer struct {
 	ahead int64 // up to here the file was written, with zeroes behind tail
 
 	unsynced atomic.Int64 // bytes appended since the last Sync began
-	eager    atomic.Bool  // Syncs follow each other closely: see zeroAhead
+	eager    atomic.Bool  // little was appended between the last two Syncs: see zeroAhead
 
 	// spare is the next file, allocated ahead so that a roll costs a rename.
 	spare struct {

@@ -53,7 +53,7 @@ func WriteVec(f vfs.File, bufs [][]byte, off int64) error {
 				// A short write (out of space, a signal) ends within a
 				// buffer: go on from there with a copy of the list's head.
 				rest := append([][]byte{bufs[0][n:]}, bufs[1:]...)
-				bufs, n = rest, 0
+				bufs = rest
 				break
 			}
 			n -= len(bufs[0])
