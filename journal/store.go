@@ -8,6 +8,7 @@ import (
 	"io"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"go.uber.org/zap"
@@ -242,6 +243,9 @@ func (s *Store) Abandon() error {
 	return errors.Join(errs...)
 }
 
+// indexErrorPause is how long the index waits after an error before it goes on.
+const indexErrorPause = 250 * time.Millisecond
+
 // pebbleLog passes Pebble's messages on. Pebble calls Fatalf when it can not
 // go on and does not expect it to return: the daemon is told, the
 // goroutine ends here.
@@ -253,6 +257,8 @@ func (l pebbleLog) Infof(format string, args ...any) {
 
 func (l pebbleLog) Errorf(format string, args ...any) {
 	l.s.o.Log.Error("index", zap.String("event", fmt.Sprintf(format, args...)))
+	// Pebble tries a flush that failed again at once, and for ever.
+	time.Sleep(indexErrorPause)
 }
 
 func (l pebbleLog) Fatalf(format string, args ...any) {
