@@ -59,7 +59,7 @@ func (g *Group) freeze() bool {
 		any = d.Freeze() || any
 	}
 	head := record.LSN(g.appended.Load())
-	if !any && head == g.apply.applied {
+	if !any && head == g.Applied() {
 		return false
 	}
 	g.apply.round, g.apply.roundBytes, g.apply.roundWeight = head, g.unapplied.Load(), g.append.weight
@@ -70,7 +70,6 @@ func (g *Group) freeze() bool {
 func (g *Group) roundDone() {
 	g.append.Lock()
 	defer g.append.Unlock()
-	g.apply.applied = g.apply.round
 	g.applied.Store(uint64(g.apply.round))
 	g.apply.round = 0
 	g.append.weight -= g.apply.roundWeight
@@ -101,7 +100,7 @@ func (g *Group) Checkpoint() error {
 }
 
 func (g *Group) checkpointLocked() error {
-	applied := g.apply.applied
+	applied := g.Applied()
 	if g.apply.round == 0 && uint64(applied) == g.checkpointed.Load() && !g.apply.last.IsZero() {
 		return nil
 	}

@@ -55,7 +55,7 @@ func (g *Group) Expire(excess int64) (freed int64, err error) {
 	for i := range files[:max(len(files)-1, 0)] {
 		closed = append(closed, retain.File{Last: files[i+1].First - 1, Size: files[i].Alloc()})
 	}
-	pin, applied := g.oldestPin(), min(g.apply.applied, g.Durable())
+	pin, applied := g.oldestPin(), min(g.Applied(), g.Durable())
 	n := min(retain.Expire(closed, excess, pin, applied), expireFiles)
 	if n == 0 {
 		return 0, nil

@@ -41,9 +41,8 @@ type Group struct {
 		round       record.LSN    // the round under way covers records up to here; 0: none
 		roundBytes  int64
 		roundWeight int
-		applied     record.LSN // written to the backings, not synced
-		logBytes    int64      // appended at the last checkpoint
-		last        time.Time  // of the last checkpoint
+		logBytes    int64     // appended at the last checkpoint
+		last        time.Time // of the last checkpoint
 	}
 
 	// syncing serialises syncs of the log.

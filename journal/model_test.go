@@ -499,12 +499,18 @@ func (m *model) crash() {
 }
 
 func (m *model) reopen() {
+	m.restart("closed", func() {})
+}
+
+// restart closes the store, and opens it again after what happens between.
+func (m *model) restart(what string, between func()) {
 	m.closeViews()
 	m.mu.Lock()
 	m.arm, m.clone = 0, nil
 	m.mu.Unlock()
 	require.NoError(m.t, m.store.Close())
-	m.note("closed")
+	m.note("%s", what)
+	between()
 	m.open()
 	require.EqualValues(m.t, len(m.changes), m.g.Head())
 	m.setFlushed(m.g.Head())
@@ -514,17 +520,7 @@ func (m *model) reopen() {
 
 // loseIndex removes the index: the segments are the truth.
 func (m *model) loseIndex() {
-	m.closeViews()
-	m.mu.Lock()
-	m.arm, m.clone = 0, nil
-	m.mu.Unlock()
-	require.NoError(m.t, m.store.Close())
-	m.note("index lost")
-	require.NoError(m.t, m.fs.RemoveAll("state/index"))
-	m.open()
-	require.EqualValues(m.t, len(m.changes), m.g.Head())
-	m.setFlushed(m.g.Head())
-	m.checkLive()
+	m.restart("index lost", func() { require.NoError(m.t, m.fs.RemoveAll("state/index")) })
 	for range 4 {
 		m.checkView()
 	}

@@ -382,7 +382,6 @@ func (g *Group) start(r *recovery) error {
 	g.applied.Store(uint64(min(r.applied, last)))
 	g.checkpointed.Store(uint64(min(r.applied, last)))
 	g.indexed.Store(uint64(min(r.mark.LSN, last)))
-	g.apply.applied = min(r.applied, last)
 	g.append.lag = len(g.append.pend.entries)
 	g.append.pend.last = last
 	g.append.ready, g.append.pend = []*pending{g.append.pend}, &pending{}

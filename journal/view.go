@@ -170,7 +170,7 @@ func (v *View) checkKnown(picks []index.Pick, first int64) error {
 	}
 	for i := range picks {
 		if !picks[i].Found {
-			return fmt.Errorf("block %d of disk %s/%s as of LSN %d is not known: the backing was changed outside of Tidemark before LSN %d",
+			return fmt.Errorf("block %d of disk %s/%s as of LSN %d is not known: the journal has no version of it, and before LSN %d the backing was changed outside of Tidemark, or originals were damaged (see status)",
 				first+int64(i), v.g.name, v.d.Name, v.lsn, since)
 		}
 	}
