@@ -197,7 +197,7 @@ func (g *Group) waitRoomLocked() error {
 		switch {
 		case g.append.err != nil:
 			return g.append.err
-		case g.unapplied.Load() < g.o.Unapplied && g.append.weight < maxWeight && g.append.lag < indexLag:
+		case g.roomLocked():
 			return nil
 		case g.append.full != nil:
 			return g.append.full
@@ -206,6 +206,21 @@ func (g *Group) waitRoomLocked() error {
 		kick(g.kickSync)
 		g.append.room.Wait()
 	}
+}
+
+// roomLocked reports whether memory and the file system have room for more
+// unapplied records. While a round is under way, the room that it leaves is given out as
+// it goes on: a guest that is faster than its disk is slowed down, not stopped.
+func (g *Group) roomLocked() bool {
+	a := &g.append
+	share := min(1, a.round.done+1./16)
+	room := func(used, covered, limit int64) bool {
+		if covered > 0 {
+			limit = covered + int64(float64(limit-covered)*share)
+		}
+		return used < limit
+	}
+	return room(g.unapplied.Load(), a.round.bytes, a.behind) && room(int64(a.weight), int64(a.round.weight), maxWeight) && a.lag < indexLag
 }
 
 // appendLocked writes as many of the aligned operations as fit the current
@@ -273,7 +288,28 @@ func (g *Group) rollLocked(n int64) error {
 		return g.failLocked(err)
 	}
 	g.append.noRoom = nil
+	g.limitBehindLocked()
 	return nil
+}
+
+// limitBehindLocked bounds how far the backings may be behind by what the file
+// system has room for. Each block may cost an original before it is applied, and
+// what is not applied can not be expired: a journal that took more than it has room
+// to apply would be full for good.
+func (g *Group) limitBehindLocked() {
+	a := &g.append
+	a.behind = g.o.Unapplied
+	if u, err := g.fs.GetDiskUsage(g.dir); err == nil {
+		// The log's next file and its spare take theirs meanwhile.
+		room := int64(u.AvailBytes) - g.o.keepApply() - 2*g.o.SegmentSize
+		a.behind = min(a.behind, max(room-room/8, g.o.SegmentSize/4))
+	}
+}
+
+// muchUnappliedLocked reports whether so much is unapplied that a round is due
+// whatever the guest does. The rest is for what it writes until the round ends.
+func (g *Group) muchUnappliedLocked() bool {
+	return g.unapplied.Load() > g.append.behind/3*2 || g.append.weight > maxWeight/2
 }
 
 // nowLocked is the time of the next record: it never goes backwards.
@@ -319,7 +355,8 @@ func (g *Group) advanceLocked(n int, bytes int64) {
 	a.next += record.LSN(n)
 	a.bytes += bytes
 	g.appended.Store(uint64(a.next - 1))
-	if g.unapplied.Add(max(bytes, int64(n)*record.BlockSize)) > g.o.Unapplied/2 || a.weight > maxWeight/2 {
+	g.unapplied.Add(max(bytes, int64(n)*record.BlockSize))
+	if g.muchUnappliedLocked() {
 		kick(g.kickApply)
 	}
 	if a.bytes-a.synced >= syncBytes {

@@ -37,16 +37,31 @@ func (g *Group) applyLocked() error {
 	if err := g.syncTo(g.apply.round); err != nil {
 		return err
 	}
+	total, done := 0, 0.0
 	for _, d := range g.disks {
-		if !d.Frozen() {
+		total += d.FrozenWeight()
+	}
+	for _, d := range g.disks {
+		weight := d.FrozenWeight()
+		if weight == 0 {
 			continue
 		}
-		if err := d.Apply(); err != nil {
+		share := float64(weight) / float64(total)
+		if err := d.Apply(func(part float64) { g.progress(done + part*share) }); err != nil {
 			return g.applyFailed(err)
 		}
+		done += share
 	}
 	g.roundDone()
 	return nil
+}
+
+// progress notes how much of a round is done, for the writes that wait for it.
+func (g *Group) progress(done float64) {
+	g.append.Lock()
+	defer g.append.Unlock()
+	g.append.round.done = done
+	g.append.room.Broadcast()
 }
 
 // freeze begins a round that covers every record so far, be they markers alone.
@@ -62,7 +77,8 @@ func (g *Group) freeze() bool {
 	if !any && head == g.Applied() {
 		return false
 	}
-	g.apply.round, g.apply.roundBytes, g.apply.roundWeight = head, g.unapplied.Load(), g.append.weight
+	g.apply.round = head
+	g.append.round = round{bytes: g.unapplied.Load(), weight: g.append.weight}
 	g.append.oldest = g.o.Now()
 	return true
 }
@@ -72,11 +88,13 @@ func (g *Group) roundDone() {
 	defer g.append.Unlock()
 	g.applied.Store(uint64(g.apply.round))
 	g.apply.round = 0
-	g.append.weight -= g.apply.roundWeight
-	if g.unapplied.Add(-g.apply.roundBytes) == 0 {
+	g.append.weight -= g.append.round.weight
+	if g.unapplied.Add(-g.append.round.bytes) == 0 {
 		g.append.oldest = time.Time{}
 	}
+	g.append.round = round{}
 	g.append.full = nil
+	g.limitBehindLocked()
 	g.append.room.Broadcast()
 }
 

@@ -37,6 +37,12 @@ func (g *Group) expireDue() error {
 // expireForSpace is called when no file can be begun. It reports whether any space came free.
 func (g *Group) expireForSpace() (bool, error) {
 	n, err := g.Expire(g.o.SegmentSize)
+	if n == 0 && err == nil && g.unapplied.Load() > 0 {
+		// What is not applied can not go.
+		if err = g.Apply(); err == nil {
+			n, err = g.Expire(g.o.SegmentSize)
+		}
+	}
 	if err != nil {
 		g.log.Error("the journal is full and its oldest history can not be expired", zap.Error(err))
 	}

@@ -205,8 +205,67 @@ func TestNoSpace(t *testing.T) {
 	r.fault.Store(nil)
 	require.NoError(t, r.write(n, 7))
 	require.Equal(t, byte(7), r.live(n))
+	require.NoError(t, r.g.Apply())
 	state, _ = r.g.State()
 	require.Equal(t, "active", state)
+}
+
+// smallFS is a file system with so many bytes for the state directory.
+type smallFS struct {
+	vfs.FS
+	capacity int64
+}
+
+func (s smallFS) GetDiskUsage(string) (vfs.DiskUsage, error) {
+	used := s.used("state")
+	return vfs.DiskUsage{TotalBytes: uint64(s.capacity), UsedBytes: uint64(used), AvailBytes: uint64(max(0, s.capacity-used))}, nil
+}
+
+func (s smallFS) used(path string) (n int64) {
+	info, err := s.Stat(path)
+	if err != nil {
+		return 0 // it was removed meanwhile
+	}
+	if strings.HasSuffix(path, ".seg") {
+		return max(info.Size(), 64<<10) // allocated when they are begun
+	}
+	if !info.IsDir() {
+		return info.Size()
+	}
+	names, err := s.List(path)
+	if err != nil {
+		return 0
+	}
+	for _, name := range names {
+		n += s.used(s.PathJoin(path, name))
+	}
+	return n
+}
+
+// TestASmallJournalGoesOn: the disk is larger than the journal has room for, and each first
+// overwrite of a block needs room for its original. The oldest history goes, no write meets ENOSPC, and none waits for ever.
+func TestASmallJournalGoesOn(t *testing.T) {
+	r := newRig(t, Options{Reserve: 64 << 10})
+	require.NoError(t, r.s.Close())
+	r.fs = smallFS{r.fs, 2 << 20}
+	r.open()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error)
+	go func() { done <- r.s.Run(ctx) }()
+	var err error
+	for i := int64(0); i < 4*rigBlocks && err == nil; i++ {
+		err = r.write(i%rigBlocks, byte(i/rigBlocks+1))
+	}
+	cancel()
+	require.NoError(t, <-done)
+	require.NoError(t, err)
+	require.Positive(t, r.g.Horizon())
+	for b := range int64(rigBlocks) {
+		require.Equal(t, byte(4), r.live(b))
+	}
+	got, err := r.at(r.g.Head()-8, rigBlocks-1)
+	require.NoError(t, err)
+	require.Equal(t, byte(3), got)
 }
 
 // TestLimitExpiresTheOldest keeps a group within its limit while it is

@@ -34,15 +34,13 @@ type Group struct {
 	// that changes backings, originals and the captured bitmaps.
 	apply struct {
 		sync.Mutex
-		orig        *segment.Writer
-		sums        record.Sums   // scratch
-		gathered    []byte        // originals that are not written yet
-		pending     []index.Entry // of originals that no index commit covers yet
-		round       record.LSN    // the round under way covers records up to here; 0: none
-		roundBytes  int64
-		roundWeight int
-		logBytes    int64     // appended at the last checkpoint
-		last        time.Time // of the last checkpoint
+		orig     *segment.Writer
+		sums     record.Sums   // scratch
+		gathered []byte        // originals that are not written yet
+		pending  []index.Entry // of originals that no index commit covers yet
+		round    record.LSN    // the round under way covers records up to here; 0: none
+		logBytes int64         // appended at the last checkpoint
+		last     time.Time     // of the last checkpoint
 	}
 
 	// syncing serialises syncs of the log.
@@ -76,6 +74,8 @@ type Group struct {
 		busy     bool       // the guest wrote much between the last two looks of applyDue
 		lastLook int64      // of bytes
 		lookedAt time.Time
+		round    round
+		behind   int64 // how many bytes of records the backings may be behind, see limitBehindLocked
 		full     error // why applying makes no progress; nil if it does
 		noRoom   error // why the last write that took a new segment got none; nil if it did
 		labels   map[string]record.LSN
@@ -97,6 +97,14 @@ type Group struct {
 	}
 
 	kickSync, kickApply chan struct{}
+}
+
+// round is what a round of Apply covers of what is unapplied, and how much of that is
+// done, 0 to 1. The zero round is none.
+type round struct {
+	bytes  int64
+	weight int
+	done   float64
 }
 
 // pending gathers what the index must learn of a run of records.

@@ -30,8 +30,8 @@ type Options struct {
 	Limit int64
 	// Unapplied is how many bytes of records a group's backings may be
 	// behind before writes wait; 8 GiB by default. A round of applying begins
-	// at half of it. A record counts as a block at least: recovery reads the headers
-	// of all.
+	// at two thirds of it. A record counts as a block at least: recovery reads the headers
+	// of all. It is less where the file system has no room for as many originals.
 	Unapplied int64
 	// IndexCache is the memory for blocks of the index, bytes; 64 MiB by default.
 	IndexCache int64
@@ -50,8 +50,8 @@ const (
 	maxWeight = 1 << 18
 	// applyAge is how long a record waits for the backing, so that overwrites
 	// of hot blocks meet in the overlay. While the guest writes busyBytes or more
-	// between two looks it waits longer, up to busyAge, and until half of what
-	// may be unapplied is: a burst has the disk for itself.
+	// between two looks it waits longer, up to busyAge, and until two thirds of what
+	// may be unapplied are: a burst has the disk for itself.
 	applyAge  = 2 * time.Second
 	busyAge   = 30 * time.Second
 	busyBytes = 8 << 20

@@ -388,6 +388,7 @@ func (g *Group) start(r *recovery) error {
 	if g.unapplied.Load() > 0 {
 		g.append.oldest = g.o.Now()
 	}
+	g.limitBehindLocked()
 	if r.damage != nil {
 		// Originals may be missing from the index: views must not fall to backings.
 		for _, d := range g.disks {

@@ -107,11 +107,12 @@ func (g *Group) applyDue(now time.Time) bool {
 	if now.Sub(a.lookedAt) >= tick {
 		a.busy = written >= busyBytes
 		a.lastLook, a.lookedAt = a.bytes, now
+		g.limitBehindLocked()
 	}
 	pending := g.unapplied.Load()
 	age := applyAge
 	if a.busy {
 		age = busyAge
 	}
-	return pending > 0 && (pending > g.o.Unapplied/2 || a.weight > maxWeight/2 || now.Sub(a.oldest) >= age)
+	return pending > 0 && (g.muchUnappliedLocked() || now.Sub(a.oldest) >= age)
 }

@@ -33,17 +33,29 @@ func (d *Disk) Freeze() bool {
 	return true
 }
 
+// FrozenWeight is what the frozen layer takes of memory, in the units of Insert;
+// 0 if none waits for Apply.
+func (d *Disk) FrozenWeight() int {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	if d.mu.frozen == nil {
+		return 0
+	}
+	return d.mu.frozen.weight()
+}
+
 // Apply writes the frozen layer to the backing and drops it. Every record in
 // it must be durable. After an error the layer stays, and Apply may be called
-// again. The backing is not synced.
-func (d *Disk) Apply() error {
+// again. The backing is not synced. progress is called now and then with how
+// much of the layer is done, 0 to 1.
+func (d *Disk) Apply(progress func(done float64)) error {
 	d.mu.RLock()
 	l := d.mu.frozen
 	d.mu.RUnlock()
 	if l == nil {
 		return errNoFrozen
 	}
-	a := applier{d: d, l: l, buf: make([]byte, bufBlocks*record.BlockSize)}
+	a := applier{d: d, l: l, buf: make([]byte, bufBlocks*record.BlockSize), progress: progress}
 	defer a.release()
 	if err := a.chunks(); err != nil {
 		return err
@@ -68,11 +80,21 @@ type applier struct {
 	places []place
 	buf    []byte
 	file   *segment.File // the last one read, with a reference
+
+	progress func(done float64)
+	from, to float64 // the step's part of the layer
+}
+
+// did tells the progress when i of the n blocks of one half of a step are done.
+func (a *applier) did(half, i, n int) {
+	a.progress(a.from + (a.to-a.from)*(float64(half)+float64(i)/float64(n))/2)
 }
 
 // chunks takes what the layer's chunks hold, in the order of the disk.
 func (a *applier) chunks() error {
-	for _, n := range a.l.chunkNumbers() {
+	numbers := a.l.chunkNumbers()
+	for k, n := range numbers {
+		a.to = float64(k+1) / float64(len(numbers))
 		for i, p := range a.l.chunk(n) {
 			block := n<<chunkBits + int64(i)
 			switch p.file {
@@ -185,7 +207,11 @@ func (a *applier) step() error {
 	if err := a.capture(); err != nil {
 		return err
 	}
-	for i := 0; i < len(a.blocks); {
+	for i, told := 0, 0; i < len(a.blocks); {
+		if i >= told+bufBlocks {
+			a.did(1, i, len(a.blocks))
+			told = i
+		}
 		n := a.run(i)
 		var err error
 		if a.places[i].file == zeroes {
@@ -199,6 +225,7 @@ func (a *applier) step() error {
 		i += n
 	}
 	a.blocks, a.places = a.blocks[:0], a.places[:0]
+	a.from = a.to
 	return nil
 }
 
@@ -308,7 +335,11 @@ func (a *applier) capture() error {
 	if len(fresh) == 0 {
 		return nil
 	}
-	for i := 0; i < len(fresh); {
+	for i, told := 0, 0; i < len(fresh); {
+		if i >= told+bufBlocks {
+			a.did(0, i, len(fresh))
+			told = i
+		}
 		n := 1
 		for i+n < len(fresh) && n < bufBlocks && fresh[i+n] == fresh[i]+int64(n) {
 			n++

@@ -120,13 +120,6 @@ func (d *Disk) KnownSince() record.LSN { return record.LSN(d.since.Load()) }
 // SetKnownSince notes a discontinuity.
 func (d *Disk) SetKnownSince(lsn record.LSN) { d.since.Store(uint64(lsn)) }
 
-// Frozen reports whether a frozen layer waits for Apply.
-func (d *Disk) Frozen() bool {
-	d.mu.RLock()
-	defer d.mu.RUnlock()
-	return d.mu.frozen != nil
-}
-
 // LoadCaptured sets a page of the bitmap, at open.
 func (d *Disk) LoadCaptured(page int64, bits []byte) { d.captured.load(page, bits) }
 
