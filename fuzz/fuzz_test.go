@@ -3,6 +3,7 @@ package fuzz
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"net"
 	"testing"
@@ -11,6 +12,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"go.uber.org/zap"
 
+	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 	"github.com/tidemark-cdp/tidemark/journal/segment"
 	"github.com/tidemark-cdp/tidemark/nbd"
@@ -183,6 +185,43 @@ func FuzzPoint(f *testing.F) {
 			if e, err := record.ParseExportName("g/d@" + s); err != nil || e.Point.Label != s {
 				t.Fatalf("label %q can not be named: %v", s, err)
 			}
+		}
+	})
+}
+
+// FuzzSaved reads saved overlays: what is taken is written again as the same places.
+func FuzzSaved(f *testing.F) {
+	const size = 64 << 20
+	save := func(s disk.Saved) []byte {
+		d := disk.New(s.ID, "d", "", size, nil, nil)
+		d.Load(s)
+		var b bytes.Buffer
+		if err := d.Save(&b); err != nil {
+			panic(err)
+		}
+		return b.Bytes()
+	}
+	le := binary.LittleEndian
+	seed := le.AppendUint32(le.AppendUint32(le.AppendUint32(nil, 1), 1), 1)  // disk 1, a unit, a chunk
+	seed = le.AppendUint32(le.AppendUint32(seed, 2), 1)                      // unit 2
+	seed = le.AppendUint16(le.AppendUint64(seed, 7), 1)                      // chunk 7, its first block
+	seed = le.AppendUint32(le.AppendUint32(le.AppendUint32(seed, 3), 64), 5) // segment 3
+	f.Add(seed)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		read := func(b []byte) (disk.Saved, error) {
+			return disk.ReadSaved(bytes.NewReader(b), func(record.DiskID) int64 { return size }, func(n uint32) bool { return n != 0 })
+		}
+		s, err := read(b)
+		if err != nil {
+			return
+		}
+		first := save(s)
+		again, err := read(first)
+		if err != nil {
+			t.Fatalf("what was saved can not be read: %v", err)
+		}
+		if !bytes.Equal(first, save(again)) {
+			t.Fatalf("saved again, it differs")
 		}
 	})
 }

@@ -47,7 +47,14 @@ func (g *Group) applyLocked() error {
 			continue
 		}
 		share := float64(weight) / float64(total)
-		if err := d.Apply(func(part float64) { g.progress(done + part*share) }); err != nil {
+		err := d.Apply(func(part float64) error {
+			g.progress(done + part*share)
+			if !g.checkpointDueLocked(g.o.Now()) {
+				return nil
+			}
+			return g.checkpointLocked() // a round may be long
+		})
+		if err != nil {
 			return g.applyFailed(err)
 		}
 		done += share
@@ -83,7 +90,12 @@ func (g *Group) freeze() bool {
 	return true
 }
 
+// roundDone ends a round. Until all of its disks are done, what is saved of the overlays
+// must have all that the applied LSN does not cover.
 func (g *Group) roundDone() {
+	for _, d := range g.disks {
+		d.Drop()
+	}
 	g.append.Lock()
 	defer g.append.Unlock()
 	g.applied.Store(uint64(g.apply.round))
@@ -109,8 +121,8 @@ func (g *Group) applyFailed(err error) error {
 	return g.append.full
 }
 
-// Checkpoint makes what is applied durable and notes its LSN, from which
-// recovery starts. Everything indexed is durable when it returns.
+// Checkpoint makes what is applied durable and notes its LSN, and saves what is not:
+// recovery starts from there. Everything indexed is durable when it returns.
 func (g *Group) Checkpoint() error {
 	g.apply.Lock()
 	defer g.apply.Unlock()
@@ -119,17 +131,23 @@ func (g *Group) Checkpoint() error {
 
 func (g *Group) checkpointLocked() error {
 	applied := g.Applied()
-	if g.apply.round == 0 && uint64(applied) == g.checkpointed.Load() && !g.apply.last.IsZero() {
+	if g.apply.round == 0 && uint64(applied) == g.checkpointed.Load() && g.apply.saved == g.Head() && !g.apply.last.IsZero() {
 		return nil
 	}
-	for _, d := range g.disks {
-		if err := d.SyncBacking(); err != nil {
-			return g.fail(err)
+	if uint64(applied) != g.checkpointed.Load() || g.apply.last.IsZero() {
+		for _, d := range g.disks {
+			if err := d.SyncBacking(); err != nil {
+				return g.fail(err)
+			}
 		}
 	}
-	if err := g.Index(); err != nil {
+	g.append.Lock()
+	bytes := g.append.bytes
+	g.append.Unlock()
+	if err := g.indexTo(g.Head()); err != nil {
 		return err
 	}
+	last := record.LSN(g.indexed.Load())
 	if err := g.setState(stateApplied, binary.LittleEndian.AppendUint64(nil, uint64(applied))); err != nil {
 		return g.fail(err)
 	}
@@ -138,10 +156,20 @@ func (g *Group) checkpointLocked() error {
 	}
 	g.apply.last = g.o.Now()
 	g.checkpointed.Store(uint64(applied))
-	g.append.Lock()
-	g.apply.logBytes = g.append.bytes
-	g.append.Unlock()
+	g.apply.logBytes = bytes
+	if err := g.saveOverlays(last); err != nil {
+		return err
+	}
+	g.apply.saved = last
 	return nil
+}
+
+// checkpointDueLocked reports whether enough was appended, or time has passed, since the
+// last checkpoint. g.apply is held.
+func (g *Group) checkpointDueLocked(now time.Time) bool {
+	g.append.Lock()
+	defer g.append.Unlock()
+	return g.append.bytes-g.apply.logBytes >= g.o.checkpointBytes || now.Sub(g.apply.last) >= checkpointAge
 }
 
 // Original implements disk.Journal: called by Apply, with g.apply held.

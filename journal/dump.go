@@ -65,7 +65,7 @@ func (g *Group) Dump(ctx context.Context, v Visit) error {
 
 // GroupNames lists the groups that a state directory holds.
 func GroupNames(dir string, o Options) ([]string, error) {
-	o = o.withDefaults()
+	o = o.withDefaults(1)
 	names, err := o.FS.List(o.FS.PathJoin(dir, groupsName))
 	if err != nil {
 		return nil, fmt.Errorf("%s is no state directory: %w", dir, err)

@@ -695,3 +695,92 @@ func TestAMarkerIsAppliedWhenDurable(t *testing.T) {
 	require.Error(t, r.g.Apply())
 	require.Zero(t, r.g.Applied())
 }
+
+// damage changes a byte of a file.
+func (r *rig) damage(path string, off int64) {
+	r.t.Helper()
+	f, err := r.mem.OpenReadWrite(path, vfs.WriteCategoryUnspecified)
+	require.NoError(r.t, err)
+	var b [1]byte
+	_, err = f.ReadAt(b[:], off)
+	require.NoError(r.t, err)
+	b[0] ^= 1
+	_, err = f.WriteAt(b[:], off)
+	require.NoError(r.t, errors.Join(err, f.Sync(), f.Close()))
+}
+
+// TestOverlaysAreSaved: what a checkpoint saved is not replayed, and what came
+// while it was saving is.
+func TestOverlaysAreSaved(t *testing.T) {
+	r := newRig(t, Options{SegmentSize: 1 << 20})
+	for b := range int64(rigBlocks / 2) {
+		require.NoError(t, r.write(b, 1))
+	}
+	require.NoError(t, r.g.Apply())
+	require.NoError(t, r.write(3, 2))
+	require.NoError(t, r.g.Append([]Op{{Kind: record.KindTrim, Disk: r.g.Disks()[0], Ext: record.Extent{Off: 5 * record.BlockSize, Len: record.BlockSize}}}))
+	require.NoError(t, r.g.Checkpoint())
+	done := make(chan error)
+	go func() {
+		var err error
+		for b := int64(rigBlocks / 2); b < rigBlocks && err == nil; b++ {
+			err = r.write(b, 3)
+		}
+		done <- err
+	}()
+	for running := true; running; {
+		select {
+		case err := <-done:
+			require.NoError(t, err)
+			running = false
+		default:
+			require.NoError(t, r.g.Checkpoint())
+		}
+	}
+	require.NoError(t, r.write(4, 4))
+	saved, unapplied := r.g.apply.saved, r.g.unapplied.Load()
+	require.Greater(t, saved, record.LSN(rigBlocks/2))
+	require.NoError(t, r.s.Abandon())
+
+	check := func() {
+		t.Helper()
+		state, err := r.g.State()
+		require.NoError(t, err)
+		require.Equal(t, "active", state)
+		for b := range int64(rigBlocks) {
+			want := byte(1)
+			switch {
+			case b == 3:
+				want = 2
+			case b == 4:
+				want = 4
+			case b == 5:
+				want = 0
+			case b >= rigBlocks/2:
+				want = 3
+			}
+			require.Equal(t, want, r.live(b), "block %d", b)
+		}
+	}
+	r.open()
+	require.Equal(t, saved, r.g.apply.saved)
+	require.GreaterOrEqual(t, r.g.unapplied.Load(), unapplied)
+	check()
+	require.NoError(t, r.s.Abandon())
+
+	r.damage("state/groups/g/"+overlayName, 60)
+	r.open()
+	require.Equal(t, r.g.Applied(), r.g.apply.saved, "a damaged file is passed over")
+	require.Equal(t, unapplied, r.g.unapplied.Load())
+	check()
+	require.NoError(t, r.g.Checkpoint())
+	require.NoError(t, r.g.Apply())
+	require.NoError(t, r.s.Abandon())
+
+	r.open()
+	require.Greater(t, r.g.apply.saved, r.g.Applied(), "the checkpoint was before the round")
+	check()
+	require.NoError(t, r.g.Apply())
+	require.Zero(t, r.g.unapplied.Load())
+	check()
+}

@@ -125,7 +125,7 @@ func unpackFrozen(t *testing.T, sample, dir string) {
 	}
 }
 
-// writeFrozen makes the sample: applied and unapplied records of every kind, originals, an index
+// writeFrozen makes the sample: applied and unapplied records of every kind, saved overlays, originals, an index
 // that lags behind the log, and a horizon above zero; then a crash.
 func writeFrozen(t *testing.T, path string) {
 	dir := t.TempDir()
@@ -160,6 +160,7 @@ func writeFrozen(t *testing.T, path string) {
 	require.NoError(t, g.Apply())
 	_, err = g.Mark("after", "test")
 	require.NoError(t, err)
+	change(10)
 	require.NoError(t, g.Checkpoint())
 	change(10)
 	require.NoError(t, g.Sync())

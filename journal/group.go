@@ -39,6 +39,7 @@ type Group struct {
 		gathered []byte        // originals that are not written yet
 		pending  []index.Entry // of originals that no index commit covers yet
 		round    record.LSN    // the round under way covers records up to here; 0: none
+		saved    record.LSN    // the last checkpoint covers records up to here
 		logBytes int64         // appended at the last checkpoint
 		last     time.Time     // of the last checkpoint
 	}

@@ -80,11 +80,12 @@ func (g *Group) indexTo(lsn record.LSN) error {
 }
 
 // commit commits a batch of what g.apply guards, which is held, or nobody else
-// has the group yet; the originals that the batch names are durable.
+// has the group yet; the originals that the batch names are durable. While others are on their
+// way, the mark stays before them.
 func (g *Group) commit(b *index.Batch) error {
 	g.index.Lock()
 	defer g.index.Unlock()
-	if f := g.apply.orig.Current(); f != nil {
+	if f := g.apply.orig.Current(); f != nil && len(g.apply.pending) == 0 {
 		g.index.mark.OrigFile, g.index.mark.OrigOff = f.Number, uint32(g.apply.orig.Tail())
 	}
 	return b.Commit(g.index.mark)

@@ -64,8 +64,10 @@ type model struct {
 	store *Store
 	g     *Group
 	sizes []int64
-	base  [][]byte // what the backings held before
-	views []heldView
+
+	checkpoint int64    // bytes between checkpoints within a round
+	base       [][]byte // what the backings held before
+	views      []heldView
 
 	changes []change // changes[i] is LSN i+1
 	labels  map[string][]record.LSN
@@ -95,6 +97,7 @@ func runModel(t *testing.T, seed uint64) {
 		m.log = zaptest.NewLogger(t)
 	}
 	m.fs = vfs.NewCrashableMem()
+	m.checkpoint = m.rng.Int64N(1 << 20)
 	m.sizes = []int64{300*record.BlockSize + 512, 20 * record.BlockSize}
 	if seed%40 == 0 {
 		// One with room for the largest units of index and overlay.
@@ -168,7 +171,7 @@ func isWrite(k errorfs.OpKind) bool {
 func (m *model) open() {
 	var err error
 	m.store, err = Open("state", []GroupConfig{m.config()}, Options{
-		FS: errorfs.Wrap(m.fs, m), Log: m.log, SegmentSize: 64 << 10, Unapplied: 1 << 30,
+		FS: errorfs.Wrap(m.fs, m), Log: m.log, SegmentSize: 64 << 10, Unapplied: 1 << 30, checkpointBytes: m.checkpoint,
 	})
 	require.NoError(m.t, err)
 	m.g = m.store.Groups()[0]

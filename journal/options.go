@@ -7,6 +7,7 @@ import (
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
@@ -29,15 +30,18 @@ type Options struct {
 	// is expired, bytes; 0: as far as the file system has room.
 	Limit int64
 	// Unapplied is how many bytes of records a group's backings may be
-	// behind before writes wait; 8 GiB by default. A round of applying begins
-	// at two thirds of it. A record counts as a block at least: recovery reads the headers
-	// of all. It is less where the file system has no room for as many originals.
+	// behind before writes wait. A round of applying begins at two thirds of it. A record
+	// counts as a block at least. By default it is the group's part of half the memory, 1 GiB
+	// at least and 16 GiB at most: what is applied is read from the log, and should come from
+	// the page cache. It is less where the file system has no room for as many originals.
 	Unapplied int64
 	// IndexCache is the memory for blocks of the index, bytes; 64 MiB by default.
 	IndexCache int64
 	// ReadOnly opens a store at rest and changes nothing in it: for Verify and
 	// Dump. A view of what the index does not have yet is an error.
 	ReadOnly bool
+
+	checkpointBytes int64 // appended between two checkpoints, see there; tests have it small
 }
 
 const (
@@ -55,7 +59,8 @@ const (
 	applyAge  = 2 * time.Second
 	busyAge   = 30 * time.Second
 	busyBytes = 8 << 20
-	// checkpointBytes and checkpointAge bound, with Unapplied, what recovery replays.
+	// checkpointBytes and checkpointAge bound what recovery replays, but for what
+	// is appended while a round is under way.
 	checkpointBytes = 1 << 30
 	checkpointAge   = 30 * time.Second
 	// expireRetry is how long an expiry that failed is left alone. A write that
@@ -69,7 +74,7 @@ const (
 	indexAge   = time.Second
 )
 
-func (o Options) withDefaults() Options {
+func (o Options) withDefaults(groups int) Options {
 	def := func(v *int64, d int64) {
 		if *v == 0 {
 			*v = d
@@ -86,9 +91,19 @@ func (o Options) withDefaults() Options {
 	}
 	def(&o.SegmentSize, segment.DefaultSize)
 	def(&o.Reserve, 128<<20)
-	def(&o.Unapplied, 8<<30)
+	def(&o.Unapplied, min(max(memory()/2/int64(max(1, groups)), 1<<30), 16<<30))
 	def(&o.IndexCache, 64<<20)
+	def(&o.checkpointBytes, checkpointBytes)
 	return o
+}
+
+// memory is what the machine has, in bytes; 8 GiB if it does not tell.
+func memory() int64 {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 8 << 30
+	}
+	return int64(info.Totalram) * int64(info.Unit)
 }
 
 // What new files leave free. Who would help a full journal has more room than

@@ -59,12 +59,14 @@ type recovery struct {
 	logs     []*segment.File
 	fresh    bool // the index knew nothing of the group
 	mark     index.Watermark
-	origFile uint32        // originals up to this file were committed before the crash
-	applied  record.LSN    // the backings hold every record up to here
-	last     record.LSN    // the last record of the log
-	durable  record.LSN    // some record or the index says that this much was
-	damage   error         // of a record that was durable
-	renewed  *segment.File // whose header was written again last
+	origFile uint32          // originals up to this file were committed before the crash
+	applied  record.LSN      // the backings hold every record up to here
+	overlaid record.LSN      // backings and overlays do, before the log is replayed
+	absent   []record.DiskID // disks that are not configured, with records to apply
+	last     record.LSN      // the last record of the log
+	durable  record.LSN      // some record or the index says that this much was
+	damage   error           // of a record that was durable
+	renewed  *segment.File   // whose header was written again last
 }
 
 func (g *Group) recover(disks []DiskConfig) error {
@@ -91,6 +93,9 @@ func (g *Group) recover(disks []DiskConfig) error {
 		return err
 	}
 	if err := r.originals(); err != nil {
+		return err
+	}
+	if err := r.overlays(); err != nil {
 		return err
 	}
 	if err := r.log(); err != nil {
@@ -325,14 +330,14 @@ func (r *recovery) commitOriginals(entries []index.Entry) error {
 	return b.Commit(r.g.index.mark)
 }
 
-// log replays the log from where index or backings are behind, whichever is
+// log replays the log from where index or overlays are behind, whichever is
 // more, and finds its end.
 func (r *recovery) log() error {
 	g := r.g
 	if len(r.logs) == 0 {
 		return nil
 	}
-	from := min(r.mark.LSN, r.applied)
+	from := min(r.mark.LSN, r.overlaid)
 	logs := r.logs
 	for len(logs) > 1 && logs[1].First <= from+1 {
 		logs = logs[1:]
@@ -356,8 +361,8 @@ func (r *recovery) log() error {
 	if derr := r.behind(at, atOff); derr != nil {
 		return derr
 	}
-	if len(q.absent) > 0 && !g.o.ReadOnly {
-		return fmt.Errorf("disk %d of the group is not configured, and its backing lacks records up to LSN %d: configure it again", q.absent[0], r.last)
+	if len(r.absent) > 0 && !g.o.ReadOnly {
+		return fmt.Errorf("disk %d of the group is not configured, and its backing lacks records up to LSN %d: configure it again", r.absent[0], r.last)
 	}
 	if r.last < r.durable {
 		if err == nil {
@@ -389,6 +394,7 @@ func (g *Group) start(r *recovery) error {
 		g.append.oldest = g.o.Now()
 	}
 	g.limitBehindLocked()
+	g.apply.saved = r.overlaid
 	if r.damage != nil {
 		// Originals may be missing from the index: views must not fall to backings.
 		for _, d := range g.disks {

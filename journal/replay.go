@@ -72,8 +72,6 @@ func (a *arena) clone(b []byte) []byte {
 type replayQueue struct {
 	r    *recovery
 	recs []queued
-
-	absent []record.DiskID // disks that are not configured, with records to apply
 }
 
 type queued struct {
@@ -83,8 +81,8 @@ type queued struct {
 }
 
 func (q *replayQueue) add(rec queued) error {
-	if id := rec.h.Disk; q.r.g.disk(id) == nil && rec.h.LSN > q.r.applied && rec.h.Kind != record.KindMarker && !slices.Contains(q.absent, id) {
-		q.absent = append(q.absent, id)
+	if id := rec.h.Disk; q.r.g.disk(id) == nil && rec.h.LSN > q.r.overlaid && rec.h.Kind != record.KindMarker && !slices.Contains(q.r.absent, id) {
+		q.r.absent = append(q.r.absent, id)
 	}
 	q.recs = append(q.recs, rec)
 	n := 0
@@ -191,7 +189,7 @@ func (r *recovery) replay(d *disk.Disk, f *segment.File, off int64, h *record.He
 		if h.LSN > r.mark.LSN {
 			g.append.pend.entries = appendEntries(g.append.pend.entries, h, f.Number, off)
 		}
-		if h.LSN > r.applied && d != nil {
+		if h.LSN > r.overlaid && d != nil {
 			g.append.weight += d.Insert(h, f.Number, off+int64(h.EncodedSize()))
 			g.unapplied.Add(max(h.Size(), record.BlockSize))
 		}

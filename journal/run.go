@@ -73,7 +73,7 @@ func (g *Group) runApplies(ctx context.Context) {
 func (g *Group) background() {
 	now := g.o.Now()
 	g.append.Lock()
-	bytes, full := g.append.bytes, g.append.full
+	full := g.append.full
 	g.append.Unlock()
 	if g.applyDue(now) {
 		if err := g.Apply(); err != nil && full == nil {
@@ -81,7 +81,7 @@ func (g *Group) background() {
 		}
 	}
 	g.apply.Lock()
-	due := bytes-g.apply.logBytes >= checkpointBytes || now.Sub(g.apply.last) >= checkpointAge
+	due := g.checkpointDueLocked(now)
 	g.apply.Unlock()
 	if due {
 		if err := g.Checkpoint(); err != nil {

@@ -60,7 +60,7 @@ func Open(dir string, groups []GroupConfig, o Options) (*Store, error) {
 	if err := errors.Join(o.Validate(), validateGroups(groups)); err != nil {
 		return nil, err
 	}
-	s := &Store{dir: dir, o: o.withDefaults(), failed: make(chan error, 1)}
+	s := &Store{dir: dir, o: o.withDefaults(len(groups)), failed: make(chan error, 1)}
 	if err := s.open(groups); err != nil {
 		return nil, errors.Join(err, s.Abandon())
 	}

@@ -17,6 +17,8 @@ const (
 	stepBlocks = 16384
 	// bufBlocks is how many blocks are read or written at once: 1 MiB.
 	bufBlocks = 256
+	// toldBlocks is how often progress is told of.
+	toldBlocks = 32
 )
 
 // Freeze moves what Insert has put over the backing so far to the frozen layer.
@@ -44,11 +46,11 @@ func (d *Disk) FrozenWeight() int {
 	return d.mu.frozen.weight()
 }
 
-// Apply writes the frozen layer to the backing and drops it. Every record in
-// it must be durable. After an error the layer stays, and Apply may be called
-// again. The backing is not synced. progress is called now and then with how
-// much of the layer is done, 0 to 1.
-func (d *Disk) Apply(progress func(done float64)) error {
+// Apply writes the frozen layer to the backing. Every record in it must be
+// durable. The layer stays until Drop; Apply may be called again, and must be after
+// an error. The backing is not synced. progress is called now and then with how
+// much of the layer is done, 0 to 1; its error ends Apply.
+func (d *Disk) Apply(progress func(done float64) error) error {
 	d.mu.RLock()
 	l := d.mu.frozen
 	d.mu.RUnlock()
@@ -63,13 +65,14 @@ func (d *Disk) Apply(progress func(done float64)) error {
 	if err := a.units(); err != nil {
 		return err
 	}
-	if err := a.step(); err != nil {
-		return err
-	}
+	return a.step()
+}
+
+// Drop lets go of the frozen layer: the backing has what was in it.
+func (d *Disk) Drop() {
 	d.mu.Lock()
+	defer d.mu.Unlock()
 	d.mu.frozen = nil
-	d.mu.Unlock()
-	return nil
 }
 
 // applier takes blocks to the backing, a step at a time.
@@ -81,13 +84,13 @@ type applier struct {
 	buf    []byte
 	file   *segment.File // the last one read, with a reference
 
-	progress func(done float64)
+	progress func(done float64) error
 	from, to float64 // the step's part of the layer
 }
 
 // did tells the progress when i of the n blocks of one half of a step are done.
-func (a *applier) did(half, i, n int) {
-	a.progress(a.from + (a.to-a.from)*(float64(half)+float64(i)/float64(n))/2)
+func (a *applier) did(half, i, n int) error {
+	return a.progress(a.from + (a.to-a.from)*(float64(half)+float64(i)/float64(n))/2)
 }
 
 // chunks takes what the layer's chunks hold, in the order of the disk.
@@ -208,8 +211,10 @@ func (a *applier) step() error {
 		return err
 	}
 	for i, told := 0, 0; i < len(a.blocks); {
-		if i >= told+bufBlocks {
-			a.did(1, i, len(a.blocks))
+		if i >= told+toldBlocks {
+			if err := a.did(1, i, len(a.blocks)); err != nil {
+				return err
+			}
 			told = i
 		}
 		n := a.run(i)
@@ -336,8 +341,10 @@ func (a *applier) capture() error {
 		return nil
 	}
 	for i, told := 0, 0; i < len(fresh); {
-		if i >= told+bufBlocks {
-			a.did(0, i, len(fresh))
+		if i >= told+toldBlocks {
+			if err := a.did(0, i, len(fresh)); err != nil {
+				return err
+			}
 			told = i
 		}
 		n := 1

@@ -40,7 +40,7 @@ type Disk struct {
 	mu struct {
 		sync.RWMutex
 		active *layer
-		frozen *layer // nil unless between Freeze and the end of Apply
+		frozen *layer // nil unless between Freeze and Drop
 	}
 }
 

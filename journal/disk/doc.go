@@ -5,7 +5,7 @@
 // where the page cache still has them. The overlay is two layers. Writes go
 // to the active one. Freeze makes it the frozen one. Apply captures the originals of the blocks
 // that are about to be overwritten for the first time, writes the newest
-// bytes of each block to the backing, and drops the frozen layer.
+// bytes of each block to the backing. Drop lets go of the frozen layer.
 //
 // # Promises
 //
@@ -19,7 +19,7 @@
 //
 //  1. serialise Insert, and call it in the order of LSNs;
 //  2. make every inserted record durable between Freeze and Apply;
-//  3. serialise Freeze, Apply, Keep and Forget of one disk, and treat an error of
+//  3. serialise Freeze, Apply, Drop, Save, Load, Keep and Forget of one disk, and treat an error of
 //     Apply other than a lack of space as final: the frozen layer then stays,
 //     reads go on being right.
 //

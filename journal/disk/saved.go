@@ -1,0 +1,157 @@
+package disk
+
+import (
+	"encoding/binary"
+	"fmt"
+	"io"
+	"maps"
+	"math/bits"
+	"slices"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// Save writes what is over the backing, as [Disk.Load] takes it. A record
+// that is inserted meanwhile may be in it or not, in whole or in part.
+//
+//	size field
+//	  4  disk id
+//	  4  number of units
+//	  4  number of chunks
+//	     for each unit, 16 MiB of zeroes: number (4), 1 if its space may be freed (4)
+//	     for each chunk, 64 KiB: number (8), mask of its blocks (2); for each block of the mask, the
+//	     lowest first, its place: segment's number, 2^32-1 for zeroes (4); offset in the segment, of
+//	     zeroes 1 if the space may be freed (4); CRC-32C, of zeroes 0 (4)
+//
+// Integers are little-endian. A chunk says what its blocks are though their unit says otherwise.
+func (d *Disk) Save(w io.Writer) error {
+	le := binary.LittleEndian
+	chunks, units := d.overlaid()
+	b := le.AppendUint32(nil, uint32(d.ID))
+	b = le.AppendUint32(b, uint32(len(units)))
+	b = le.AppendUint32(b, uint32(len(chunks)))
+	for _, u := range slices.Sorted(maps.Keys(units)) {
+		b = le.AppendUint32(b, uint32(u))
+		b = le.AppendUint32(b, units[u].off)
+	}
+	if _, err := w.Write(b); err != nil {
+		return err
+	}
+	const together = 256 // chunks looked up at once: writers wait meanwhile
+	for part := range slices.Chunk(chunks, together) {
+		b = b[:0]
+		d.mu.RLock()
+		for _, n := range part {
+			b = appendChunk(b, n, d.mu.active, d.mu.frozen)
+		}
+		d.mu.RUnlock()
+		if _, err := w.Write(b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// overlaid lists the chunks and the units of zeroes that either layer has, in the order of the disk.
+func (d *Disk) overlaid() (chunks []int64, units map[int64]place) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	chunks, units = d.mu.active.chunkNumbers(), maps.Clone(d.mu.active.zero)
+	if f := d.mu.frozen; f != nil {
+		chunks = append(chunks, f.chunkNumbers()...)
+		slices.Sort(chunks)
+		chunks = slices.Compact(chunks)
+		for u, p := range f.zero {
+			if _, ok := units[u]; !ok {
+				units[u] = p
+			}
+		}
+	}
+	return chunks, units
+}
+
+func appendChunk(b []byte, n int64, newer, older *layer) []byte {
+	var places chunk
+	lookup(newer, older, n<<chunkBits, places[:])
+	var mask uint16
+	for i, p := range places {
+		if p.file != 0 {
+			mask |= 1 << i
+		}
+	}
+	le := binary.LittleEndian
+	b = le.AppendUint64(b, uint64(n))
+	b = le.AppendUint16(b, mask)
+	for _, p := range places {
+		if p.file != 0 {
+			b = le.AppendUint32(b, p.file)
+			b = le.AppendUint32(b, p.off)
+			b = le.AppendUint32(b, p.sum)
+		}
+	}
+	return b
+}
+
+// Saved is what Save wrote of a disk, read back.
+type Saved struct {
+	ID     record.DiskID
+	Places int // blocks and units
+	l      *layer
+}
+
+// ReadSaved reads what Save wrote of a disk of a size. known tells whether there is a segment
+// of a number. An error says where it is not what Save writes.
+func ReadSaved(r io.Reader, size func(record.DiskID) int64, known func(file uint32) bool) (s Saved, err error) {
+	le := binary.LittleEndian
+	var b [12]byte
+	if _, err := io.ReadFull(r, b[:]); err != nil {
+		return s, err
+	}
+	s = Saved{ID: record.DiskID(le.Uint32(b[:])), l: newLayer()}
+	units, chunks := le.Uint32(b[4:]), le.Uint32(b[8:])
+	blocks := (size(s.ID) + record.BlockSize - 1) / record.BlockSize
+	for range units {
+		if _, err := io.ReadFull(r, b[:8]); err != nil {
+			return s, err
+		}
+		u, free := int64(le.Uint32(b[:])), le.Uint32(b[4:])
+		if u<<unitBits >= blocks || free > 1 {
+			return s, fmt.Errorf("%w: zeroes at unit %d of disk %d", record.ErrCorrupt, u, s.ID)
+		}
+		s.l.zero[u] = place{file: zeroes, off: free}
+		s.Places++
+	}
+	for range chunks {
+		if _, err := io.ReadFull(r, b[:10]); err != nil {
+			return s, err
+		}
+		n, mask := le.Uint64(b[:]), le.Uint16(b[8:])
+		if mask == 0 {
+			continue
+		}
+		if last := int64(bits.Len16(mask)) - 1; n >= uint64(blocks) || int64(n)<<chunkBits+last >= blocks {
+			return s, fmt.Errorf("%w: chunk %d of disk %d", record.ErrCorrupt, n, s.ID)
+		}
+		for c := s.l.grow(int64(n)); mask != 0; mask &= mask - 1 {
+			if _, err := io.ReadFull(r, b[:]); err != nil {
+				return s, err
+			}
+			p := place{file: le.Uint32(b[:]), off: le.Uint32(b[4:]), sum: le.Uint32(b[8:])}
+			if p.file == zeroes && p.off > 1 || p.file != zeroes && !known(p.file) {
+				return s, fmt.Errorf("%w: block in segment %d, which is not there", record.ErrCorrupt, p.file)
+			}
+			c[bits.TrailingZeros16(mask)] = p
+			s.Places++
+		}
+	}
+	return s, nil
+}
+
+// Load puts what was saved of the disk over its backing, before anything else is. It returns
+// the overlay's weight, in the units of Insert.
+func (d *Disk) Load(s Saved) int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.mu.active = s.l
+	return s.l.weight()
+}
