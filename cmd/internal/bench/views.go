@@ -1,6 +1,8 @@
 package main
 
 import (
+	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -25,6 +27,9 @@ func (b *bench) views(overwrites, rounds int) (rows []string, err error) {
 		}
 	}()
 	if _, err := b.fio(s.uri, "randwrite", "4k", 32, 0, "--norandommap=1", "--number_ios="+strconv.Itoa(overwrites)); err != nil {
+		return nil, err
+	}
+	if err := b.settled(); err != nil {
 		return nil, err
 	}
 	past := fmt.Sprintf("%s@lsn:%d", s.export, overwrites/2)
@@ -59,6 +64,33 @@ func (b *bench) views(overwrites, rounds int) (rows []string, err error) {
 	return append(rows, ready), err
 }
 
+// settled waits until everything written is applied: the live disk then is the backing alone, and
+// views and live reads have the machine for themselves.
+func (b *bench) settled() error {
+	for range 600 {
+		out, err := b.tidemark("status", "--json").Output()
+		if err != nil {
+			return fmt.Errorf("tidemark status: %w", err)
+		}
+		var status struct {
+			Groups []struct{ Head, Applied uint64 }
+		}
+		if err := json.Unmarshal(out, &status); err != nil {
+			return fmt.Errorf("tidemark status: %w", err)
+		}
+		if g := status.Groups[0]; g.Applied == g.Head {
+			return nil
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	return errors.New("what was written is not applied after a minute")
+}
+
+// tidemark is a call of the client.
+func (b *bench) tidemark(args ...string) *exec.Cmd {
+	return exec.CommandContext(b.ctx, "bin/tidemark", append(args, "--api", "unix:"+filepath.Join(b.dir, "api.sock"))...)
+}
+
 // firstByte is the time from the decision to look to the first byte.
 func (b *bench) firstByte(s *server, export string) (time.Duration, error) {
 	began := time.Now()
@@ -87,7 +119,7 @@ func (b *bench) restore(s *server, past string, rounds int) (string, error) {
 		return time.Since(began).Seconds(), nil
 	}
 	for range rounds {
-		v, err := timed(exec.CommandContext(b.ctx, "bin/tidemark", "--api", "unix:"+filepath.Join(b.dir, "api.sock"), "restore", past, "--to", to))
+		v, err := timed(b.tidemark("restore", past, "--to", to))
 		if err != nil {
 			return "", err
 		}
