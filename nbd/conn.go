@@ -14,6 +14,8 @@ import (
 
 	"github.com/pojntfx/go-nbd/pkg/protocol"
 	"go.uber.org/zap"
+
+	"github.com/tidemark-cdp/tidemark/nbd/internal/proto"
 )
 
 const (
@@ -72,7 +74,7 @@ func newConn(s *Server, c net.Conn, sess *session, log *zap.Logger) *conn {
 	}
 	return &conn{
 		s: s, c: c, sess: sess, log: log, raw: raw,
-		in: make([]byte, streamSize), out: make([]byte, 0, outSize+inlineRead+structuredSize+8),
+		in: make([]byte, streamSize), out: make([]byte, 0, outSize+inlineRead+proto.StructuredSize+8),
 		slots: make(chan struct{}, maxWorkers),
 	}
 }
@@ -109,7 +111,7 @@ func (c *conn) serve(ctx context.Context) error {
 
 func (c *conn) loop() error {
 	for {
-		if err := c.need(requestSize); err != nil {
+		if err := c.need(proto.RequestSize); err != nil {
 			if err == io.EOF && c.r == c.w {
 				return errNoDisc
 			}
@@ -121,7 +123,7 @@ func (c *conn) loop() error {
 			return fmt.Errorf("client sent request magic %#x: the stream is out of step", m)
 		}
 		req := request{be.Uint16(b[4:]), be.Uint16(b[6:]), be.Uint64(b[8:]), be.Uint64(b[16:]), be.Uint32(b[24:])}
-		c.r += requestSize
+		c.r += proto.RequestSize
 		if err := c.request(req); err != nil {
 			return err
 		}
@@ -221,40 +223,40 @@ func (c *conn) change(changes []Change, fua bool) error {
 
 // validFlags are the command flags that each command takes.
 var validFlags = map[uint16]uint16{
-	cmdRead:        cmdFlagFUA | cmdFlagDF,
-	cmdWrite:       cmdFlagFUA,
-	cmdFlush:       cmdFlagFUA,
-	cmdTrim:        cmdFlagFUA,
-	cmdCache:       cmdFlagFUA,
-	cmdWriteZeroes: cmdFlagFUA | cmdFlagNoHole | cmdFlagFastZero,
-	cmdBlockStatus: cmdFlagFUA | cmdFlagReqOne,
+	proto.CmdRead:        proto.CmdFlagFUA | proto.CmdFlagDF,
+	proto.CmdWrite:       proto.CmdFlagFUA,
+	proto.CmdFlush:       proto.CmdFlagFUA,
+	proto.CmdTrim:        proto.CmdFlagFUA,
+	proto.CmdCache:       proto.CmdFlagFUA,
+	proto.CmdWriteZeroes: proto.CmdFlagFUA | proto.CmdFlagNoHole | proto.CmdFlagFastZero,
+	proto.CmdBlockStatus: proto.CmdFlagFUA | proto.CmdFlagReqOne,
 }
 
 // check finds what is wrong with a request; 0: nothing.
 func (c *conn) check(req request) uint32 {
 	valid, known := validFlags[req.typ]
-	if !known || req.flags&^valid != 0 || req.flags&cmdFlagDF != 0 && !c.sess.structured {
-		return errEINVAL
+	if !known || req.flags&^valid != 0 || req.flags&proto.CmdFlagDF != 0 && !c.sess.structured {
+		return proto.ErrEINVAL
 	}
-	if req.typ == cmdFlush {
+	if req.typ == proto.CmdFlush {
 		return 0
 	}
-	changes := req.typ == cmdWrite || req.typ == cmdTrim || req.typ == cmdWriteZeroes
+	changes := req.typ == proto.CmdWrite || req.typ == proto.CmdTrim || req.typ == proto.CmdWriteZeroes
 	if changes && c.sess.dev.ReadOnly() {
-		return errEPERM
+		return proto.ErrEPERM
 	}
 	size := uint64(c.sess.dev.Size())
 	if req.off > size || uint64(req.n) > size-req.off {
-		if req.typ == cmdWrite || req.typ == cmdWriteZeroes {
-			return errENOSPC
+		if req.typ == proto.CmdWrite || req.typ == proto.CmdWriteZeroes {
+			return proto.ErrENOSPC
 		}
-		return errEINVAL
+		return proto.ErrEINVAL
 	}
 	switch {
-	case (req.typ == cmdRead || req.typ == cmdWrite) && req.n > MaxRequest:
-		return errEINVAL
-	case req.typ == cmdBlockStatus && (!c.sess.meta || req.n == 0):
-		return errEINVAL
+	case (req.typ == proto.CmdRead || req.typ == proto.CmdWrite) && req.n > MaxRequest:
+		return proto.ErrEINVAL
+	case req.typ == proto.CmdBlockStatus && (!c.sess.meta || req.n == 0):
+		return proto.ErrEINVAL
 	}
 	return 0
 }
@@ -262,11 +264,11 @@ func (c *conn) check(req request) uint32 {
 // request serves a request whose header has been taken off the stream. Its
 // error ends the connection.
 func (c *conn) request(req request) error {
-	if req.typ == cmdDisc {
+	if req.typ == proto.CmdDisc {
 		return errDisc
 	}
 	if errno := c.check(req); errno != 0 {
-		if req.typ == cmdWrite {
+		if req.typ == proto.CmdWrite {
 			if err := c.drain(int64(req.n)); err != nil {
 				return err
 			}
@@ -276,22 +278,22 @@ func (c *conn) request(req request) error {
 		return nil
 	}
 	switch req.typ {
-	case cmdWrite:
+	case proto.CmdWrite:
 		return c.write(req)
-	case cmdTrim, cmdWriteZeroes:
+	case proto.CmdTrim, proto.CmdWriteZeroes:
 		op := OpTrim
-		if req.flags&cmdFlagNoHole != 0 {
+		if req.flags&proto.CmdFlagNoHole != 0 {
 			op = OpZero
 		}
 		return c.gather(req, Change{Op: op, Off: int64(req.off), Len: int64(req.n)})
-	case cmdRead:
+	case proto.CmdRead:
 		return c.read(req)
-	case cmdFlush:
+	case proto.CmdFlush:
 		return c.flush(req)
 	}
 	c.commit()
 	return c.work(func() []byte {
-		if req.typ == cmdCache {
+		if req.typ == proto.CmdCache {
 			return c.cache(req)
 		}
 		return c.blockStatus(req)
@@ -312,7 +314,7 @@ func (c *conn) drain(n int64) error {
 
 func (c *conn) gather(req request, ch Change) error {
 	c.batch, c.cookies = append(c.batch, ch), append(c.cookies, req.cookie)
-	c.fua = c.fua || req.flags&cmdFlagFUA != 0
+	c.fua = c.fua || req.flags&proto.CmdFlagFUA != 0
 	if len(c.batch) >= maxBatch {
 		return c.settle()
 	}
@@ -367,7 +369,7 @@ func (c *conn) read(req request) error {
 		var buf []byte // of a short one: bounded by the slots
 		if n > inlineRead {
 			var err error
-			if buf, err = c.s.buffer(structuredSize + 8 + n); err != nil {
+			if buf, err = c.s.buffer(proto.StructuredSize + 8 + n); err != nil {
 				return c.appendDone(nil, req.cookie, err)
 			}
 			defer c.s.release(buf)

@@ -10,6 +10,8 @@ import (
 	"net"
 
 	"github.com/pojntfx/go-nbd/pkg/protocol"
+
+	"github.com/tidemark-cdp/tidemark/nbd/internal/proto"
 )
 
 // errAbort says that the client ended the negotiation as the protocol wants it.
@@ -39,7 +41,7 @@ func (h *handshake) run(ctx context.Context) (*session, error) {
 	be := binary.BigEndian
 	hello := be.AppendUint64(nil, protocol.NEGOTIATION_MAGIC_OLDSTYLE)
 	hello = be.AppendUint64(hello, protocol.NEGOTIATION_MAGIC_OPTION)
-	hello = be.AppendUint16(hello, protocol.NEGOTIATION_HANDSHAKE_FLAG_FIXED_NEWSTYLE|handshakeNoZeroes)
+	hello = be.AppendUint16(hello, protocol.NEGOTIATION_HANDSHAKE_FLAG_FIXED_NEWSTYLE|proto.HandshakeNoZeroes)
 	if _, err := h.c.Write(hello); err != nil {
 		return nil, err
 	}
@@ -48,10 +50,10 @@ func (h *handshake) run(ctx context.Context) (*session, error) {
 		return nil, err
 	}
 	flags := be.Uint32(b[:])
-	if known := uint32(protocol.NEGOTIATION_HANDSHAKE_FLAG_FIXED_NEWSTYLE | handshakeNoZeroes); flags&^known != 0 {
+	if known := uint32(protocol.NEGOTIATION_HANDSHAKE_FLAG_FIXED_NEWSTYLE | proto.HandshakeNoZeroes); flags&^known != 0 {
 		return nil, fmt.Errorf("client sent unknown handshake flags %#x", flags)
 	}
-	h.noZeroes = flags&uint32(handshakeNoZeroes) != 0
+	h.noZeroes = flags&uint32(proto.HandshakeNoZeroes) != 0
 	for ctx.Err() == nil {
 		if _, err := io.ReadFull(h.c, b[:]); err != nil {
 			return nil, err
@@ -73,10 +75,10 @@ func (h *handshake) option(ctx context.Context, opt, n uint32) (*session, error)
 		if _, err := io.CopyN(io.Discard, h.c, int64(n)); err != nil {
 			return nil, err
 		}
-		if opt == optExportName {
+		if opt == proto.OptExportName {
 			return nil, fmt.Errorf("export name of %d bytes", n)
 		}
-		return nil, h.refuse(opt, repErrTooBig, fmt.Sprintf("option of %d bytes: at most %d are taken", n, maxOptionLen))
+		return nil, h.refuse(opt, proto.RepErrTooBig, fmt.Sprintf("option of %d bytes: at most %d are taken", n, maxOptionLen))
 	}
 	data := make([]byte, n)
 	if _, err := io.ReadFull(h.c, data); err != nil {
@@ -84,32 +86,32 @@ func (h *handshake) option(ctx context.Context, opt, n uint32) (*session, error)
 	}
 	if h.s.TLS != nil && !h.tls {
 		switch opt {
-		case protocol.NEGOTIATION_ID_OPTION_ABORT, optStartTLS:
-		case optExportName:
+		case protocol.NEGOTIATION_ID_OPTION_ABORT, proto.OptStartTLS:
+		case proto.OptExportName:
 			return nil, errors.New("client chose an export without TLS, which is required")
 		default:
-			return nil, h.refuse(opt, repErrTLSReqd, "this server requires TLS")
+			return nil, h.refuse(opt, proto.RepErrTLSReqd, "this server requires TLS")
 		}
 	}
 	switch opt {
-	case optExportName:
+	case proto.OptExportName:
 		return h.exportName(string(data))
 	case protocol.NEGOTIATION_ID_OPTION_ABORT:
 		_ = h.reply(opt, protocol.NEGOTIATION_TYPE_REPLY_ACK, nil) // the client may be gone
 		return nil, errAbort
 	case protocol.NEGOTIATION_ID_OPTION_LIST:
 		return nil, h.list(opt, data)
-	case optStartTLS:
+	case proto.OptStartTLS:
 		return nil, h.startTLS(ctx, data)
 	case protocol.NEGOTIATION_ID_OPTION_INFO, protocol.NEGOTIATION_ID_OPTION_GO:
 		return h.info(opt, data)
-	case optStructuredReply:
+	case proto.OptStructuredReply:
 		if len(data) != 0 {
-			return nil, h.refuse(opt, repErrInvalid, "the option takes no data")
+			return nil, h.refuse(opt, proto.RepErrInvalid, "the option takes no data")
 		}
 		h.structured = true
 		return nil, h.reply(opt, protocol.NEGOTIATION_TYPE_REPLY_ACK, nil)
-	case optListMeta, optSetMeta:
+	case proto.OptListMeta, proto.OptSetMeta:
 		return nil, h.metaContext(opt, data)
 	}
 	return nil, h.refuse(opt, protocol.NEGOTIATION_TYPE_REPLY_ERR_UNSUPPORTED, "unknown option")
@@ -132,7 +134,7 @@ func (h *handshake) refuse(opt, typ uint32, text string) error {
 
 func (h *handshake) list(opt uint32, data []byte) error {
 	if len(data) != 0 {
-		return h.refuse(opt, repErrInvalid, "the option takes no data")
+		return h.refuse(opt, proto.RepErrInvalid, "the option takes no data")
 	}
 	for _, name := range h.s.Exports.List() {
 		b := binary.BigEndian.AppendUint32(nil, uint32(len(name)))
@@ -148,13 +150,13 @@ func (h *handshake) list(opt uint32, data []byte) error {
 func (h *handshake) startTLS(ctx context.Context, data []byte) error {
 	switch {
 	case len(data) != 0:
-		return h.refuse(optStartTLS, repErrInvalid, "the option takes no data")
+		return h.refuse(proto.OptStartTLS, proto.RepErrInvalid, "the option takes no data")
 	case h.tls:
-		return h.refuse(optStartTLS, repErrInvalid, "TLS is in use already")
+		return h.refuse(proto.OptStartTLS, proto.RepErrInvalid, "TLS is in use already")
 	case h.s.TLS == nil:
-		return h.refuse(optStartTLS, repErrPolicy, "this server has no TLS")
+		return h.refuse(proto.OptStartTLS, proto.RepErrPolicy, "this server has no TLS")
 	}
-	if err := h.reply(optStartTLS, protocol.NEGOTIATION_TYPE_REPLY_ACK, nil); err != nil {
+	if err := h.reply(proto.OptStartTLS, protocol.NEGOTIATION_TYPE_REPLY_ACK, nil); err != nil {
 		return err
 	}
 	tc := tls.Server(h.c, h.s.TLS)
@@ -171,14 +173,14 @@ func (h *handshake) session(name string, dev Device) *session {
 }
 
 func (h *handshake) flags(dev Device) uint16 {
-	f := flagHasFlags | flagSendFlush | flagSendFUA | flagMultiConn | flagSendCache
+	f := proto.FlagHasFlags | proto.FlagSendFlush | proto.FlagSendFUA | proto.FlagMultiConn | proto.FlagSendCache
 	if h.structured {
-		f |= flagSendDF
+		f |= proto.FlagSendDF
 	}
 	if dev.ReadOnly() {
-		return f | flagReadOnly
+		return f | proto.FlagReadOnly
 	}
-	return f | flagSendTrim | flagSendZeroes | flagFastZero
+	return f | proto.FlagSendTrim | proto.FlagSendZeroes | proto.FlagFastZero
 }
 
 // exportName is the old way to choose an export: it has no way to say no but to hang up.
@@ -214,7 +216,7 @@ func cutString(b []byte) (s string, rest []byte, ok bool) {
 func (h *handshake) info(opt uint32, data []byte) (*session, error) {
 	name, rest, ok := cutString(data)
 	if !ok || len(rest) < 2 || len(rest) != 2+2*int(binary.BigEndian.Uint16(rest)) {
-		return nil, h.refuse(opt, repErrInvalid, "malformed option")
+		return nil, h.refuse(opt, proto.RepErrInvalid, "malformed option")
 	}
 	dev, err := h.s.Exports.Open(name)
 	if err != nil {
@@ -258,24 +260,24 @@ func (h *handshake) sendInfo(opt uint32, name string, dev Device, asked []byte) 
 
 // metaContext answers LIST_META_CONTEXT and SET_META_CONTEXT.
 func (h *handshake) metaContext(opt uint32, data []byte) error {
-	if opt == optSetMeta {
+	if opt == proto.OptSetMeta {
 		h.meta, h.metaSet = "", false
 	}
 	name, rest, ok := cutString(data)
 	if !ok || len(rest) < 4 || !h.structured {
-		return h.refuse(opt, repErrInvalid, "malformed option, or structured replies were not agreed on")
+		return h.refuse(opt, proto.RepErrInvalid, "malformed option, or structured replies were not agreed on")
 	}
 	count, rest := binary.BigEndian.Uint32(rest), rest[4:]
-	match := opt == optListMeta && count == 0
+	match := opt == proto.OptListMeta && count == 0
 	for range count {
 		var q string
 		if q, rest, ok = cutString(rest); !ok {
-			return h.refuse(opt, repErrInvalid, "malformed query")
+			return h.refuse(opt, proto.RepErrInvalid, "malformed query")
 		}
-		match = match || q == metaAllocation || opt == optListMeta && q == "base:"
+		match = match || q == proto.MetaAllocation || opt == proto.OptListMeta && q == "base:"
 	}
 	if len(rest) != 0 {
-		return h.refuse(opt, repErrInvalid, "data behind the queries")
+		return h.refuse(opt, proto.RepErrInvalid, "data behind the queries")
 	}
 	dev, err := h.s.Exports.Open(name)
 	if err != nil {
@@ -286,14 +288,14 @@ func (h *handshake) metaContext(opt uint32, data []byte) error {
 	}
 	if match {
 		id := metaAllocationID
-		if opt == optListMeta {
+		if opt == proto.OptListMeta {
 			id = 0
 		}
-		b := append(binary.BigEndian.AppendUint32(nil, id), metaAllocation...)
-		if err := h.reply(opt, repMetaContext, b); err != nil {
+		b := append(binary.BigEndian.AppendUint32(nil, id), proto.MetaAllocation...)
+		if err := h.reply(opt, proto.RepMetaContext, b); err != nil {
 			return err
 		}
-		if opt == optSetMeta {
+		if opt == proto.OptSetMeta {
 			h.meta, h.metaSet = name, true
 		}
 	}

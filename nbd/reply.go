@@ -10,6 +10,8 @@ import (
 	"syscall"
 
 	"github.com/pojntfx/go-nbd/pkg/protocol"
+
+	"github.com/tidemark-cdp/tidemark/nbd/internal/proto"
 )
 
 func appendSimple(out []byte, cookie uint64, errno uint32) []byte {
@@ -19,7 +21,7 @@ func appendSimple(out []byte, cookie uint64, errno uint32) []byte {
 }
 
 func appendChunk(out []byte, flags, typ uint16, cookie uint64, n uint32) []byte {
-	out = binary.BigEndian.AppendUint32(out, magicStructuredReply)
+	out = binary.BigEndian.AppendUint32(out, proto.MagicStructuredReply)
 	out = binary.BigEndian.AppendUint16(out, flags)
 	out = binary.BigEndian.AppendUint16(out, typ)
 	out = binary.BigEndian.AppendUint64(out, cookie)
@@ -32,7 +34,7 @@ func (c *conn) appendError(out []byte, cookie uint64, errno uint32, text string)
 		return appendSimple(out, cookie, errno)
 	}
 	text = text[:min(len(text), maxString)]
-	out = appendChunk(out, replyFlagDone, replyError, cookie, uint32(6+len(text)))
+	out = appendChunk(out, proto.ReplyFlagDone, proto.ReplyError, cookie, uint32(6+len(text)))
 	out = binary.BigEndian.AppendUint32(out, errno)
 	out = binary.BigEndian.AppendUint16(out, uint16(len(text)))
 	return append(out, text...)
@@ -53,9 +55,9 @@ const zeroGrain = 64 << 10
 // appended. Zeroes go as holes where the client takes structured replies.
 func (c *conn) appendRead(out []byte, req request, nowait bool) ([]byte, error) {
 	n := int(req.n)
-	head := simpleSize
+	head := proto.SimpleSize
 	if c.sess.structured {
-		head = structuredSize + 8
+		head = proto.StructuredSize + 8
 	}
 	at := len(out)
 	out = slices.Grow(out, head+n)
@@ -67,13 +69,13 @@ func (c *conn) appendRead(out []byte, req request, nowait bool) ([]byte, error) 
 		return appendSimple(out, req.cookie, 0)[:at+head+n], nil
 	}
 	if n == 0 {
-		return appendChunk(out, replyFlagDone, replyNone, req.cookie, 0), nil
+		return appendChunk(out, proto.ReplyFlagDone, proto.ReplyNone, req.cookie, 0), nil
 	}
-	if req.flags&cmdFlagDF == 0 && hasZeroes(data) {
+	if req.flags&proto.CmdFlagDF == 0 && hasZeroes(data) {
 		// Chunks of data move up; they are copied out first.
 		return c.appendSparse(out[:at], req, bytes.Clone(data)), nil
 	}
-	out = appendChunk(out, replyFlagDone, replyOffsetData, req.cookie, uint32(8+n))
+	out = appendChunk(out, proto.ReplyFlagDone, proto.ReplyOffsetData, req.cookie, uint32(8+n))
 	return binary.BigEndian.AppendUint64(out, req.off)[:at+head+n], nil
 }
 
@@ -98,14 +100,14 @@ func (c *conn) appendSparse(out []byte, req request, data []byte) []byte {
 		}
 		var flags uint16
 		if j == len(data) {
-			flags = replyFlagDone
+			flags = proto.ReplyFlagDone
 		}
 		if zero {
-			out = appendChunk(out, flags, replyOffsetHole, req.cookie, 12)
+			out = appendChunk(out, flags, proto.ReplyOffsetHole, req.cookie, 12)
 			out = binary.BigEndian.AppendUint64(out, req.off+uint64(i))
 			out = binary.BigEndian.AppendUint32(out, uint32(j-i))
 		} else {
-			out = appendChunk(out, flags, replyOffsetData, req.cookie, uint32(8+j-i))
+			out = appendChunk(out, flags, proto.ReplyOffsetData, req.cookie, uint32(8+j-i))
 			out = binary.BigEndian.AppendUint64(out, req.off+uint64(i))
 			out = append(out, data[i:j]...)
 		}
@@ -157,22 +159,22 @@ func (c *conn) blockStatus(req request) []byte {
 	}
 	// Step by step: who asks for one extent is not made to wait for the rest.
 	off, left := int64(req.off), min(int64(req.n), statusRange)
-	for step := int64(1 << 20); left > 0 && !full && (len(exts) < 2 || req.flags&cmdFlagReqOne == 0); step = min(2*step, 64<<20) {
+	for step := int64(1 << 20); left > 0 && !full && (len(exts) < 2 || req.flags&proto.CmdFlagReqOne == 0); step = min(2*step, 64<<20) {
 		n := min(step, left)
 		if err := c.sess.dev.Extents(off, n, note); err != nil {
 			return c.appendDone(nil, req.cookie, err)
 		}
 		off, left = off+n, left-n
 	}
-	if req.flags&cmdFlagReqOne != 0 {
+	if req.flags&proto.CmdFlagReqOne != 0 {
 		exts = exts[:1]
 	}
-	out := appendChunk(nil, replyFlagDone, replyBlockStatus, req.cookie, uint32(4+8*len(exts)))
+	out := appendChunk(nil, proto.ReplyFlagDone, proto.ReplyBlockStatus, req.cookie, uint32(4+8*len(exts)))
 	out = binary.BigEndian.AppendUint32(out, metaAllocationID)
 	for _, e := range exts {
 		var flags uint32
 		if e.zero {
-			flags = stateHole | stateZero
+			flags = proto.StateHole | proto.StateZero
 		}
 		out = binary.BigEndian.AppendUint32(out, uint32(e.n))
 		out = binary.BigEndian.AppendUint32(out, flags)

@@ -18,6 +18,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/tidemark-cdp/tidemark/nbd/client"
+	"github.com/tidemark-cdp/tidemark/nbd/internal/proto"
 )
 
 // memory is a device in memory.
@@ -235,7 +236,7 @@ func (r raw) option(opt uint32, data []byte) uint32 {
 func (r raw) begin() {
 	r.t.Helper()
 	name := "disk"
-	r.write(protocol.NEGOTIATION_MAGIC_OPTION, optExportName, uint32(len(name)), []byte(name))
+	r.write(protocol.NEGOTIATION_MAGIC_OPTION, proto.OptExportName, uint32(len(name)), []byte(name))
 	r.read(10)
 }
 
@@ -255,16 +256,16 @@ func TestStrangeOptionsKeepTheStreamInStep(t *testing.T) {
 	path := start(t, &Server{Exports: one{&memory{b: make([]byte, 1<<20)}}})
 	r := dialRaw(t, path)
 	require.Equal(t, protocol.NEGOTIATION_TYPE_REPLY_ERR_UNSUPPORTED, r.option(77, []byte("what")))
-	require.Equal(t, repErrTooBig, r.option(77, make([]byte, maxOptionLen+1)))
-	require.Equal(t, repErrTooBig, r.option(protocol.NEGOTIATION_ID_OPTION_GO, make([]byte, 300<<10)))
-	require.Equal(t, repErrInvalid, r.option(protocol.NEGOTIATION_ID_OPTION_GO, []byte{0xff, 0xff, 0xff, 0xff, 'x'}))
-	require.Equal(t, repErrInvalid, r.option(protocol.NEGOTIATION_ID_OPTION_GO, nil))
-	require.Equal(t, repErrInvalid, r.option(protocol.NEGOTIATION_ID_OPTION_LIST, []byte("x")))
-	require.Equal(t, repErrInvalid, r.option(optStructuredReply, []byte("x")))
-	require.Equal(t, repErrPolicy, r.option(optStartTLS, nil))
-	require.Equal(t, repErrInvalid, r.option(optSetMeta, []byte{0, 0, 0, 4, 'd', 'i', 's', 'k', 0, 0, 0, 1}), "before structured replies")
-	require.Equal(t, protocol.NEGOTIATION_TYPE_REPLY_ACK, r.option(optStructuredReply, nil))
-	require.Equal(t, repErrInvalid, r.option(optSetMeta, []byte{0, 0, 0, 4, 'd', 'i', 's', 'k', 0xff, 0xff, 0xff, 0xff}))
+	require.Equal(t, proto.RepErrTooBig, r.option(77, make([]byte, maxOptionLen+1)))
+	require.Equal(t, proto.RepErrTooBig, r.option(protocol.NEGOTIATION_ID_OPTION_GO, make([]byte, 300<<10)))
+	require.Equal(t, proto.RepErrInvalid, r.option(protocol.NEGOTIATION_ID_OPTION_GO, []byte{0xff, 0xff, 0xff, 0xff, 'x'}))
+	require.Equal(t, proto.RepErrInvalid, r.option(protocol.NEGOTIATION_ID_OPTION_GO, nil))
+	require.Equal(t, proto.RepErrInvalid, r.option(protocol.NEGOTIATION_ID_OPTION_LIST, []byte("x")))
+	require.Equal(t, proto.RepErrInvalid, r.option(proto.OptStructuredReply, []byte("x")))
+	require.Equal(t, proto.RepErrPolicy, r.option(proto.OptStartTLS, nil))
+	require.Equal(t, proto.RepErrInvalid, r.option(proto.OptSetMeta, []byte{0, 0, 0, 4, 'd', 'i', 's', 'k', 0, 0, 0, 1}), "before structured replies")
+	require.Equal(t, protocol.NEGOTIATION_TYPE_REPLY_ACK, r.option(proto.OptStructuredReply, nil))
+	require.Equal(t, proto.RepErrInvalid, r.option(proto.OptSetMeta, []byte{0, 0, 0, 4, 'd', 'i', 's', 'k', 0xff, 0xff, 0xff, 0xff}))
 	require.Equal(t, protocol.NEGOTIATION_TYPE_REPLY_ERR_UNKNOWN, r.option(protocol.NEGOTIATION_ID_OPTION_GO, []byte{0, 0, 0, 2, 'n', 'o', 0, 0}))
 	require.Equal(t, protocol.NEGOTIATION_TYPE_REPLY_SERVER, r.option(protocol.NEGOTIATION_ID_OPTION_LIST, nil))
 	r.read(20) // its ACK
@@ -278,22 +279,22 @@ func TestStrangeRequestsKeepTheStreamInStep(t *testing.T) {
 	path := start(t, &Server{Exports: one{&memory{b: make([]byte, size)}}})
 	r := dialRaw(t, path)
 	r.begin()
-	require.Equal(t, errEINVAL, r.request(0, 42, 0, 0, nil), "unknown command")
-	require.Equal(t, errEINVAL, r.request(1<<9, cmdRead, 0, 1, nil), "unknown flag")
-	require.Equal(t, errEINVAL, r.request(cmdFlagDF, cmdRead, 0, 1, nil), "DF without structured replies")
-	require.Equal(t, errEINVAL, r.request(0, cmdRead, size, 1, nil), "past the end")
-	require.Equal(t, errEINVAL, r.request(0, cmdRead, 1<<63, 1, nil), "offset overflows")
-	require.Equal(t, errEINVAL, r.request(0, cmdRead, 0, 1<<31, nil), "longer than anything")
-	require.Equal(t, errENOSPC, r.request(0, cmdWrite, size-1, 2, []byte("ab")), "write past the end")
-	require.Equal(t, errENOSPC, r.request(0, cmdWrite, ^uint64(0), 600<<10, make([]byte, 600<<10)), "its payload is drained")
-	require.Equal(t, errENOSPC, r.request(0, cmdWriteZeroes, size, 1, nil))
-	require.Equal(t, errEINVAL, r.request(0, cmdTrim, size, 1, nil))
-	require.Equal(t, errEINVAL, r.request(0, cmdBlockStatus, 0, 4096, nil), "no context was agreed on")
-	require.Zero(t, r.request(0, cmdWrite, 5, 3, []byte("abc")))
-	require.Zero(t, r.request(0, cmdRead, 4, 5, nil))
+	require.Equal(t, proto.ErrEINVAL, r.request(0, 42, 0, 0, nil), "unknown command")
+	require.Equal(t, proto.ErrEINVAL, r.request(1<<9, proto.CmdRead, 0, 1, nil), "unknown flag")
+	require.Equal(t, proto.ErrEINVAL, r.request(proto.CmdFlagDF, proto.CmdRead, 0, 1, nil), "DF without structured replies")
+	require.Equal(t, proto.ErrEINVAL, r.request(0, proto.CmdRead, size, 1, nil), "past the end")
+	require.Equal(t, proto.ErrEINVAL, r.request(0, proto.CmdRead, 1<<63, 1, nil), "offset overflows")
+	require.Equal(t, proto.ErrEINVAL, r.request(0, proto.CmdRead, 0, 1<<31, nil), "longer than anything")
+	require.Equal(t, proto.ErrENOSPC, r.request(0, proto.CmdWrite, size-1, 2, []byte("ab")), "write past the end")
+	require.Equal(t, proto.ErrENOSPC, r.request(0, proto.CmdWrite, ^uint64(0), 600<<10, make([]byte, 600<<10)), "its payload is drained")
+	require.Equal(t, proto.ErrENOSPC, r.request(0, proto.CmdWriteZeroes, size, 1, nil))
+	require.Equal(t, proto.ErrEINVAL, r.request(0, proto.CmdTrim, size, 1, nil))
+	require.Equal(t, proto.ErrEINVAL, r.request(0, proto.CmdBlockStatus, 0, 4096, nil), "no context was agreed on")
+	require.Zero(t, r.request(0, proto.CmdWrite, 5, 3, []byte("abc")))
+	require.Zero(t, r.request(0, proto.CmdRead, 4, 5, nil))
 	require.Equal(t, []byte("\x00abc\x00"), r.read(5))
-	require.Zero(t, r.request(0, cmdRead, 0, 0, nil), "nothing is a length")
-	require.Zero(t, r.request(0, cmdCache, 0, size, nil))
+	require.Zero(t, r.request(0, proto.CmdRead, 0, 0, nil), "nothing is a length")
+	require.Zero(t, r.request(0, proto.CmdCache, 0, size, nil))
 	r.write(uint32(0xbad), make([]byte, 24))
 	_, err := io.ReadAll(r)
 	require.NoError(t, err, "a bad magic ends the connection")
@@ -303,11 +304,11 @@ func TestReadOnlyExport(t *testing.T) {
 	path := start(t, &Server{Exports: one{&memory{b: make([]byte, 1<<20), readOnly: true}}})
 	r := dialRaw(t, path)
 	r.begin()
-	for _, cmd := range []uint16{cmdTrim, cmdWriteZeroes} {
-		require.Equal(t, errEPERM, r.request(0, cmd, 0, 4096, nil))
+	for _, cmd := range []uint16{proto.CmdTrim, proto.CmdWriteZeroes} {
+		require.Equal(t, proto.ErrEPERM, r.request(0, cmd, 0, 4096, nil))
 	}
-	require.Equal(t, errEPERM, r.request(0, cmdWrite, 0, 3, []byte("abc")))
-	require.Zero(t, r.request(0, cmdFlush, 0, 0, nil))
+	require.Equal(t, proto.ErrEPERM, r.request(0, proto.CmdWrite, 0, 3, []byte("abc")))
+	require.Zero(t, r.request(0, proto.CmdFlush, 0, 0, nil))
 }
 
 // TestStopFinishesWhatIsInHand cancels the server while a client writes: each

@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/tidemark-cdp/tidemark/nbd/client"
+	"github.com/tidemark-cdp/tidemark/nbd/internal/proto"
 )
 
 func selfSigned(t *testing.T) (tls.Certificate, *x509.CertPool) {
@@ -49,6 +50,6 @@ func TestTLSIsRequiredAndWorks(t *testing.T) {
 	require.NoError(t, c.Close())
 
 	r := dialRaw(t, path)
-	require.Equal(t, repErrTLSReqd, r.option(protocol.NEGOTIATION_ID_OPTION_LIST, nil))
-	require.Equal(t, repErrInvalid, r.option(optStartTLS, []byte("x")))
+	require.Equal(t, proto.RepErrTLSReqd, r.option(protocol.NEGOTIATION_ID_OPTION_LIST, nil))
+	require.Equal(t, proto.RepErrInvalid, r.option(proto.OptStartTLS, []byte("x")))
 }

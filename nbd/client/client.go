@@ -24,31 +24,11 @@ import (
 	"syscall"
 
 	"github.com/pojntfx/go-nbd/pkg/protocol"
+
+	"github.com/tidemark-cdp/tidemark/nbd/internal/proto"
 )
 
 const (
-	optStartTLS        = uint32(5)
-	optStructuredReply = uint32(8)
-	optSetMeta         = uint32(10)
-	repMetaContext     = uint32(4)
-	repErr             = uint32(1 << 31)
-
-	magicStructured = uint32(0x668e33ef)
-	metaAllocation  = "base:allocation"
-
-	cmdFlush       = uint16(3)
-	cmdTrim        = uint16(4)
-	cmdWriteZeroes = uint16(6)
-	cmdBlockStatus = uint16(7)
-
-	replyDone        = uint16(1)
-	replyOffsetData  = uint16(1)
-	replyOffsetHole  = uint16(2)
-	replyBlockStatus = uint16(5)
-	replyErrorBit    = uint16(1 << 15)
-
-	flagReadOnly = uint16(1 << 1)
-
 	maxReply  = 64 << 10 // of an option's reply, or of a chunk that is no data, in bytes
 	maxStatus = 1 << 20  // of a BLOCK_STATUS chunk, in bytes
 )
@@ -113,7 +93,7 @@ func Dial(ctx context.Context, network, addr, export string, tlsConf *tls.Config
 func (c *Client) Size() int64 { return c.size }
 
 // ReadOnly reports whether the export refuses writes.
-func (c *Client) ReadOnly() bool { return c.flags&flagReadOnly != 0 }
+func (c *Client) ReadOnly() bool { return c.flags&proto.FlagReadOnly != 0 }
 
 func (c *Client) negotiate(ctx context.Context, export string, tlsConf *tls.Config) error {
 	c.r = bufio.NewReaderSize(c.c, 256<<10)
@@ -133,7 +113,7 @@ func (c *Client) negotiate(ctx context.Context, export string, tlsConf *tls.Conf
 		return err
 	}
 	if tlsConf != nil {
-		if _, err := c.option(optStartTLS, nil, nil); err != nil {
+		if _, err := c.option(proto.OptStartTLS, nil, nil); err != nil {
 			return fmt.Errorf("STARTTLS: %w", err)
 		}
 		tc := tls.Client(c.c, tlsConf)
@@ -142,15 +122,15 @@ func (c *Client) negotiate(ctx context.Context, export string, tlsConf *tls.Conf
 		}
 		c.c, c.r = tc, bufio.NewReaderSize(tc, 256<<10)
 	}
-	if _, err := c.option(optStructuredReply, nil, nil); err != nil {
+	if _, err := c.option(proto.OptStructuredReply, nil, nil); err != nil {
 		return fmt.Errorf("structured replies: %w", err)
 	}
 	name := append(be.AppendUint32(nil, uint32(len(export))), export...)
 	q := be.AppendUint32(append([]byte(nil), name...), 1)
-	q = append(be.AppendUint32(q, uint32(len(metaAllocation))), metaAllocation...)
+	q = append(be.AppendUint32(q, uint32(len(proto.MetaAllocation))), proto.MetaAllocation...)
 	// A server without metadata contexts is one without extents, no more.
-	_, _ = c.option(optSetMeta, q, func(typ uint32, data []byte) {
-		if typ == repMetaContext && len(data) >= 4 && string(data[4:]) == metaAllocation {
+	_, _ = c.option(proto.OptSetMeta, q, func(typ uint32, data []byte) {
+		if typ == proto.RepMetaContext && len(data) >= 4 && string(data[4:]) == proto.MetaAllocation {
 			c.metaID, c.hasMeta = be.Uint32(data), true
 		}
 	})
@@ -190,8 +170,8 @@ func (c *Client) option(opt uint32, data []byte, fn func(typ uint32, data []byte
 		switch {
 		case typ == protocol.NEGOTIATION_TYPE_REPLY_ACK:
 			return any, nil
-		case typ&repErr != 0:
-			return any, fmt.Errorf("the server refused: %s (error %d)", data, typ&^repErr)
+		case typ&proto.RepErrBase != 0:
+			return any, fmt.Errorf("the server refused: %s (error %d)", data, typ&^proto.RepErrBase)
 		case fn != nil:
 			fn(typ, data)
 			any = true
@@ -264,7 +244,7 @@ func (c *Client) chunk() error {
 	if be.Uint32(b[:]) == protocol.TRANSMISSION_MAGIC_REPLY {
 		return c.finish(be.Uint64(b[8:]), errnoError(be.Uint32(b[4:]), ""))
 	}
-	if m := be.Uint32(b[:]); m != magicStructured {
+	if m := be.Uint32(b[:]); m != proto.MagicStructuredReply {
 		return fmt.Errorf("reply magic %#x", m)
 	}
 	if _, err := io.ReadFull(c.r, b[16:]); err != nil {
@@ -280,7 +260,7 @@ func (c *Client) chunk() error {
 	if err := c.content(cl, typ, n); err != nil {
 		return err
 	}
-	if flags&replyDone != 0 {
+	if flags&proto.ReplyFlagDone != 0 {
 		return c.finish(cookie, cl.err)
 	}
 	return nil
@@ -290,7 +270,7 @@ func (c *Client) chunk() error {
 func (c *Client) content(cl *call, typ uint16, n uint32) error {
 	be := binary.BigEndian
 	bad := func() error { return fmt.Errorf("malformed reply chunk: type %d, %d bytes", typ, n) }
-	if typ == replyOffsetData {
+	if typ == proto.ReplyOffsetData {
 		var b [8]byte
 		if n < 8 {
 			return bad()
@@ -307,7 +287,7 @@ func (c *Client) content(cl *call, typ uint16, n uint32) error {
 		return err
 	}
 	limit := uint32(maxReply)
-	if typ == replyBlockStatus {
+	if typ == proto.ReplyBlockStatus {
 		limit = maxStatus
 	}
 	if n > limit {
@@ -318,7 +298,7 @@ func (c *Client) content(cl *call, typ uint16, n uint32) error {
 		return err
 	}
 	switch {
-	case typ == replyOffsetHole:
+	case typ == proto.ReplyOffsetHole:
 		if n != 12 {
 			return bad()
 		}
@@ -328,14 +308,14 @@ func (c *Client) content(cl *call, typ uint16, n uint32) error {
 		}
 		cl.got += int(k)
 		clear(cl.buf[at : at+k])
-	case typ == replyBlockStatus:
+	case typ == proto.ReplyBlockStatus:
 		if n < 12 || n%8 != 4 || cl.exts == nil || be.Uint32(data) != c.metaID {
 			return bad()
 		}
 		for d := data[4:]; len(d) > 0; d = d[8:] {
 			*cl.exts = append(*cl.exts, Extent{int64(be.Uint32(d)), be.Uint32(d[4:])&2 != 0})
 		}
-	case typ&replyErrorBit != 0:
+	case typ&proto.ReplyErrorBit != 0:
 		if n < 6 || int(be.Uint16(data[4:])) > len(data)-6 {
 			return bad()
 		}
@@ -384,11 +364,11 @@ func (c *Client) WriteAt(p []byte, off int64, fua bool) error {
 }
 
 // Flush makes every write durable that returned before.
-func (c *Client) Flush() error { return c.send(0, cmdFlush, 0, 0, nil, &call{}) }
+func (c *Client) Flush() error { return c.send(0, proto.CmdFlush, 0, 0, nil, &call{}) }
 
 // Trim discards a range.
 func (c *Client) Trim(off int64, n uint32) error {
-	return c.send(0, cmdTrim, uint64(off), n, nil, &call{})
+	return c.send(0, proto.CmdTrim, uint64(off), n, nil, &call{})
 }
 
 // Zero makes a range read as zeroes; keep asks the server to keep its space.
@@ -397,7 +377,7 @@ func (c *Client) Zero(off int64, n uint32, keep bool) error {
 	if keep {
 		flags = 2
 	}
-	return c.send(flags, cmdWriteZeroes, uint64(off), n, nil, &call{})
+	return c.send(flags, proto.CmdWriteZeroes, uint64(off), n, nil, &call{})
 }
 
 // Extents calls fn with runs that together fill the range. Without the
@@ -410,7 +390,7 @@ func (c *Client) Extents(off, n int64, fn func(n int64, zero bool)) error {
 		}
 		var exts []Extent
 		ask := min(n, 1<<30)
-		if err := c.send(0, cmdBlockStatus, uint64(off), uint32(ask), nil, &call{exts: &exts}); err != nil {
+		if err := c.send(0, proto.CmdBlockStatus, uint64(off), uint32(ask), nil, &call{exts: &exts}); err != nil {
 			return err
 		}
 		before := n
