@@ -1,7 +1,6 @@
 package journal
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"time"
@@ -10,13 +9,6 @@ import (
 	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
 	"github.com/tidemark-cdp/tidemark/journal/record"
-)
-
-// Names of a group's state in the index.
-const (
-	stateApplied = "applied" // LSN, 8 bytes
-	stateHorizon = "horizon" // LSN, 8 bytes
-	stateRebuild = "rebuild" // not empty while the index is made again from the segments
 )
 
 // Apply writes everything that is journaled when it is called to the backings.
@@ -148,7 +140,11 @@ func (g *Group) checkpointLocked() error {
 		return err
 	}
 	last := record.LSN(g.indexed.Load())
-	if err := g.setState(stateApplied, binary.LittleEndian.AppendUint64(nil, uint64(applied))); err != nil {
+	b := g.ix.NewBatch()
+	if err := setStateLSN(b, stateApplied, applied); err != nil {
+		return g.fail(err)
+	}
+	if err := g.commit(b); err != nil {
 		return g.fail(err)
 	}
 	if err := g.store.ix.Flush(); err != nil {

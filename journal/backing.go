@@ -74,8 +74,6 @@ func openBacking(vfsys vfs.FS, path string, readOnly bool) (int64, vfs.File, err
 	return size, f, nil
 }
 
-func stateBacking(d record.DiskID) string { return fmt.Sprintf("backing/%d", d) }
-
 // A backing's fingerprint is taken when the group is closed in order: the
 // head's LSN and the file's modification time, 8 bytes each, little-endian. If
 // the head is the same at the next open, nobody but others can have written

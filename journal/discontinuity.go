@@ -15,11 +15,6 @@ import (
 	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
-func stateKnown(d record.DiskID) string { return fmt.Sprintf("known-since/%d", d) }
-
-// stateChanged is set while a discontinuity of the disk is being journaled.
-func stateChanged(d record.DiskID) string { return fmt.Sprintf("changed/%d", d) }
-
 // notice finds out whether somebody wrote a backing while the group was closed,
 // and journals what differs.
 func (g *Group) notice(r *recovery) error {
@@ -146,7 +141,7 @@ func (g *Group) discontinuity(d *disk.Disk) error {
 		return err
 	}
 	b := g.ix.NewBatch()
-	err := errors.Join(b.SetState(stateKnown(d.ID), binary.LittleEndian.AppendUint64(nil, uint64(m.LSN))), b.SetState(stateChanged(d.ID), nil))
+	err := errors.Join(setStateLSN(b, stateKnown(d.ID), m.LSN), b.SetState(stateChanged(d.ID), nil))
 	if err == nil {
 		err = g.commit(b)
 	}

@@ -1,7 +1,6 @@
 package journal
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -342,7 +341,7 @@ func (e *expiry) rest() (labels []string, err error) {
 	if err := e.b.DropTimes(e.time); err != nil {
 		return nil, err
 	}
-	return labels, e.b.SetState(stateHorizon, binary.LittleEndian.AppendUint64(nil, uint64(e.horizon)))
+	return labels, setStateLSN(e.b, stateHorizon, e.horizon)
 }
 
 // originals finds the files of originals that no view at or behind the horizon needs.

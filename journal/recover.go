@@ -1,7 +1,6 @@
 package journal
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -155,12 +154,8 @@ func (r *recovery) state() (err error) {
 			return err
 		}
 	}
-	b, err := g.ix.State(stateApplied)
-	if err != nil {
+	if r.applied, err = g.stateLSN(stateApplied); err != nil {
 		return err
-	}
-	if len(b) == 8 {
-		r.applied = record.LSN(binary.LittleEndian.Uint64(b))
 	}
 	if len(r.logs) > 0 {
 		// The log begins behind the horizon, whatever else was lost.
@@ -169,12 +164,11 @@ func (r *recovery) state() (err error) {
 	}
 	// A log file that was expired may not have been removed yet: the index
 	// forgot what is in it.
-	if b, err = g.ix.State(stateHorizon); err != nil {
+	horizon, err := g.stateLSN(stateHorizon)
+	if err != nil {
 		return err
 	}
-	if len(b) == 8 {
-		g.horizon.Store(max(g.horizon.Load(), binary.LittleEndian.Uint64(b)))
-	}
+	g.horizon.Store(max(g.horizon.Load(), uint64(horizon)))
 	r.durable = max(r.mark.LSN, r.applied)
 	g.index.mark = r.mark
 	for _, d := range g.disks {
@@ -185,12 +179,11 @@ func (r *recovery) state() (err error) {
 		if err != nil {
 			return err
 		}
-		if b, err = g.ix.State(stateKnown(d.ID)); err != nil {
+		known, err := g.stateLSN(stateKnown(d.ID))
+		if err != nil {
 			return err
 		}
-		if len(b) == 8 {
-			d.SetKnownSince(record.LSN(binary.LittleEndian.Uint64(b)))
-		}
+		d.SetKnownSince(known)
 	}
 	return g.ix.Markers(0, func(m record.Marker) (bool, error) {
 		g.append.labels[m.Label] = m.LSN
