@@ -72,8 +72,7 @@ func (c *conn) appendRead(out []byte, req request, nowait bool) ([]byte, error) 
 		return appendChunk(out, proto.ReplyFlagDone, proto.ReplyNone, req.cookie, 0), nil
 	}
 	if req.flags&proto.CmdFlagDF == 0 && hasZeroes(data) {
-		// Chunks of data move up; they are copied out first.
-		return c.appendSparse(out[:at], req, bytes.Clone(data)), nil
+		return c.appendSparse(out[:at], req, data), nil
 	}
 	out = appendChunk(out, proto.ReplyFlagDone, proto.ReplyOffsetData, req.cookie, uint32(8+n))
 	return binary.BigEndian.AppendUint64(out, req.off)[:at+head+n], nil
@@ -91,6 +90,9 @@ func hasZeroes(data []byte) bool {
 	return false
 }
 
+// appendSparse appends data as chunks of data and holes in turn. data may stand in out's own
+// array, from the first chunk's header on: a chunk of data moves down by what the holes before
+// it saved, and a hole's header, which is longer, stands where its zeroes were.
 func (c *conn) appendSparse(out []byte, req request, data []byte) []byte {
 	for i := 0; i < len(data); {
 		zero := isZero(data[i:min(len(data), i+zeroGrain)])
