@@ -638,6 +638,34 @@ func TestDamagedOriginalsOutliveAnExpiry(t *testing.T) {
 	}
 }
 
+// TestVerifyFindsAnOriginalThatIsZeroes: the first one, with others behind it, and the last one.
+func TestVerifyFindsAnOriginalThatIsZeroes(t *testing.T) {
+	for _, which := range []int{0, 2} {
+		r := newRig(t, Options{})
+		for b := range int64(3) {
+			require.NoError(t, r.write(2*b, 1))
+		}
+		require.NoError(t, r.g.Apply())
+		f := r.g.set.Files(segment.Originals)[0]
+		var at []int64
+		_, err := f.Scan(f.Start(), func(off int64, _ record.Header) error {
+			at = append(at, off)
+			return nil
+		})
+		require.NoError(t, err)
+		require.Len(t, at, 3)
+		w, err := r.mem.OpenReadWrite(f.Path, vfs.WriteCategoryUnspecified)
+		require.NoError(t, err)
+		_, err = w.WriteAt(make([]byte, record.HeaderSize), at[which])
+		require.NoError(t, errors.Join(err, w.Close()))
+		var found []Finding
+		_, err = r.g.Verify(context.Background(), func(f Finding) { found = append(found, f) })
+		require.NoError(t, err)
+		require.Len(t, found, 1)
+		require.Equal(t, f.Path, found[0].Where)
+	}
+}
+
 // TestAGroupBegunAnewTakesNothingFromTheIndex: the segments of a group are
 // removed by hand, the index still has its versions and how far it got.
 func TestAGroupBegunAnewTakesNothingFromTheIndex(t *testing.T) {

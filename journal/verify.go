@@ -132,15 +132,27 @@ func (v *verifier) originals() error {
 	last := v.g.index.mark // behind it, originals may be half written
 	v.g.index.Unlock()
 	for _, f := range v.g.set.Files(segment.Originals) {
-		_, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
-			if f.Number > last.OrigFile || f.Number == last.OrigFile && off >= int64(last.OrigOff) {
+		indexed := func(off int64) bool {
+			return f.Number < last.OrigFile || f.Number == last.OrigFile && off < int64(last.OrigOff)
+		}
+		end, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
+			if !indexed(off) {
 				return segment.ErrStop
 			}
 			v.done.Originals++
 			return v.payload(f, off, h)
 		})
-		if errors.Is(err, segment.ErrStop) {
-			continue
+		if err == nil && indexed(end) {
+			// A header of zeroes looks like the file's end.
+			err = f.Resync(end, func(off int64, _ record.Header) error {
+				if !indexed(off) {
+					return segment.ErrStop
+				}
+				return fmt.Errorf("%w: nothing at %d, and an original at %d", record.ErrCorrupt, end, off)
+			})
+			if err == nil && f.Number == last.OrigFile {
+				err = fmt.Errorf("%w: nothing at %d, and originals were indexed up to %d", record.ErrCorrupt, end, last.OrigOff)
+			}
 		}
 		if errors.Is(err, record.ErrCorrupt) {
 			v.found(f.Path, 0, err)
