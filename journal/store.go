@@ -212,6 +212,16 @@ func (s *Store) Run(ctx context.Context) error {
 	}
 }
 
+// CatchUp applies what is journaled when it is called, while everything else goes on, so that a Close
+// soon after finds little to do. Errors are the groups' state.
+func (s *Store) CatchUp() {
+	for _, g := range s.groups {
+		if err := g.Apply(); err != nil {
+			g.log.Warn("apply", zap.Error(err))
+		}
+	}
+}
+
 // Close applies and checkpoints every group and closes the store. Nothing else
 // may be in use. Backings then are what a guest would find without Tidemark.
 func (s *Store) Close() error {

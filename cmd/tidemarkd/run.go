@@ -25,8 +25,8 @@ import (
 	"github.com/tidemark-cdp/tidemark/nbd"
 )
 
-// run serves until ctx ends, then stops in order: no new requests, those in
-// hand finished, everything applied and checkpointed.
+// run serves until ctx ends, then stops in order: what is journaled is applied while guests
+// go on, then no new requests, those in hand finished, the rest applied and checkpointed.
 func run(ctx context.Context, c config.Config, log *zap.Logger) error {
 	began := time.Now()
 	tlsConf, err := c.TLS.Server()
@@ -50,11 +50,21 @@ func run(ctx context.Context, c config.Config, log *zap.Logger) error {
 	storeDone := make(chan error, 1)
 	go func() { storeDone <- store.Run(work) }()
 
-	eg, serving := errgroup.WithContext(ctx)
+	stopping, stopServing := context.WithCancel(context.Background())
+	defer stopServing()
+	eg, serving := errgroup.WithContext(stopping)
 	ls.serve(serving, eg, store, c, tlsConf, log)
 	notify(log, daemon.SdNotifyReady)
 	served := make(chan error, 1)
 	go func() { served <- eg.Wait() }()
+	caughtUp := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(caughtUp)
+		notify(log, daemon.SdNotifyStopping)
+		log.Info("stopping: applying what is journaled, still serving")
+		store.CatchUp()
+		stopServing()
+	})
 	select {
 	case err = <-served:
 	case err := <-storeDone:
@@ -62,12 +72,14 @@ func run(ctx context.Context, c config.Config, log *zap.Logger) error {
 		// Recovery has all that was acknowledged.
 		return err
 	}
-	notify(log, daemon.SdNotifyStopping)
+	if !stop() {
+		<-caughtUp
+	}
 	stopWork()
 	if serr := <-storeDone; serr != nil {
 		return errors.Join(err, serr)
 	}
-	log.Info("stopping: applying what is journaled")
+	log.Info("stopping: applying the rest")
 	if err := errors.Join(err, store.Close()); err != nil {
 		return err
 	}
