@@ -31,22 +31,11 @@ func (g *Group) Dump(ctx context.Context, v Visit) error {
 		if v.Segment == nil {
 			break
 		}
-		for _, f := range g.set.Files(k) {
-			if err := v.Segment(f.Path, f.Header); err != nil {
-				return err
-			}
-			if v.Record == nil {
-				continue
-			}
-			_, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
-				return errors.Join(ctx.Err(), v.Record(f.Path, off, h))
-			})
-			if errors.Is(err, record.ErrCorrupt) {
-				damage = append(damage, err)
-			} else if err != nil {
-				return err
-			}
+		bad, err := g.dumpFiles(ctx, k, v)
+		if err != nil {
+			return err
 		}
+		damage = append(damage, bad...)
 	}
 	if v.Version != nil {
 		err := g.ix.Versions(func(e index.Entry) (bool, error) { return true, errors.Join(ctx.Err(), v.Version(e)) })
@@ -61,6 +50,28 @@ func (g *Group) Dump(ctx context.Context, v Visit) error {
 		}
 	}
 	return errors.Join(damage...)
+}
+
+func (g *Group) dumpFiles(ctx context.Context, k segment.Kind, v Visit) (damage []error, err error) {
+	files, release := g.set.Hold(k)
+	defer release()
+	for _, f := range files {
+		if err := v.Segment(f.Path, f.Header); err != nil {
+			return nil, err
+		}
+		if v.Record == nil {
+			continue
+		}
+		_, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
+			return errors.Join(ctx.Err(), v.Record(f.Path, off, h))
+		})
+		if errors.Is(err, record.ErrCorrupt) {
+			damage = append(damage, err)
+		} else if err != nil {
+			return nil, err
+		}
+	}
+	return damage, nil
 }
 
 // GroupNames lists the groups that a state directory holds.

@@ -77,7 +77,9 @@ func (g *Group) resolveTime(t int64, refuse func(string) (record.LSN, error)) (r
 	defer g.unpin(horizon)
 	head := g.Head()
 	last := g.lastTime.Load()
-	files := g.set.Files(segment.Log)
+	held, release := g.set.Hold(segment.Log)
+	defer release()
+	files := slices.Clone(held)
 	for len(files) > 1 && files[1].First-1 <= horizon {
 		files = files[1:] // expired, and not removed yet
 	}

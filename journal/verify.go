@@ -75,7 +75,8 @@ func (v *verifier) payload(f *segment.File, off int64, h record.Header) error {
 }
 
 func (v *verifier) log(head record.LSN) error {
-	files := v.g.set.Files(segment.Log)
+	files, release := v.g.set.Hold(segment.Log)
+	defer release()
 	if len(files) == 0 {
 		return nil
 	}
@@ -131,7 +132,9 @@ func (v *verifier) originals() error {
 	v.g.index.Lock()
 	last := v.g.index.mark // behind it, originals may be half written
 	v.g.index.Unlock()
-	for _, f := range v.g.set.Files(segment.Originals) {
+	files, release := v.g.set.Hold(segment.Originals)
+	defer release()
+	for _, f := range files {
 		indexed := func(off int64) bool {
 			return f.Number < last.OrigFile || f.Number == last.OrigFile && off < int64(last.OrigOff)
 		}

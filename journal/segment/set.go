@@ -201,10 +201,30 @@ func (s *Set) nextNumber() uint32 {
 	return s.mu.last
 }
 
-// Files lists the set's files of one kind in the order they were begun.
+// Files lists the set's files of one kind in the order they were begun. They can be
+// read as long as nobody removes them.
 func (s *Set) Files(k Kind) []*File {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
+	return s.filesLocked(k)
+}
+
+// Hold is Files with a reference to each: they can be read until release is called.
+func (s *Set) Hold(k Kind) (files []*File, release func()) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	files = s.filesLocked(k)
+	for _, f := range files {
+		f.refs.Add(1)
+	}
+	return files, func() {
+		for _, f := range files {
+			f.Release()
+		}
+	}
+}
+
+func (s *Set) filesLocked(k Kind) []*File {
 	var files []*File
 	for _, f := range s.mu.files {
 		if f.Kind == k {
