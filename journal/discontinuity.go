@@ -154,7 +154,7 @@ func (g *Group) discontinuity(d *disk.Disk) error {
 // would wait for ever.
 func (g *Group) relieve() error {
 	g.append.Lock()
-	full := g.unapplied.Load() > g.o.Unapplied/2 || g.append.weight > maxWeight/2
+	full := g.muchUnappliedLocked() || !g.roomLocked()
 	behind := g.append.lag > indexLag/2
 	g.append.Unlock()
 	if behind {

@@ -252,9 +252,19 @@ func TestASmallJournalGoesOn(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
 	go func() { done <- r.s.Run(ctx) }()
+	written := make(chan error)
+	go func() {
+		var err error
+		for i := int64(0); i < 4*rigBlocks && err == nil; i++ {
+			err = r.write(i%rigBlocks, byte(i/rigBlocks+1))
+		}
+		written <- err
+	}()
 	var err error
-	for i := int64(0); i < 4*rigBlocks && err == nil; i++ {
-		err = r.write(i%rigBlocks, byte(i/rigBlocks+1))
+	select {
+	case err = <-written:
+	case <-time.After(2 * time.Minute):
+		panic("writes hang")
 	}
 	cancel()
 	require.NoError(t, <-done)
@@ -266,6 +276,39 @@ func TestASmallJournalGoesOn(t *testing.T) {
 	got, err := r.at(r.g.Head()-8, rigBlocks-1)
 	require.NoError(t, err)
 	require.Equal(t, byte(3), got)
+}
+
+// TestADiscontinuityWithLittleRoom: nobody but the start itself can make room while it journals one.
+func TestADiscontinuityWithLittleRoom(t *testing.T) {
+	r := newRig(t, Options{Reserve: 64 << 10})
+	for b := range int64(rigBlocks) {
+		require.NoError(t, r.write(b, 1))
+		if b%16 == 0 {
+			require.NoError(t, r.g.Apply())
+		}
+	}
+	require.NoError(t, r.s.Close())
+	f, err := r.mem.OpenReadWrite("disk.raw", vfs.WriteCategoryUnspecified)
+	require.NoError(t, err)
+	for b := int64(0); b < rigBlocks; b += 2 {
+		_, err = f.WriteAt(bytes.Repeat([]byte{9}, record.BlockSize), b*record.BlockSize)
+		require.NoError(t, err)
+	}
+	require.NoError(t, errors.Join(f.Sync(), f.Close()))
+	r.fs = smallFS{r.fs, smallFS{FS: r.fs}.used("state") + 1300<<10}
+	opened := make(chan struct{})
+	go func() {
+		defer close(opened)
+		r.open()
+	}()
+	select {
+	case <-opened:
+	case <-time.After(time.Minute):
+		panic("the start hangs")
+	}
+	require.Greater(t, r.g.Head(), record.LSN(rigBlocks))
+	require.Equal(t, byte(9), r.live(2))
+	require.Equal(t, byte(1), r.live(3))
 }
 
 // TestLimitExpiresTheOldest keeps a group within its limit while it is
@@ -756,18 +799,24 @@ func TestOverlaysAreSaved(t *testing.T) {
 		}
 		done <- err
 	}()
+	beside := 0 // checkpoints that the writer overtook
 	for running := true; running; {
 		select {
 		case err := <-done:
 			require.NoError(t, err)
 			running = false
 		default:
+			before := r.g.Head()
 			require.NoError(t, r.g.Checkpoint())
+			if r.g.Head() > before {
+				beside++
+			}
 		}
 	}
+	require.Positive(t, beside)
 	require.NoError(t, r.write(4, 4))
 	saved, unapplied := r.g.apply.saved, r.g.unapplied.Load()
-	require.Greater(t, saved, record.LSN(rigBlocks/2))
+	require.Greater(t, saved, record.LSN(rigBlocks/2+2))
 	require.NoError(t, r.s.Abandon())
 
 	check := func() {
