@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
@@ -22,6 +23,9 @@ func (g *Group) openDisks(configs []DiskConfig) error {
 		size, f, err := openBacking(g.fs, c.Backing, g.o.ReadOnly)
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", c.Name, err)
+		}
+		if err := g.store.claim(f, g.name+"/"+c.Name); err != nil {
+			return errors.Join(fmt.Errorf("backing %s: %w", c.Backing, err), f.Close())
 		}
 		i := slices.IndexFunc(g.table, func(t segment.Disk) bool { return t.Name == c.Name })
 		switch {
@@ -91,6 +95,25 @@ func (g *Group) fingerprint(d *disk.Disk, head record.LSN) ([]byte, error) {
 	return binary.LittleEndian.AppendUint64(b, uint64(mtime)), nil
 }
 
+// sign notes what the backing is at a stop in order, so that the next start finds out
+// whether somebody changed it.
+func (g *Group) sign(d *disk.Disk) error {
+	replaced, err := d.Replaced()
+	if err != nil {
+		return fmt.Errorf("backing %s of disk %s: %w", d.Path, d.Name, err)
+	}
+	if replaced {
+		g.log.Error("the backing's path leads to another file than the one that was served: the next start journals what differs as a discontinuity",
+			zap.String("disk", d.Name), zap.String("backing", d.Path))
+		return g.setState(stateChanged(d.ID), []byte{1})
+	}
+	fp, err := g.fingerprint(d, g.Head())
+	if err != nil {
+		return err
+	}
+	return g.setState(stateBacking(d.ID), fp)
+}
+
 // settle brings the backings to the head, durably, for a stop in order.
 func (g *Group) settle() error {
 	if g.o.ReadOnly {
@@ -113,11 +136,7 @@ func (g *Group) settle() error {
 		return err
 	}
 	for _, d := range g.disks {
-		fp, err := g.fingerprint(d, g.Head())
-		if err != nil {
-			return err
-		}
-		if err := g.setState(stateBacking(d.ID), fp); err != nil {
+		if err := g.sign(d); err != nil {
 			return err
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/tidemark-cdp/tidemark/journal/index"
+	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
@@ -48,6 +49,7 @@ type Store struct {
 	lock   io.Closer
 	ix     *index.DB
 	groups []*Group
+	claims map[osfile.ID]string // the disk that each backing is of; Open's alone
 
 	failed chan error // what the index can not go on after
 }
@@ -60,7 +62,7 @@ func Open(dir string, groups []GroupConfig, o Options) (*Store, error) {
 	if err := errors.Join(o.Validate(), validateGroups(groups)); err != nil {
 		return nil, err
 	}
-	s := &Store{dir: dir, o: o.withDefaults(len(groups)), failed: make(chan error, 1)}
+	s := &Store{dir: dir, o: o.withDefaults(len(groups)), claims: map[osfile.ID]string{}, failed: make(chan error, 1)}
 	if err := s.open(groups); err != nil {
 		return nil, errors.Join(err, s.Abandon())
 	}
@@ -134,6 +136,19 @@ func (s *Store) open(groups []GroupConfig) error {
 		return nil
 	}
 	return syncDirs(fs, fs.PathDir(s.dir), s.dir, fs.PathJoin(s.dir, groupsName))
+}
+
+// claim notes that an open backing is a disk's: under whatever paths, it can be one disk's only.
+func (s *Store) claim(f vfs.File, disk string) error {
+	id, ok, err := osfile.Identify(f)
+	if err != nil || !ok {
+		return err
+	}
+	if other, taken := s.claims[id]; taken {
+		return fmt.Errorf("it is the backing of disk %s too", other)
+	}
+	s.claims[id] = disk
+	return nil
 }
 
 // syncDirs makes the names in directories durable.
@@ -212,14 +227,28 @@ func (s *Store) Run(ctx context.Context) error {
 	}
 }
 
-// CatchUp applies what is journaled when it is called, while everything else goes on, so that a Close
+const (
+	// catchUpRounds bounds the rounds of CatchUp: a guest may write faster than they go.
+	catchUpRounds = 3
+	// caughtUp is how little is left for Close to apply, in bytes of records.
+	caughtUp = 64 << 20
+)
+
+// CatchUp applies what is journaled while everything else goes on, so that a Close
 // soon after finds little to do. Errors are the groups' state.
 func (s *Store) CatchUp() {
+	var wg sync.WaitGroup
 	for _, g := range s.groups {
-		if err := g.Apply(); err != nil {
-			g.log.Warn("apply", zap.Error(err))
-		}
+		wg.Go(func() {
+			for n := 0; n < catchUpRounds && g.unapplied.Load() > caughtUp; n++ {
+				if err := g.Apply(); err != nil {
+					g.log.Warn("apply", zap.Error(err))
+					return
+				}
+			}
+		})
 	}
+	wg.Wait()
 }
 
 // Close applies and checkpoints every group and closes the store. Nothing else

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -64,6 +65,9 @@ func (a *app) runRestore(cmd *cobra.Command, arg string, f restoreFlags) error {
 	if err == nil && f.to == "" {
 		err = errors.New("--to is missing")
 	}
+	if err == nil && f.to == "-" {
+		err = errors.New("--to -: an image is written to a file; to read it as a stream, use an NBD client on " + name.String())
+	}
 	if err == nil && f.format != "raw" && f.format != "qcow2" {
 		err = fmt.Errorf("--format %q: raw or qcow2", f.format)
 	}
@@ -75,6 +79,13 @@ func (a *app) runRestore(cmd *cobra.Command, arg string, f restoreFlags) error {
 		return err
 	}
 	ctx := cmd.Context()
+	s, err := c.Status(ctx)
+	if err != nil {
+		return err
+	}
+	if err := checkTarget(s, name, f.to); err != nil {
+		return err
+	}
 	// A point may move while the image is written; its LSN does not.
 	r, err := c.Resolve(ctx, name.Group, name.Point.String())
 	if err != nil {
@@ -83,7 +94,7 @@ func (a *app) runRestore(cmd *cobra.Command, arg string, f restoreFlags) error {
 	name.Point = record.Point{Form: record.FormLSN, LSN: record.LSN(r.LSN)}
 	addr := f.nbd
 	if addr == "" {
-		if addr, err = nbdAddr(ctx, c); err != nil {
+		if addr, err = nbdAddr(s); err != nil {
 			return err
 		}
 	}
@@ -101,12 +112,32 @@ func (a *app) runRestore(cmd *cobra.Command, arg string, f restoreFlags) error {
 	return err
 }
 
-// nbdAddr asks the daemon where it serves NBD, and prefers a local socket.
-func nbdAddr(ctx context.Context, c *api.Client) (string, error) {
-	s, err := c.Status(ctx)
+// checkTarget refuses a disk that is not there, and a target that the daemon serves: it would go on with
+// the file that it has open, and what guests write would be lost.
+func checkTarget(s api.Status, name record.ExportName, to string) error {
+	target, err := os.Stat(to)
 	if err != nil {
-		return "", err
+		target = nil
 	}
+	found := true // of a group that is not there, the daemon says so
+	for _, g := range s.Groups {
+		if g.Name == name.Group {
+			found = slices.ContainsFunc(g.Disks, func(d api.Disk) bool { return d.Name == name.Disk })
+		}
+		for _, d := range g.Disks {
+			if info, err := os.Stat(d.Backing); err == nil && target != nil && os.SameFile(info, target) {
+				return fmt.Errorf("%s is the backing of %s/%s, which the daemon serves: restore to another file (docs/operating.md, \"Bringing a disk back\")", to, g.Name, d.Name)
+			}
+		}
+	}
+	if !found {
+		return &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("disk %q of group %s: not found", name.Disk, name.Group)}
+	}
+	return nil
+}
+
+// nbdAddr is where the daemon serves NBD, a local socket if there is one.
+func nbdAddr(s api.Status) (string, error) {
 	for _, n := range s.NBD {
 		if strings.HasPrefix(n, "unix:") {
 			return n, nil

@@ -258,6 +258,8 @@ func TestJSONContractAndExitCodes(t *testing.T) {
 		{3, []string{"status", "--api", "unix:/nonexistent"}},
 		{4, []string{"mark", "web02", "x"}},
 		{4, []string{"restore", "web01/vda@nope", "--to", d.path("x")}},
+		{4, []string{"restore", "web01/vdz@latest", "--to", d.path("x")}},
+		{1, []string{"restore", "web01/vda@latest", "--force", "--to", d.disk}},
 		{5, []string{"mark", "web01", "first"}},
 	} {
 		out, code := d.tidemark(c.args...)
@@ -307,6 +309,30 @@ func TestAtRestVerbsChangeNothing(t *testing.T) {
 	require.Contains(t, d.ok("verify"), "no damage")
 }
 
+// TestAReplacedBackingIsADiscontinuity: another file is put in the place of the one that is
+// served. What was answered went to the one that is open.
+func TestAReplacedBackingIsADiscontinuity(t *testing.T) {
+	d := serve(t, 1<<20)
+	c := d.dial("web01/vda")
+	require.NoError(t, c.WriteAt(bytes.Repeat([]byte{7}, 4096), 0, false))
+	require.NoError(t, os.WriteFile(d.path("new.raw"), make([]byte, 1<<20), 0o600))
+	require.NoError(t, os.Rename(d.path("new.raw"), d.disk))
+	require.NoError(t, c.WriteAt(bytes.Repeat([]byte{8}, 4096), 8192, false))
+	require.NoError(t, c.Close())
+	d.stop()
+	d.start()
+	require.Contains(t, d.ok("points", "web01"), "discontinuity-vda-")
+	got := make([]byte, 1)
+	for export, want := range map[string][2]byte{"web01/vda": {0, 0}, "web01/vda@lsn:2": {7, 8}} {
+		c := d.dial(export)
+		for i, off := range []int64{0, 8192} {
+			require.NoError(t, c.ReadAt(got, off))
+			require.Equal(t, want[i], got[0], "%s at %d", export, off)
+		}
+		require.NoError(t, c.Close())
+	}
+}
+
 func TestBadStartsSayWhy(t *testing.T) {
 	d := serve(t, 1<<20)
 	fails := func(args ...string) string {
@@ -319,6 +345,9 @@ func TestBadStartsSayWhy(t *testing.T) {
 	require.Contains(t, fails(append(base, "--disk", "web01/vda=/nonexistent")...), "does not exist")
 	require.Contains(t, fails(append(base, "--disk", "we b/vda="+d.disk)...), "not allowed")
 	require.Contains(t, fails(base...), "no disk is given")
+	link := d.path("link.raw")
+	require.NoError(t, os.Symlink(d.disk, link))
+	require.Contains(t, fails(append(base, "--disk", "a/a="+d.disk, "--disk", "b/b="+link)...), "it is the backing of disk a/a too")
 	require.Contains(t, fails(d.args()...), "another")
 	bad := d.path("bad.yaml")
 	require.NoError(t, os.WriteFile(bad, []byte("groups: {g: {disks: {d: {backing: /x, colour: red}}}}"), 0o600))

@@ -3,6 +3,7 @@ package disk
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"sync"
 	"sync/atomic"
 
@@ -51,6 +52,20 @@ func New(id record.DiskID, name, path string, size int64, backing vfs.File, j Jo
 	d.captured.pages = map[int64]*[pageBytes]byte{}
 	d.mu.active = newLayer()
 	return d
+}
+
+// Replaced reports whether the backing's path leads to another file than the one that
+// is open, or to none: what is applied does not reach it.
+func (d *Disk) Replaced() (bool, error) {
+	id, ok, err := osfile.Identify(d.backing)
+	if err != nil || !ok {
+		return false, err
+	}
+	now, err := osfile.IdentifyPath(d.Path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return true, nil
+	}
+	return now != id, err
 }
 
 // Close closes the backing.

@@ -177,6 +177,38 @@ func IsNoSpace(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
+// ID tells files apart, whatever their paths: device and inode, of a block device its number.
+type ID struct{ dev, ino uint64 }
+
+// Identify returns the identity of an open file; ok is false on simulated disks.
+func Identify(f vfs.File) (id ID, ok bool, err error) {
+	fd := f.Fd()
+	if fd == vfs.InvalidFd {
+		return ID{}, false, nil
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(fd), &st); err != nil {
+		return ID{}, false, os.NewSyscallError("fstat", err)
+	}
+	return identity(&st), true, nil
+}
+
+// IdentifyPath is Identify of what a path leads to.
+func IdentifyPath(path string) (ID, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return ID{}, os.NewSyscallError("stat", err)
+	}
+	return identity(&st), nil
+}
+
+func identity(st *unix.Stat_t) ID {
+	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		return ID{dev: st.Rdev, ino: ^uint64(0)}
+	}
+	return ID{dev: st.Dev, ino: st.Ino}
+}
+
 // Run is the length of the run at off, at most n bytes, that is all data or
 // all hole, and which.
 func Run(f vfs.File, off, n int64) (run int64, hole bool) {
