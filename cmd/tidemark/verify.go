@@ -35,11 +35,12 @@ default) and compare them with their checksums. Nothing is changed. With
 func (a *app) verifyAll(cmd *cobra.Command, stateDir string, groups []string) (all []api.Verified, err error) {
 	ctx := cmd.Context()
 	if stateDir != "" {
-		return all, atRest(stateDir, groups, func(g *journal.Group) error {
+		err = atRest(stateDir, groups, func(g *journal.Group) error {
 			v, err := api.VerifyGroup(ctx, g)
 			all = append(all, v)
 			return err
 		})
+		return all, err
 	}
 	c, groups, err := a.groups(cmd, groups)
 	if err != nil {
@@ -87,7 +88,7 @@ func atRest(stateDir string, groups []string, fn func(*journal.Group) error) err
 	}
 	s, err := journal.Open(stateDir, configs, journal.Options{ReadOnly: true})
 	if err != nil {
-		return err
+		return fmt.Errorf("%w (if a daemon is using %s, leave out --state-dir)", err, stateDir)
 	}
 	for _, g := range s.Groups() {
 		if err := fn(g); err != nil {

@@ -118,7 +118,7 @@ type listeners struct {
 }
 
 // listen opens the sockets, or takes them from systemd: sockets named "api" and
-// "nbd" in their units' FileDescriptorName stand for those configured.
+// "nbd" in their units' FileDescriptorName stand for the unix sockets configured.
 func listen(c config.Config) (*listeners, error) {
 	var ls listeners
 	given, err := activation.ListenersWithNames()
@@ -140,14 +140,16 @@ func listen(c config.Config) (*listeners, error) {
 			return nil, err
 		}
 	}
-	if ls.nbd == nil {
-		for _, spec := range c.NBD {
-			l, err := listenOn(spec)
-			if err != nil {
-				return nil, errors.Join(err, ls.close())
-			}
-			ls.nbd = append(ls.nbd, l)
+	fromSystemd := len(ls.nbd) > 0
+	for _, spec := range c.NBD {
+		if network, _, _ := config.ParseListen(spec); fromSystemd && network == "unix" {
+			continue
 		}
+		l, err := listenOn(spec)
+		if err != nil {
+			return nil, errors.Join(err, ls.close())
+		}
+		ls.nbd = append(ls.nbd, l)
 	}
 	for _, l := range ls.nbd {
 		ls.names = append(ls.names, l.Addr().Network()+":"+l.Addr().String())
@@ -203,6 +205,10 @@ func (ls *listeners) serve(ctx context.Context, eg *errgroup.Group, store *journ
 		s := &nbd.Server{Exports: exports, Log: log, Durable: remote}
 		if remote {
 			s.TLS = tlsConf
+			if tlsConf == nil {
+				log.Warn("whoever reaches this address can read and write every disk: configure tls, or listen on a unix socket",
+					zap.String("nbd", l.Addr().String()))
+			}
 		}
 		eg.Go(func() error { return s.Serve(ctx, l) })
 	}

@@ -226,25 +226,30 @@ func groupPath(group, rest string) string { return "/v1/groups/" + url.PathEscap
 
 // Status asks for the daemon's state.
 func (c *Client) Status(ctx context.Context) (s Status, err error) {
-	return s, c.do(ctx, http.MethodGet, "/v1/status", nil, &s)
+	err = c.do(ctx, http.MethodGet, "/v1/status", nil, &s)
+	return s, err
 }
 
 // Mark takes a marker.
 func (c *Client) Mark(ctx context.Context, group string, r MarkRequest) (m Marker, err error) {
-	return m, c.do(ctx, http.MethodPost, groupPath(group, "/markers"), r, &m)
+	err = c.do(ctx, http.MethodPost, groupPath(group, "/markers"), r, &m)
+	return m, err
 }
 
 // Points asks for a group's points.
 func (c *Client) Points(ctx context.Context, group string) (p Points, err error) {
-	return p, c.do(ctx, http.MethodGet, groupPath(group, "/points"), nil, &p)
+	err = c.do(ctx, http.MethodGet, groupPath(group, "/points"), nil, &p)
+	return p, err
 }
 
 // Resolve asks for the LSN of a point.
 func (c *Client) Resolve(ctx context.Context, group, point string) (r Resolved, err error) {
-	return r, c.do(ctx, http.MethodGet, groupPath(group, "/resolve?point="+url.QueryEscape(point)), nil, &r)
+	err = c.do(ctx, http.MethodGet, groupPath(group, "/resolve?point="+url.QueryEscape(point)), nil, &r)
+	return r, err
 }
 
 // Verify has a group verified; it takes as long as reading all of its journal.
 func (c *Client) Verify(ctx context.Context, group string) (v Verified, err error) {
-	return v, c.do(ctx, http.MethodPost, groupPath(group, "/verify"), nil, &v)
+	err = c.do(ctx, http.MethodPost, groupPath(group, "/verify"), nil, &v)
+	return v, err
 }

@@ -2,8 +2,10 @@ package api
 
 import (
 	"context"
+	"errors"
 
 	"github.com/tidemark-cdp/tidemark/journal"
+	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
 // maxFindings bounds the findings that are listed; all are counted in Damaged.
@@ -18,8 +20,9 @@ func VerifyGroup(ctx context.Context, g *journal.Group) (Verified, error) {
 		}
 	})
 	v.Records, v.Originals, v.Bytes, v.Versions, v.Damaged = done.Records, done.Originals, done.Bytes, done.Versions, done.Findings
-	if state, why := g.State(); state == "failed" {
-		v.Damaged++
+	// What stopped the group may be damage that only a recovery sees.
+	if state, why := g.State(); state == "failed" && errors.Is(why, record.ErrCorrupt) && v.Damaged == 0 {
+		v.Damaged = 1
 		v.Findings = append(v.Findings, Finding{Where: "group " + g.Name(), What: why.Error()})
 	}
 	return v, err
