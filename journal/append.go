@@ -213,14 +213,14 @@ func (g *Group) waitRoomLocked() error {
 // it goes on: a guest that is faster than its disk is slowed down, not stopped.
 func (g *Group) roomLocked() bool {
 	a := &g.append
-	share := min(1, a.round.done+1./16)
+	share := min(1, a.underWay.done+1./16)
 	room := func(used, covered, limit int64) bool {
 		if covered > 0 {
 			limit = covered + int64(float64(limit-covered)*share)
 		}
 		return used < limit
 	}
-	return room(g.unapplied.Load(), a.round.bytes, a.behind) && room(int64(a.weight), int64(a.round.weight), maxWeight) && a.lag < indexLag
+	return room(g.unapplied.Load(), a.underWay.bytes, a.behind) && room(int64(a.weight), int64(a.underWay.weight), maxWeight) && a.lag < indexLag
 }
 
 // appendLocked writes as many of the aligned operations as fit the current

@@ -59,7 +59,7 @@ func (g *Group) applyLocked() error {
 func (g *Group) progress(done float64) {
 	g.append.Lock()
 	defer g.append.Unlock()
-	g.append.round.done = done
+	g.append.underWay.done = done
 	g.append.room.Broadcast()
 }
 
@@ -68,16 +68,16 @@ func (g *Group) progress(done float64) {
 func (g *Group) freeze() bool {
 	g.append.Lock()
 	defer g.append.Unlock()
-	any := false
+	found := false
 	for _, d := range g.disks {
-		any = d.Freeze() || any
+		found = d.Freeze() || found
 	}
 	head := record.LSN(g.appended.Load())
-	if !any && head == g.Applied() {
+	if !found && head == g.Applied() {
 		return false
 	}
 	g.apply.round = head
-	g.append.round = round{bytes: g.unapplied.Load(), weight: g.append.weight}
+	g.append.underWay = round{bytes: g.unapplied.Load(), weight: g.append.weight}
 	g.append.oldest = g.o.Now()
 	return true
 }
@@ -92,11 +92,11 @@ func (g *Group) roundDone() {
 	defer g.append.Unlock()
 	g.applied.Store(uint64(g.apply.round))
 	g.apply.round = 0
-	g.append.weight -= g.append.round.weight
-	if g.unapplied.Add(-g.append.round.bytes) == 0 {
+	g.append.weight -= g.append.underWay.weight
+	if g.unapplied.Add(-g.append.underWay.bytes) == 0 {
 		g.append.oldest = time.Time{}
 	}
-	g.append.round = round{}
+	g.append.underWay = round{}
 	g.append.full = nil
 	g.limitBehindLocked()
 	g.append.room.Broadcast()
@@ -153,11 +153,7 @@ func (g *Group) checkpointLocked() error {
 	g.apply.last = g.o.Now()
 	g.checkpointed.Store(uint64(applied))
 	g.apply.logBytes = bytes
-	if err := g.saveOverlays(last); err != nil {
-		return err
-	}
-	g.apply.saved = last
-	return nil
+	return g.saveOverlays(last)
 }
 
 // checkpointDueLocked reports whether enough was appended, or time has passed, since the

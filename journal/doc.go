@@ -43,6 +43,8 @@
 //	6 write the backing                a mix of old and new: covered by replay, from the applied LSN on
 //	7 sync the backing                 as 6
 //	8 applied LSN in the index, flush  replay starts behind it
+//	  overlays saved, synced, log      an unfinished file, removed; or one of an older applied LSN, passed over; or one of this
+//	  synced, renamed, directory       LSN and an older head: more is replayed. What it names is durable, and is not applied.
 //	9 expire: carry over, index, flush segments that nothing refers to: log files are removed by the next open, originals by the next expiry
 //	10 remove the segments             –
 //

@@ -39,7 +39,7 @@ type Group struct {
 		gathered []byte        // originals that are not written yet
 		pending  []index.Entry // of originals that no index commit covers yet
 		round    record.LSN    // the round under way covers records up to here; 0: none
-		saved    record.LSN    // the last checkpoint covers records up to here
+		saved    record.LSN    // what the last checkpoint saved covers records up to here
 		logBytes int64         // appended at the last checkpoint
 		last     time.Time     // of the last checkpoint
 	}
@@ -58,7 +58,7 @@ type Group struct {
 	// append guards the order of records.
 	append struct {
 		sync.Mutex
-		room     sync.Cond // on append: signalled when a round or an index commit ends
+		room     sync.Cond // on append: signalled when a round gets on or ends, or an index commit ends
 		log      *segment.Writer
 		enc      segment.Encoder
 		sums     record.Sums
@@ -75,7 +75,7 @@ type Group struct {
 		busy     bool       // the guest wrote much between the last two looks of applyDue
 		lastLook int64      // of bytes
 		lookedAt time.Time
-		round    round
+		underWay round
 		behind   int64 // how many bytes of records the backings may be behind, see limitBehindLocked
 		full     error // why applying makes no progress; nil if it does
 		noRoom   error // why the last write that took a new segment got none; nil if it did

@@ -60,7 +60,7 @@ const (
 	busyAge   = 30 * time.Second
 	busyBytes = 8 << 20
 	// checkpointBytes and checkpointAge bound what recovery replays, but for what
-	// is appended while a round is under way.
+	// is appended while a checkpoint is made.
 	checkpointBytes = 1 << 30
 	checkpointAge   = 30 * time.Second
 	// expireRetry is how long an expiry that failed is left alone. A write that

@@ -87,6 +87,7 @@ func (h *overlayHead) read(r io.Reader) error {
 func (g *Group) saveOverlays(last record.LSN) error {
 	if last <= g.Applied() {
 		g.dropOverlays()
+		g.apply.saved = last
 		return nil
 	}
 	tmp := g.fs.PathJoin(g.dir, overlayTmpName)
@@ -104,7 +105,9 @@ func (g *Group) saveOverlays(last record.LSN) error {
 	if err != nil {
 		g.log.Warn("what is not applied could not be saved: a recovery will take longer", zap.Error(err))
 		_ = g.fs.Remove(tmp) // if it is there
+		return nil
 	}
+	g.apply.saved = last
 	return nil
 }
 

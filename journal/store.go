@@ -24,6 +24,7 @@ import (
 //	LOCK               held by the process that has the store open
 //	index/             the Pebble database
 //	groups/NAME/*.seg  the segments of a group
+//	groups/NAME/overlay  what a checkpoint saved of the overlays
 const (
 	lockName   = "LOCK"
 	indexName  = "index"

@@ -85,6 +85,21 @@ func usage(t *testing.T, path string) int64 {
 	return blocks * 512
 }
 
+// TestADiskIsBroughtBack goes back to a point through the daemon, as the operator's guide says, and back from there.
+func TestADiskIsBroughtBack(t *testing.T) {
+	need(t, "qemu-img", "qemu-io")
+	d := serve(t, 16<<20)
+	tool(t, "qemu-io", "-f", "raw", "-c", "write -P 1 0 8m", d.uri("web01/vda"))
+	d.ok("mark", "web01", "good")
+	tool(t, "qemu-io", "-f", "raw", "-c", "write -P 2 1m 12m", d.uri("web01/vda"))
+	d.ok("mark", "web01", "before-rollback")
+	for _, c := range []struct{ point, reads string }{{"good", "read -P 0 8m 8m"}, {"before-rollback", "read -P 2 1m 12m"}} {
+		tool(t, "qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", d.uri("web01/vda@"+c.point), d.uri("web01/vda"))
+		tool(t, "qemu-io", "-f", "raw", "-c", c.reads, d.uri("web01/vda"))
+		tool(t, "qemu-img", "compare", "-f", "raw", "-F", "raw", d.uri("web01/vda@"+c.point), d.uri("web01/vda"))
+	}
+}
+
 func TestFioVerifies(t *testing.T) {
 	need(t, "fio")
 	d := serve(t, 64<<20)

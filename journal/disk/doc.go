@@ -19,9 +19,9 @@
 //
 //  1. serialise Insert, and call it in the order of LSNs;
 //  2. make every inserted record durable between Freeze and Apply;
-//  3. serialise Freeze, Apply, Drop, Save, Load, Keep and Forget of one disk, and treat an error of
-//     Apply other than a lack of space as final: the frozen layer then stays,
-//     reads go on being right.
+//  3. serialise Freeze, Apply, Drop, Save, Load, Keep and Forget of one disk (Save may be
+//     called from Apply's progress). After an error of Apply the frozen layer stays and reads go on being
+//     right: Apply must be called again, after a lack of space, or the disk given up.
 //
 // # Concurrency
 //

@@ -159,7 +159,7 @@ Figures are medians in requests a second, or as the row says; ratios are what co
 What is compared: Tidemark journals every write and keeps every version; qemu-nbd (`+"`-f raw --cache=writeback`"+`) and
 nbdkit (file plugin) protect nothing. All serve the same 4 GiB raw disk, filled with random bytes beforehand past Tidemark, over a unix
 socket. Views are read when what was written is applied: the live disk then is the backing alone. Each run of Tidemark begins with an empty journal, so that each first overwrite of a block costs it an original. The sequential
-writes go over the disk once: they fit what Tidemark lets its backing be behind before it catches up (a third of the memory by default). A stream that is longer goes at the pace of three writes (journal,
+writes go over the disk once: on a machine with 16 GiB of memory or more they fit what Tidemark lets its backing be behind before it catches up. A stream that is longer goes at the pace of three writes (journal,
 original, backing) for one.
 
 %s
