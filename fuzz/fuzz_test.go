@@ -202,10 +202,11 @@ func FuzzSaved(f *testing.F) {
 		return b.Bytes()
 	}
 	le := binary.LittleEndian
-	seed := le.AppendUint32(le.AppendUint32(le.AppendUint32(nil, 1), 1), 1)  // disk 1, a unit, a chunk
+	seed := le.AppendUint32(le.AppendUint32(nil, 1), 1)                      // disk 1, a unit
 	seed = le.AppendUint32(le.AppendUint32(seed, 2), 1)                      // unit 2
 	seed = le.AppendUint16(le.AppendUint64(seed, 7), 1)                      // chunk 7, its first block
 	seed = le.AppendUint32(le.AppendUint32(le.AppendUint32(seed, 3), 64), 5) // segment 3
+	seed = le.AppendUint64(seed, ^uint64(0))                                 // no more
 	f.Add(seed)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		read := func(b []byte) (disk.Saved, error) {

@@ -298,11 +298,15 @@ func (g *Group) rollLocked(n int64) error {
 // to apply would be full for good.
 func (g *Group) limitBehindLocked() {
 	a := &g.append
+	was := a.behind
 	a.behind = g.o.Unapplied
 	if u, err := g.fs.GetDiskUsage(g.dir); err == nil {
-		// The log's next file and its spare take theirs meanwhile.
-		room := int64(u.AvailBytes) - g.o.keepApply() - 2*g.o.SegmentSize
+		// Every group may fill its part. The log's next file and its spare take theirs meanwhile.
+		room := (int64(u.AvailBytes)-g.o.keepApply())/g.o.groups - 2*g.o.SegmentSize
 		a.behind = min(a.behind, max(room-room/8, g.o.SegmentSize/4))
+	}
+	if a.behind > was {
+		a.room.Broadcast()
 	}
 }
 

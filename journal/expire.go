@@ -138,8 +138,12 @@ func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File) (err error
 	}
 	defer func() {
 		if err != nil && g.alive() {
-			// Nothing was committed: what was carried over counts for nothing.
+			// Nothing was committed: what was carried over counts for nothing. What of
+			// it was written will stand before the mark of originals.
 			g.apply.gathered, g.apply.pending = g.apply.gathered[:0], nil
+			if serr := g.apply.orig.Sync(); serr != nil {
+				err = g.fail(serr)
+			}
 			g.horizon.Store(uint64(old))
 		}
 	}()

@@ -157,23 +157,19 @@ func (g *Group) dropOverlays() {
 
 // overlays takes up what was saved with the last checkpoint. Without it, everything
 // behind the applied LSN is replayed.
-func (r *recovery) overlays() error {
+func (r *recovery) overlays() {
 	r.overlaid = r.applied
 	path := r.g.fs.PathJoin(r.g.dir, overlayName)
-	f, err := r.g.fs.Open(path)
+	h, saved, err := r.openOverlays(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return
 	}
 	if err != nil {
-		return fmt.Errorf("open %s: %w", path, err)
-	}
-	h, saved, err := r.readOverlays(f)
-	if err = errors.Join(err, f.Close()); err != nil {
 		r.g.log.Warn("what was saved of the overlays is not usable: replaying the log instead", zap.String("path", path), zap.Error(err))
-		return nil
+		return
 	}
 	if h.group != r.g.id || h.applied != r.applied || h.last > r.mark.LSN || h.last <= r.applied {
-		return nil // of an older checkpoint
+		return // of an older checkpoint
 	}
 	for _, s := range saved {
 		if d := r.g.disk(s.ID); d != nil {
@@ -185,7 +181,15 @@ func (r *recovery) overlays() error {
 	r.overlaid = h.last
 	r.g.unapplied.Store(h.unapplied)
 	r.g.lastTime.Store(max(r.g.lastTime.Load(), h.time))
-	return nil
+}
+
+func (r *recovery) openOverlays(path string) (h overlayHead, saved []disk.Saved, err error) {
+	f, err := r.g.fs.Open(path)
+	if err != nil {
+		return h, nil, err
+	}
+	h, saved, err = r.readOverlays(f)
+	return h, saved, errors.Join(err, f.Close())
 }
 
 func (r *recovery) readOverlays(f io.Reader) (h overlayHead, saved []disk.Saved, err error) {

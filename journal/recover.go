@@ -94,9 +94,7 @@ func (g *Group) recover(disks []DiskConfig) error {
 	if err := r.originals(); err != nil {
 		return err
 	}
-	if err := r.overlays(); err != nil {
-		return err
-	}
+	r.overlays()
 	if err := r.log(); err != nil {
 		return err
 	}

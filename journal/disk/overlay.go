@@ -46,6 +46,8 @@ type layer struct {
 	nodes map[int64]uint32 // node number to its position in its slabs
 	zero  map[int64]place  // unit number to the place of its blocks
 
+	numbers []int64 // of the nodes, by position; a unit's that were dropped may stand twice
+
 	nodeSlabs  []*[slabNodes]node
 	chunkSlabs []*[slabChunks]chunk
 	usedNodes  uint32
@@ -80,6 +82,7 @@ func (l *layer) grow(n int64) *chunk {
 		}
 		pos = l.usedNodes
 		l.nodes[n/nodeChunks] = pos
+		l.numbers = append(l.numbers, n/nodeChunks)
 		l.usedNodes++
 	}
 	at := &l.nodeAt(pos)[n%nodeChunks]

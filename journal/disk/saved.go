@@ -17,76 +17,86 @@ import (
 //	size field
 //	  4  disk id
 //	  4  number of units
-//	  4  number of chunks
 //	     for each unit, 16 MiB of zeroes: number (4), 1 if its space may be freed (4)
-//	     for each chunk, 64 KiB: number (8), mask of its blocks (2); for each block of the mask, the
-//	     lowest first, its place: segment's number, 2^32-1 for zeroes (4); offset in the segment, of
+//	     for each chunk, 64 KiB: number (8), mask of its blocks, not 0 (2); for each block of the mask,
+//	     the lowest first, its place: segment's number, 2^32-1 for zeroes (4); offset in the segment, of
 //	     zeroes 1 if the space may be freed (4); CRC-32C, of zeroes 0 (4)
+//	  8  2^64-1
 //
 // Integers are little-endian. A chunk says what its blocks are though their unit says otherwise.
 func (d *Disk) Save(w io.Writer) error {
 	le := binary.LittleEndian
-	chunks, units := d.overlaid()
+	nodes, units := d.overlaid()
 	b := le.AppendUint32(nil, uint32(d.ID))
 	b = le.AppendUint32(b, uint32(len(units)))
-	b = le.AppendUint32(b, uint32(len(chunks)))
 	for _, u := range slices.Sorted(maps.Keys(units)) {
 		b = le.AppendUint32(b, uint32(u))
 		b = le.AppendUint32(b, units[u].off)
 	}
-	if _, err := w.Write(b); err != nil {
-		return err
-	}
-	const together = 256 // chunks looked up at once: writers wait meanwhile
-	for part := range slices.Chunk(chunks, together) {
-		b = b[:0]
+	for part := range slices.Chunk(nodes, savedNodes) {
 		d.mu.RLock()
 		for _, n := range part {
-			b = appendChunk(b, n, d.mu.active, d.mu.frozen)
+			b = appendNode(b, n, d.mu.active, d.mu.frozen)
 		}
 		d.mu.RUnlock()
 		if _, err := w.Write(b); err != nil {
 			return err
 		}
+		b = b[:0]
 	}
-	return nil
+	_, err := w.Write(le.AppendUint64(b, savedEnd))
+	return err
 }
 
-// overlaid lists the chunks and the units of zeroes that either layer has, in the order of the disk.
-func (d *Disk) overlaid() (chunks []int64, units map[int64]place) {
+const (
+	// savedNodes is how many nodes are looked up at once: writes wait meanwhile.
+	savedNodes = 16
+	savedEnd   = ^uint64(0)
+)
+
+// overlaid lists the nodes and the units of zeroes that either layer has, in the order of the disk.
+func (d *Disk) overlaid() (nodes []int64, units map[int64]place) {
 	d.mu.RLock()
-	defer d.mu.RUnlock()
-	chunks, units = d.mu.active.chunkNumbers(), maps.Clone(d.mu.active.zero)
-	if f := d.mu.frozen; f != nil {
-		chunks = append(chunks, f.chunkNumbers()...)
-		slices.Sort(chunks)
-		chunks = slices.Compact(chunks)
-		for u, p := range f.zero {
+	numbers, frozen := d.mu.active.numbers, d.mu.frozen // both only grow, or change no more
+	units = maps.Clone(d.mu.active.zero)
+	d.mu.RUnlock()
+	nodes = slices.Clone(numbers)
+	if frozen != nil {
+		nodes = append(nodes, frozen.numbers...)
+		for u, p := range frozen.zero {
 			if _, ok := units[u]; !ok {
 				units[u] = p
 			}
 		}
 	}
-	return chunks, units
+	slices.Sort(nodes)
+	return slices.Compact(nodes), units
 }
 
-func appendChunk(b []byte, n int64, newer, older *layer) []byte {
-	var places chunk
-	lookup(newer, older, n<<chunkBits, places[:])
-	var mask uint16
-	for i, p := range places {
-		if p.file != 0 {
-			mask |= 1 << i
-		}
-	}
+// appendNode appends the chunks of a node that have places.
+func appendNode(b []byte, node int64, newer, older *layer) []byte {
+	var places [nodeChunks * chunkBlocks]place
+	lookup(newer, older, node<<nodeBits, places[:])
 	le := binary.LittleEndian
-	b = le.AppendUint64(b, uint64(n))
-	b = le.AppendUint16(b, mask)
-	for _, p := range places {
-		if p.file != 0 {
-			b = le.AppendUint32(b, p.file)
-			b = le.AppendUint32(b, p.off)
-			b = le.AppendUint32(b, p.sum)
+	for i := range int64(nodeChunks) {
+		var mask uint16
+		of := places[i<<chunkBits:][:chunkBlocks]
+		for j, p := range of {
+			if p.file != 0 {
+				mask |= 1 << j
+			}
+		}
+		if mask == 0 {
+			continue
+		}
+		b = le.AppendUint64(b, uint64(node*nodeChunks+i))
+		b = le.AppendUint16(b, mask)
+		for _, p := range of {
+			if p.file != 0 {
+				b = le.AppendUint32(b, p.file)
+				b = le.AppendUint32(b, p.off)
+				b = le.AppendUint32(b, p.sum)
+			}
 		}
 	}
 	return b
@@ -104,11 +114,11 @@ type Saved struct {
 func ReadSaved(r io.Reader, size func(record.DiskID) int64, known func(file uint32) bool) (s Saved, err error) {
 	le := binary.LittleEndian
 	var b [12]byte
-	if _, err := io.ReadFull(r, b[:]); err != nil {
+	if _, err := io.ReadFull(r, b[:8]); err != nil {
 		return s, err
 	}
 	s = Saved{ID: record.DiskID(le.Uint32(b[:])), l: newLayer()}
-	units, chunks := le.Uint32(b[4:]), le.Uint32(b[8:])
+	units := le.Uint32(b[4:])
 	blocks := (size(s.ID) + record.BlockSize - 1) / record.BlockSize
 	for range units {
 		if _, err := io.ReadFull(r, b[:8]); err != nil {
@@ -121,15 +131,19 @@ func ReadSaved(r io.Reader, size func(record.DiskID) int64, known func(file uint
 		s.l.zero[u] = place{file: zeroes, off: free}
 		s.Places++
 	}
-	for range chunks {
-		if _, err := io.ReadFull(r, b[:10]); err != nil {
+	for {
+		if _, err := io.ReadFull(r, b[:8]); err != nil {
 			return s, err
 		}
-		n, mask := le.Uint64(b[:]), le.Uint16(b[8:])
-		if mask == 0 {
-			continue
+		n := le.Uint64(b[:])
+		if n == savedEnd {
+			return s, nil
 		}
-		if last := int64(bits.Len16(mask)) - 1; n >= uint64(blocks) || int64(n)<<chunkBits+last >= blocks {
+		if _, err := io.ReadFull(r, b[:2]); err != nil {
+			return s, err
+		}
+		mask := le.Uint16(b[:])
+		if last := int64(bits.Len16(mask)) - 1; mask == 0 || n >= uint64(blocks) || int64(n)<<chunkBits+last >= blocks {
 			return s, fmt.Errorf("%w: chunk %d of disk %d", record.ErrCorrupt, n, s.ID)
 		}
 		for c := s.l.grow(int64(n)); mask != 0; mask &= mask - 1 {
@@ -144,7 +158,6 @@ func ReadSaved(r io.Reader, size func(record.DiskID) int64, known func(file uint
 			s.Places++
 		}
 	}
-	return s, nil
 }
 
 // Load puts what was saved of the disk over its backing, before anything else is. It returns
