@@ -7,8 +7,8 @@ import (
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/index"
-	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
 	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
 // Op is a change to a disk.
@@ -180,7 +180,7 @@ func (g *Group) admitted(fn func() error) error {
 			return err
 		}
 		err := fn()
-		if !errors.Is(err, errFull) || tries > 0 {
+		if !errors.Is(err, segment.ErrFull) || tries > 0 {
 			return err
 		}
 		g.append.Unlock()
@@ -281,8 +281,8 @@ func (g *Group) fitting(ops []Op) (n, room int, first int64) {
 
 func (g *Group) rollLocked(n int64) error {
 	if err := g.append.log.Roll(g.header(g.append.next), n); err != nil {
-		if osfile.IsNoSpace(err) {
-			g.append.noRoom = fmt.Errorf("the journal of group %s is full: %w: %w", g.name, errFull, err)
+		if errors.Is(err, segment.ErrFull) {
+			g.append.noRoom = fmt.Errorf("the journal of group %s is full: %w", g.name, err)
 			return g.append.noRoom
 		}
 		return g.failLocked(err)

@@ -7,8 +7,8 @@ import (
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/index"
-	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
 	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
 // Apply writes everything that is journaled when it is called to the backings.
@@ -103,7 +103,7 @@ func (g *Group) roundDone() {
 }
 
 func (g *Group) applyFailed(err error) error {
-	if !errors.Is(err, errFull) {
+	if !errors.Is(err, segment.ErrFull) {
 		return g.fail(err)
 	}
 	g.append.Lock()
@@ -197,9 +197,6 @@ func (g *Group) keep(d *disk.Disk, ext record.Extent, content []byte, flags uint
 		}
 		if !a.orig.Fits(size) {
 			if err := a.orig.Roll(g.header(g.Head()), size); err != nil {
-				if osfile.IsNoSpace(err) {
-					err = fmt.Errorf("%w: %w", errFull, err)
-				}
 				return fmt.Errorf("begin a segment of originals: %w", err)
 			}
 		}

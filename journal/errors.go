@@ -30,10 +30,6 @@ var (
 	ErrWouldBlock = osfile.ErrWouldBlock
 )
 
-// errFull is wrapped when a new segment finds no room: nothing was written, and
-// what is tried again later may succeed.
-var errFull = errors.New("no room for a new segment")
-
 // errPinned is wrapped when an expiry gives way to a view that was opened
 // meanwhile.
 var errPinned = errors.New("a view was opened meanwhile")

@@ -74,7 +74,7 @@ func (g *Group) Expire(excess int64) (freed int64, err error) {
 	if errors.Is(err, errPinned) {
 		return 0, nil // the next look finds the pin
 	}
-	if errors.Is(err, errFull) {
+	if errors.Is(err, segment.ErrFull) {
 		// There is no room to carry over what views behind a near horizon
 		// need. Behind the farthest one, they need next to nothing.
 		n = retain.Expire(closed, math.MaxInt64, pin, applied)
@@ -247,7 +247,7 @@ type move struct {
 // need, up to the next version of each. Whether there is room is known before the first.
 func (e *expiry) carryAll() error {
 	if need := int64(len(e.moves)) * (record.BlockSize + record.HeaderSize + 16); need > e.g.apply.orig.Room() {
-		return fmt.Errorf("%w: %d bytes must be carried over, %d are free", errFull, need, e.g.apply.orig.Room())
+		return fmt.Errorf("%w: %d bytes must be carried over, %d are free", segment.ErrFull, need, e.g.apply.orig.Room())
 	}
 	for i := range e.moves {
 		if err := e.carry(&e.moves[i]); err != nil {

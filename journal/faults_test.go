@@ -861,3 +861,81 @@ func TestOverlaysAreSaved(t *testing.T) {
 	require.Zero(t, r.g.unapplied.Load())
 	check()
 }
+
+// freeFS is a file system with so many bytes free for the state directory.
+type freeFS struct {
+	vfs.FS
+	free *atomic.Int64
+}
+
+func (f freeFS) GetDiskUsage(string) (vfs.DiskUsage, error) {
+	return vfs.DiskUsage{AvailBytes: uint64(max(0, f.free.Load()-smallFS{FS: f.FS}.used("state")))}, nil
+}
+
+// TestARoundGoesOnWhereItWasFull: room comes free a little at a time. What a try could keep, the next one need not.
+func TestARoundGoesOnWhereItWasFull(t *testing.T) {
+	r := newRig(t, Options{Reserve: 64 << 10})
+	require.NoError(t, r.s.Close())
+	fs := freeFS{r.fs, &atomic.Int64{}}
+	fs.free.Store(4 << 20)
+	r.fs = fs
+	r.open()
+	const blocks = 200
+	for b := range int64(blocks) {
+		require.NoError(t, r.write(2*b, 1))
+	}
+	full := 0
+	for tries := 0; ; tries++ {
+		require.Less(t, tries, 40, "no progress, though there was room for all originals")
+		fs.free.Store(smallFS{FS: r.fs}.used("state") + r.g.o.keepApply() + 80<<10)
+		err := r.g.Apply()
+		if err == nil {
+			break
+		}
+		full++
+		require.ErrorIs(t, err, ErrNoSpace)
+	}
+	require.Greater(t, full, 3)
+	for b := range int64(blocks) {
+		got, err := r.at(0, 2*b)
+		require.NoError(t, err)
+		require.Equal(t, byte(0xb0), got)
+		require.Equal(t, byte(1), r.live(2*b))
+	}
+}
+
+// TestGroupsShareTheirRoom: each may fill its part of the file system, and all can apply what they took.
+func TestGroupsShareTheirRoom(t *testing.T) {
+	mem := vfs.NewMem()
+	const blocks, groups = 4096, 3
+	var gcs []GroupConfig
+	for i := range groups {
+		path := fmt.Sprintf("g%d.raw", i)
+		f, err := mem.Create(path, vfs.WriteCategoryUnspecified)
+		require.NoError(t, err)
+		_, err = f.Write(bytes.Repeat([]byte{0xb0}, blocks*record.BlockSize))
+		require.NoError(t, errors.Join(err, f.Close()))
+		gcs = append(gcs, GroupConfig{Name: fmt.Sprintf("g%d", i), Disks: []DiskConfig{{"d", path}}})
+	}
+	s, err := Open("state", gcs, Options{FS: smallFS{mem, 32 << 20}, Reserve: 2 << 20, SegmentSize: 256 << 10})
+	require.NoError(t, err)
+	defer func() { require.NoError(t, s.Abandon()) }()
+	data := bytes.Repeat([]byte{1}, record.BlockSize)
+	for b, admitted := int64(0), true; admitted && b < blocks; b++ { // as much as each one is let
+		admitted = false
+		for _, g := range s.Groups() {
+			g.append.Lock()
+			ok := g.roomLocked()
+			g.append.Unlock()
+			if !ok {
+				continue
+			}
+			admitted = true
+			require.NoError(t, g.Append([]Op{{Kind: record.KindWrite, Disk: g.Disks()[0],
+				Ext: record.Extent{Off: b * record.BlockSize, Len: record.BlockSize}, Data: data}}))
+		}
+	}
+	for _, g := range s.Groups() {
+		require.NoError(t, g.Apply(), g.Name())
+	}
+}

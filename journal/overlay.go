@@ -15,6 +15,7 @@ import (
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
 // The overlays are saved with each checkpoint, so that recovery need not read
@@ -120,7 +121,7 @@ func (g *Group) writeOverlays(path string, last record.LSN) (err error) {
 	}
 	g.append.Unlock()
 	if u, err := g.fs.GetDiskUsage(g.dir); err == nil && int64(u.AvailBytes) < g.o.keepApply()+int64(weight)*256 {
-		return fmt.Errorf("%d bytes are free: %w", u.AvailBytes, errFull)
+		return fmt.Errorf("%d bytes are free: %w", u.AvailBytes, segment.ErrFull)
 	}
 	f, err := g.fs.Create(path, vfs.WriteCategoryUnspecified)
 	if err != nil {

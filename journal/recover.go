@@ -9,7 +9,6 @@ import (
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/index"
-	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
@@ -398,7 +397,7 @@ func (g *Group) start(r *recovery) error {
 		return nil
 	}
 	// A new file: what a crash left behind the last record can never follow it.
-	if err := g.append.log.Roll(g.header(last+1), 0); osfile.IsNoSpace(err) {
+	if err := g.append.log.Roll(g.header(last+1), 0); errors.Is(err, segment.ErrFull) {
 		// Reads go on, and an expiry may help: the first write begins the file.
 		g.append.noRoom = fmt.Errorf("the journal of group %s is full: %w", g.name, err)
 		return nil

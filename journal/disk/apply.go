@@ -2,6 +2,7 @@ package disk
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -353,11 +354,24 @@ func (a *applier) capture() error {
 		}
 		off := fresh[i] * record.BlockSize
 		ext := record.Extent{Off: off, Len: min(int64(n)*record.BlockSize, a.d.Size-off)}
-		if err := a.original(ext); err != nil {
+		err := a.original(ext)
+		if errors.Is(err, segment.ErrFull) && i > 0 {
+			// What was kept so far is kept: with it done again and again, the
+			// room that comes free would never be enough.
+			if cerr := a.commit(fresh[:i]); cerr != nil {
+				return cerr
+			}
+		}
+		if err != nil {
 			return err
 		}
 		i += n
 	}
+	return a.commit(fresh)
+}
+
+// commit makes the originals of blocks durable, and the blocks captured.
+func (a *applier) commit(fresh []int64) error {
 	if err := a.d.journal.CommitOriginals(a.d, a.d.captured.changed(fresh, nil)); err != nil {
 		return fmt.Errorf("commit originals of disk %s: %w", a.d.Name, err)
 	}

@@ -20,6 +20,7 @@ type Journal interface {
 	Acquire(number uint32) (*segment.File, error)
 	// Original appends what an extent of whole blocks holds before it is
 	// overwritten for the first time; nil content is zeroes. The slice is not kept.
+	// A segment.ErrFull says that this one is not kept, and those before it are.
 	Original(d *Disk, ext record.Extent, content []byte) error
 	// CommitOriginals makes every Original so far durable and findable by
 	// views, together with the pages of the captured bitmap.

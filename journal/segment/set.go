@@ -26,6 +26,10 @@ const (
 // ErrGone says that there is no such file: it was removed, or lost.
 var ErrGone = errors.New("no such segment")
 
+// ErrFull is wrapped when a new segment finds no room: nothing was written, and
+// what is tried again later may succeed.
+var ErrFull = errors.New("no room for a new segment")
+
 // Set is the files of one group. Its methods are safe for concurrent use.
 type Set struct {
 	fs  vfs.FS

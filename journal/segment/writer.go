@@ -69,9 +69,14 @@ func (w *Writer) Tail() int64 { return w.tail }
 func (w *Writer) Fits(n int64) bool { return w.cur != nil && w.tail+n <= w.cur.alloc }
 
 // Roll begins a new file with room for at least n bytes of records. Number,
-// Salt and Kind of h are filled in. When space runs out the writer is as it was
+// Salt and Kind of h are filled in. When space runs out it is an [ErrFull], the writer is as it was
 // before, and a later Roll may succeed.
-func (w *Writer) Roll(h Header, n int64) error {
+func (w *Writer) Roll(h Header, n int64) (err error) {
+	defer func() {
+		if osfile.IsNoSpace(err) {
+			err = fmt.Errorf("%w: %w", ErrFull, err)
+		}
+	}()
 	h.Kind, h.Number = w.kind, w.set.nextNumber()
 	var salt [4]byte
 	if _, err := rand.Read(salt[:]); err != nil {
