@@ -19,6 +19,7 @@ type Op struct {
 	Data []byte // of KindWrite: Ext.Len bytes; not kept after Append
 
 	flags uint8
+	cost  int64 // of zeroes: the bytes that the backing has there, see zeroes
 }
 
 // timeMarkEvery is how far apart the entries of the time table are, in
@@ -41,16 +42,19 @@ func (g *Group) Append(ops []Op) error {
 			ops = ops[1:] // nothing to journal
 			continue
 		}
+		aligned := func(op Op) bool { return op.Ext.Len > 0 && op.Ext.Aligned(op.Disk.Size) }
 		n := 0
-		for n < len(ops) && ops[n].Ext.Len > 0 && ops[n].Ext.Aligned(ops[n].Disk.Size) {
+		for n < len(ops) && aligned(ops[n]) && ops[n].Kind == record.KindWrite {
 			n++
 		}
 		var err error
-		if n > 0 {
+		switch {
+		case n > 0:
 			err = g.appendAligned(ops[:n])
-		} else {
-			n = 1
-			err = g.appendUnaligned(ops[0])
+		case aligned(ops[0]):
+			n, err = 1, g.appendZeroes(ops[0])
+		default:
+			n, err = 1, g.appendUnaligned(ops[0])
 		}
 		if err != nil {
 			return err
@@ -98,7 +102,28 @@ func (g *Group) appendUnaligned(op Op) error {
 	if middle.Len == 0 {
 		return nil
 	}
-	return g.appendAligned([]Op{{Kind: op.Kind, Disk: d, Ext: middle}})
+	return g.appendZeroes(Op{Kind: op.Kind, Disk: d, Ext: middle})
+}
+
+// maxZeroes is how many bytes of a backing one record may make zeroes.
+const maxZeroes = 64 << 20
+
+// appendZeroes journals whole blocks of zeroes. A record of no bytes may cost an original for
+// each block of its range: it is cut into pieces that the journal has room for, one after the
+// other, and each is charged what it may cost. Where the backing has a hole it costs nothing.
+func (g *Group) appendZeroes(op Op) error {
+	for op.Ext.Len > 0 {
+		g.append.Lock()
+		most := min(max(g.append.behind/16, record.BlockSize), maxZeroes)
+		g.append.Unlock()
+		n, cost := op.Disk.InBacking(op.Ext, most)
+		piece := Op{Kind: op.Kind, Disk: op.Disk, Ext: record.Extent{Off: op.Ext.Off, Len: n}, cost: cost}
+		if err := g.appendAligned([]Op{piece}); err != nil {
+			return err
+		}
+		op.Ext.Off, op.Ext.Len = op.Ext.Off+n, op.Ext.Len-n
+	}
+	return nil
 }
 
 // readEdges fills the first and the last block of buf, which is part's aligned
@@ -176,10 +201,10 @@ func (g *Group) admitted(fn func() error) error {
 	g.append.Lock()
 	defer g.append.Unlock()
 	for tries := 0; ; tries++ {
-		if err := g.waitRoomLocked(); err != nil {
-			return err
+		err := g.waitRoomLocked()
+		if err == nil {
+			err = fn()
 		}
-		err := fn()
 		if !errors.Is(err, segment.ErrFull) || tries > 0 {
 			return err
 		}
@@ -254,11 +279,13 @@ func (g *Group) appendLocked(ops []Op) (int, error) {
 	if err := a.log.Append(a.enc.Vec, a.enc.Bytes); err != nil {
 		return 0, g.failLocked(err)
 	}
+	var behind int64
 	for i := range a.headers {
 		g.noteLocked(&a.headers[i], ops[i].Disk, off)
 		off += a.headers[i].Size()
+		behind += max(a.headers[i].Size(), record.BlockSize, ops[i].cost)
 	}
-	g.advanceLocked(n, a.enc.Bytes)
+	g.advanceLocked(n, a.enc.Bytes, behind)
 	return n, nil
 }
 
@@ -301,8 +328,9 @@ func (g *Group) limitBehindLocked() {
 	was := a.behind
 	a.behind = g.o.Unapplied
 	if u, err := g.fs.GetDiskUsage(g.dir); err == nil {
-		// Every group may fill its part. The log's next file and its spare take theirs meanwhile.
-		room := (int64(u.AvailBytes)-g.o.keepApply())/g.o.groups - 2*g.o.SegmentSize
+		// Every group may fill its part. The log's next file and its spare take theirs meanwhile, and
+		// another must find room then, or the present one can not go.
+		room := (int64(u.AvailBytes)-g.o.keepLog())/g.o.groups - 2*g.o.SegmentSize
 		a.behind = min(a.behind, max(room-room/8, g.o.SegmentSize/4))
 	}
 	if a.behind > was {
@@ -350,8 +378,8 @@ func (g *Group) noteTimeLocked(h *record.Header, file uint32, off int64) {
 	g.lastTime.Store(h.Time)
 }
 
-// advanceLocked makes n appended records the head.
-func (g *Group) advanceLocked(n int, bytes int64) {
+// advanceLocked makes n appended records the head. The backings are so many bytes more behind.
+func (g *Group) advanceLocked(n int, bytes, behind int64) {
 	a := &g.append
 	if a.oldest.IsZero() {
 		a.oldest = g.o.Now()
@@ -359,7 +387,7 @@ func (g *Group) advanceLocked(n int, bytes int64) {
 	a.next += record.LSN(n)
 	a.bytes += bytes
 	g.appended.Store(uint64(a.next - 1))
-	g.unapplied.Add(max(bytes, int64(n)*record.BlockSize))
+	g.unapplied.Add(behind)
 	if g.muchUnappliedLocked() {
 		kick(g.kickApply)
 	}

@@ -23,7 +23,7 @@ func (g *Group) expireDue() error {
 	}
 	if u, err := g.fs.GetDiskUsage(g.dir); err == nil {
 		// Room for the next files, so that no write has to wait for this.
-		floor := g.o.keepLog() + 2*g.o.SegmentSize
+		floor := g.o.keepLog() + 4*g.o.SegmentSize
 		excess = max(excess, min(floor-int64(u.AvailBytes), 2*g.o.SegmentSize))
 	}
 	if excess <= 0 {
@@ -63,6 +63,9 @@ func (g *Group) Expire(excess int64) (freed int64, err error) {
 	pin, applied := g.oldestPin(), min(g.Applied(), g.Durable())
 	n := min(retain.Expire(closed, excess, pin, applied), expireFiles)
 	if n == 0 {
+		if len(closed) == 0 {
+			return 0, g.closeLog()
+		}
 		return 0, nil
 	}
 	before := g.set.Size()
@@ -85,6 +88,25 @@ func (g *Group) Expire(excess int64) (freed int64, err error) {
 		err = fmt.Errorf("expire history up to LSN %d: %w", closed[n-1].Last, err)
 	}
 	return before - g.set.Size(), err
+}
+
+// closeLog begins a new log file, so that a later expiry can drop the only one. Few
+// records can have many originals: those of a trim.
+func (g *Group) closeLog() error {
+	g.append.Lock()
+	defer g.append.Unlock()
+	log := g.append.log
+	if g.append.err != nil || log.Current() == nil || log.Tail() == log.Current().Start() {
+		return g.append.err
+	}
+	err := log.Roll(g.header(g.append.next), 0)
+	if errors.Is(err, segment.ErrFull) {
+		return nil // there is room when something is applied, or never
+	}
+	if err != nil {
+		return g.failLocked(err)
+	}
+	return nil
 }
 
 // oldestPin is the oldest LSN that an open view needs.

@@ -939,3 +939,37 @@ func TestGroupsShareTheirRoom(t *testing.T) {
 		require.NoError(t, g.Apply(), g.Name())
 	}
 }
+
+// TestATrimTakesTheRoomOfItsOriginals: a record without bytes may cost an original for each block of
+// its range. The journal that has not the room for all goes on piece by piece.
+func TestATrimTakesTheRoomOfItsOriginals(t *testing.T) {
+	r := newRig(t, Options{Reserve: 64 << 10})
+	require.NoError(t, r.s.Close())
+	r.fs = smallFS{r.fs, 1 << 20} // half of the disk
+	r.open()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error)
+	go func() { done <- r.s.Run(ctx) }()
+	written := make(chan error)
+	go func() {
+		err := r.write(1, 1)
+		for n := int64(0); err == nil && n < 20; n++ {
+			if err = r.write(n, 3); err == nil && n%10 == 5 {
+				err = r.g.Append([]Op{{Kind: record.KindTrim, Disk: r.g.Disks()[0], Ext: record.Extent{Len: rigBlocks * record.BlockSize}}})
+			}
+		}
+		written <- err
+	}()
+	var err error
+	select {
+	case err = <-written:
+	case <-time.After(2 * time.Minute):
+		panic("writes hang")
+	}
+	cancel()
+	require.NoError(t, <-done)
+	require.NoError(t, err)
+	require.Equal(t, byte(3), r.live(19))
+	require.Equal(t, byte(0), r.live(5))
+	require.Equal(t, byte(0), r.live(300))
+}

@@ -31,7 +31,7 @@ type Options struct {
 	Limit int64
 	// Unapplied is how many bytes of records a group's backings may be
 	// behind before writes wait. A round of applying begins at two thirds of it. A record
-	// counts as a block at least. By default it is the group's part of half the memory, 1 GiB
+	// counts as a block at least, and as what it may cost in originals. By default it is the group's part of half the memory, 1 GiB
 	// at least and 16 GiB at most: what is applied is read from the log, and should come from
 	// the page cache. It is less where the file system has no room for as many originals.
 	Unapplied int64

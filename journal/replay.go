@@ -191,7 +191,11 @@ func (r *recovery) replay(d *disk.Disk, f *segment.File, off int64, h *record.He
 		}
 		if h.LSN > r.overlaid && d != nil {
 			g.append.weight += d.Insert(h, f.Number, off+int64(h.EncodedSize()))
-			g.unapplied.Add(max(h.Size(), record.BlockSize))
+			var cost int64
+			if h.Kind != record.KindWrite {
+				_, cost = d.InBacking(h.Extent, maxZeroes)
+			}
+			g.unapplied.Add(max(h.Size(), record.BlockSize, cost))
 		}
 	}
 	if h.LSN > r.mark.LSN {

@@ -307,6 +307,23 @@ func (d *Disk) BackingExtents(ext record.Extent, fn func(n int64, zero bool)) {
 	}
 }
 
+// InBacking is how long a run from the start of an extent of whole blocks is, also of whole blocks, of which
+// the backing holds not many more than most bytes that are no hole; data is how many.
+func (d *Disk) InBacking(ext record.Extent, most int64) (n, data int64) {
+	for n < ext.Len && data < most {
+		run, hole := osfile.Run(d.backing, ext.Off+n, ext.Len-n)
+		if !hole {
+			run = min(run, most-data)
+			data += run
+		}
+		n += run
+	}
+	if n < ext.Len {
+		n = min(max(n&^(record.BlockSize-1), record.BlockSize), ext.Len)
+	}
+	return n, data
+}
+
 // SyncBacking makes what Apply wrote durable.
 func (d *Disk) SyncBacking() error {
 	if err := d.backing.SyncData(); err != nil {

@@ -14,7 +14,7 @@ import (
 func (f *File) Start() int64 { return f.start }
 
 // Alloc is what the file takes up, in bytes.
-func (f *File) Alloc() int64 { return f.alloc }
+func (f *File) Alloc() int64 { return f.alloc.Load() }
 
 // ReadAt fills p from off. With nowait it returns osfile.ErrWouldBlock rather
 // than wait for the disk. The bytes are not verified: the caller has the sums.
@@ -244,8 +244,8 @@ func (f *File) Resync(off int64, fn func(at int64, h record.Header) error) error
 	data := off // up to here there is no hole
 	for {
 		// What was allocated and never written is a hole, and large.
-		if off >= data && off < f.alloc {
-			n, hole := osfile.Run(f.f, off, f.alloc-off)
+		if off >= data && off < f.Alloc() {
+			n, hole := osfile.Run(f.f, off, f.Alloc()-off)
 			if hole {
 				off += max(n&^(record.Alignment-1), record.Alignment)
 				continue

@@ -62,7 +62,7 @@ type File struct {
 
 	f     vfs.File
 	start int64        // of the first record, bytes
-	alloc int64        // bytes that the file takes up
+	alloc atomic.Int64 // bytes that the file takes up
 	refs  atomic.Int32 // one is the set's
 }
 
@@ -185,7 +185,8 @@ func readFile(vf vfs.File, path string) (*File, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &File{Header: h, Path: path, f: vf, start: int64(n), alloc: info.Size()}
+	f := &File{Header: h, Path: path, f: vf, start: int64(n)}
+	f.alloc.Store(info.Size())
 	f.refs.Store(1)
 	return f, nil
 }
@@ -195,7 +196,7 @@ func (s *Set) add(f *File) {
 	defer s.mu.Unlock()
 	s.mu.files[f.Number] = f
 	s.mu.last = max(s.mu.last, f.Number)
-	s.mu.size += f.alloc
+	s.mu.size += f.alloc.Load()
 }
 
 func (s *Set) nextNumber() uint32 {
@@ -274,11 +275,22 @@ func (s *Set) Remove(files ...*File) error {
 		}
 		s.mu.Lock()
 		delete(s.mu.files, f.Number)
-		s.mu.size -= f.alloc
+		s.mu.size -= f.alloc.Load()
 		s.mu.Unlock()
 		f.Release()
 	}
 	return s.syncDir()
+}
+
+// shorten gives back what a file takes up behind n bytes.
+func (s *Set) shorten(f *File, n int64) error {
+	if err := osfile.Truncate(f.f, n); err != nil {
+		return fmt.Errorf("trim %s: %w", f.Path, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.size -= f.alloc.Swap(n) - n
+	return nil
 }
 
 func (s *Set) syncDir() error {

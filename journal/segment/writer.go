@@ -23,6 +23,9 @@ const (
 	MaxSize     = 1 << 30
 )
 
+// giveBack is how many unused bytes of a file are worth giving back when the next is begun.
+const giveBack = 1 << 20
+
 // Writer appends to the newest file of one kind. Append, Roll and Close must
 // be serialised by the caller; Sync may run beside them.
 type Writer struct {
@@ -66,7 +69,7 @@ func (w *Writer) Current() *File { return w.cur }
 func (w *Writer) Tail() int64 { return w.tail }
 
 // Fits reports whether n more bytes of records fit the current file.
-func (w *Writer) Fits(n int64) bool { return w.cur != nil && w.tail+n <= w.cur.alloc }
+func (w *Writer) Fits(n int64) bool { return w.cur != nil && w.tail+n <= w.cur.Alloc() }
 
 // Roll begins a new file with room for at least n bytes of records. Number,
 // Salt and Kind of h are filled in. When space runs out it is an [ErrFull], the writer is as it was
@@ -100,7 +103,8 @@ func (w *Writer) Roll(h Header, n int64) (err error) {
 		return fmt.Errorf("begin a segment of %d bytes in %s: %w", alloc, w.set.dir, err)
 	}
 	path := w.set.fs.PathJoin(w.set.dir, fileName(w.kind, h.First, h.Number))
-	f := &File{Header: h, Path: path, f: vf, start: int64(len(head)), alloc: alloc}
+	f := &File{Header: h, Path: path, f: vf, start: int64(len(head))}
+	f.alloc.Store(alloc)
 	f.refs.Store(1)
 	if err := osfile.WriteVec(vf, [][]byte{head}, 0); err != nil {
 		return errors.Join(fmt.Errorf("write the header of %s: %w", f.Path, err), vf.Close())
@@ -109,6 +113,11 @@ func (w *Writer) Roll(h Header, n int64) (err error) {
 		return errors.Join(fmt.Errorf("name a segment: %w", err), vf.Close())
 	}
 	w.set.add(f)
+	if old := w.cur; old != nil && old.Alloc()-w.tail >= giveBack {
+		if err := w.set.shorten(old, w.tail); err != nil {
+			return err
+		}
+	}
 	w.cur, w.tail, w.ahead = f, f.start, f.start
 	w.mu.Lock()
 	w.mu.newName = true
@@ -219,11 +228,11 @@ func (w *Writer) markDirtyLocked(f *File) {
 // the kernel; they are durable after a later Sync.
 func (w *Writer) Append(bufs [][]byte, n int64) error {
 	if !w.Fits(n) {
-		return fmt.Errorf("append %d bytes to %s: %d are left", n, w.cur.Path, w.cur.alloc-w.tail)
+		return fmt.Errorf("append %d bytes to %s: %d are left", n, w.cur.Path, w.cur.Alloc()-w.tail)
 	}
 	end := w.tail + n
 	if w.eager.Load() && end > w.ahead {
-		w.ahead = min(end+zeroAhead, w.cur.alloc)
+		w.ahead = min(end+zeroAhead, w.cur.Alloc())
 		bufs = append(bufs, zeroRun[:w.ahead-end])
 	}
 	if err := osfile.WriteVec(w.cur.f, bufs, w.tail); err != nil {
@@ -279,8 +288,8 @@ func (w *Writer) Close() error {
 	if w.cur == nil || err != nil {
 		return err
 	}
-	if err := osfile.Truncate(w.cur.f, w.tail); err != nil {
-		return fmt.Errorf("trim %s: %w", w.cur.Path, err)
+	if err := w.set.shorten(w.cur, w.tail); err != nil {
+		return err
 	}
 	return w.cur.f.Sync()
 }
