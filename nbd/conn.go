@@ -14,14 +14,19 @@ import (
 
 	"github.com/pojntfx/go-nbd/pkg/protocol"
 	"go.uber.org/zap"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/tidemark-cdp/tidemark/nbd/internal/proto"
 )
 
 const (
+	// pieceSize is how much of a WRITE reaches the device at once, and of a READ the client
+	// where the protocol lets it be told in pieces, in bytes. So a long WRITE takes no memory
+	// but its connection's, whatever its client does.
+	pieceSize = 1 << 20
 	// streamSize is what a connection reads of its socket at once, in bytes.
-	// Writes that fit are served from there, longer ones from a buffer of their own.
-	streamSize = 512 << 10
+	// Writes are served from there.
+	streamSize = pieceSize + 64<<10
 	// outSize is how many bytes of replies are gathered before they are sent.
 	outSize = 512 << 10
 	// inlineRead is the longest READ that the reader tries itself.
@@ -30,6 +35,9 @@ const (
 	maxWorkers = 64
 	// stopTime is what clients have to take their last replies when the server stops.
 	stopTime = 10 * time.Second
+	// maxLarge is what the long READs of a connection may take of the server's
+	// memory at one time, in bytes; a single one that is larger waits for the others.
+	maxLarge = 8 << 20
 	// maxBatch bounds the writes that reach the device together: with more,
 	// client and server take turns.
 	maxBatch = 16
@@ -55,6 +63,7 @@ type conn struct {
 
 	workers sync.WaitGroup
 	slots   chan struct{}
+	large   *semaphore.Weighted // of maxLarge
 
 	wmu sync.Mutex // held for a write to c; replies stay whole
 }
@@ -65,6 +74,15 @@ type request struct {
 	cookie     uint64
 	off        uint64
 	n          uint32
+	more       bool // of a piece of a READ: others follow
+}
+
+// done is the flag of the chunk that ends a request's reply, if req is its last piece.
+func (req request) done() uint16 {
+	if req.more {
+		return 0
+	}
+	return proto.ReplyFlagDone
 }
 
 func newConn(s *Server, c net.Conn, sess *session, log *zap.Logger) *conn {
@@ -75,7 +93,7 @@ func newConn(s *Server, c net.Conn, sess *session, log *zap.Logger) *conn {
 	return &conn{
 		s: s, c: c, sess: sess, log: log, raw: raw,
 		in: make([]byte, streamSize), out: make([]byte, 0, outSize+inlineRead+proto.StructuredSize+8),
-		slots: make(chan struct{}, maxWorkers),
+		slots: make(chan struct{}, maxWorkers), large: semaphore.NewWeighted(maxLarge),
 	}
 }
 
@@ -122,7 +140,9 @@ func (c *conn) loop() error {
 		if m := be.Uint32(b); m != protocol.TRANSMISSION_MAGIC_REQUEST {
 			return fmt.Errorf("client sent request magic %#x: the stream is out of step", m)
 		}
-		req := request{be.Uint16(b[4:]), be.Uint16(b[6:]), be.Uint64(b[8:]), be.Uint64(b[16:]), be.Uint32(b[24:])}
+		req := request{
+			flags: be.Uint16(b[4:]), typ: be.Uint16(b[6:]), cookie: be.Uint64(b[8:]), off: be.Uint64(b[16:]), n: be.Uint32(b[24:]),
+		}
 		c.r += proto.RequestSize
 		if err := c.request(req); err != nil {
 			return err
@@ -202,7 +222,7 @@ func (c *conn) commit() {
 	if len(c.batch) == 0 {
 		return
 	}
-	err := c.change(c.batch, c.fua)
+	err := c.change(c.batch, c.fua || c.s.Durable)
 	for _, cookie := range c.cookies {
 		c.out = c.appendDone(c.out, cookie, err)
 	}
@@ -210,9 +230,10 @@ func (c *conn) commit() {
 	c.batch, c.cookies, c.fua = c.batch[:0], c.cookies[:0], false
 }
 
-func (c *conn) change(changes []Change, fua bool) error {
+// change hands changes to the device and makes them durable if they are to be.
+func (c *conn) change(changes []Change, durable bool) error {
 	err := c.sess.dev.Change(changes)
-	if err == nil && (fua || c.s.Durable) {
+	if err == nil && durable {
 		err = c.sess.dev.Flush()
 	}
 	if err != nil {
@@ -322,31 +343,28 @@ func (c *conn) gather(req request, ch Change) error {
 }
 
 func (c *conn) write(req request) error {
-	n := int(req.n)
-	if n <= streamSize/2 {
+	if n := int(req.n); n <= pieceSize {
 		if err := c.need(n); err != nil {
 			return err
 		}
 		c.r += n
 		return c.gather(req, Change{Op: OpWrite, Off: int64(req.off), Len: int64(n), Buf: c.in[c.r-n : c.r : c.r]})
 	}
-	buf, err := c.s.buffer(n)
-	if err != nil {
-		return err
-	}
-	defer c.s.release(buf)
-	have := copy(buf, c.in[c.r:c.w])
-	c.r += have
-	if err := c.settle(); err != nil {
-		return err
-	}
-	if _, err := io.ReadFull(c.c, buf[have:]); err != nil {
-		return err
-	}
-	if err := c.gather(req, Change{Op: OpWrite, Off: int64(req.off), Len: int64(n), Buf: buf}); err != nil {
-		return err
-	}
 	c.commit()
+	durable := c.s.Durable || req.flags&proto.CmdFlagFUA != 0
+	var failed error
+	for off, left := int64(req.off), int(req.n); left > 0; {
+		n := min(left, pieceSize)
+		if err := c.need(n); err != nil {
+			return err
+		}
+		c.r += n
+		if failed == nil {
+			failed = c.change([]Change{{Op: OpWrite, Off: off, Len: int64(n), Buf: c.in[c.r-n : c.r : c.r]}}, durable && n == left)
+		}
+		off, left = off+int64(n), left-n
+	}
+	c.out = c.appendDone(c.out, req.cookie, failed)
 	return nil
 }
 
@@ -366,22 +384,53 @@ func (c *conn) read(req request) error {
 		}
 	}
 	return c.work(func() []byte {
-		var buf []byte // of a short one: bounded by the slots
-		if n > inlineRead {
-			var err error
-			if buf, err = c.s.buffer(proto.StructuredSize + 8 + n); err != nil {
-				return c.appendDone(nil, req.cookie, err)
-			}
-			defer c.s.release(buf)
-		}
-		out, err := c.appendRead(buf[:0], req, false)
-		if err != nil {
+		if err := c.readPieces(req); err != nil {
 			c.log.Warn("read failed", zap.Uint64("offset", req.off), zap.Uint32("length", req.n), zap.Error(err))
-			out = c.appendDone(nil, req.cookie, err)
+			return c.appendDone(nil, req.cookie, err)
 		}
-		c.reply(out)
 		return nil
 	})
+}
+
+// readPieces replies to a READ, in pieces if its client takes chunks. Its error is
+// what is left to reply.
+func (c *conn) readPieces(req request) error {
+	for {
+		piece := req
+		if c.sess.structured && req.flags&proto.CmdFlagDF == 0 && req.n > pieceSize {
+			piece.n, piece.more = pieceSize, true
+		}
+		if err := c.readPiece(piece); err != nil {
+			return err
+		}
+		if !piece.more {
+			return nil
+		}
+		req.off, req.n = req.off+uint64(piece.n), req.n-piece.n
+	}
+}
+
+func (c *conn) readPiece(req request) error {
+	n := int(req.n)
+	var buf []byte // of a short one: bounded by the slots
+	if n > inlineRead {
+		weight := int64(min(n, maxLarge))
+		if err := c.large.Acquire(context.Background(), weight); err != nil {
+			return err
+		}
+		defer c.large.Release(weight)
+		budget := c.s.budget(c.sess.dev)
+		var err error
+		if buf, err = takeBuffer(budget, proto.StructuredSize+8+n); err != nil {
+			return err
+		}
+		defer releaseBuffer(budget, buf)
+	}
+	out, err := c.appendRead(buf[:0], req, false)
+	if err == nil {
+		c.reply(out)
+	}
+	return err
 }
 
 // flush runs on the spot if the client waits for nothing else, which spares two switches.

@@ -11,7 +11,7 @@
 //   - A reply to FLUSH, or to a command with FUA, is sent after Device.Flush
 //     returned. On a server that is Durable every write is treated so.
 //   - Memory is bounded: no length from the wire is allocated before it is
-//     checked, large buffers come out of one budget for all connections.
+//     checked; a WRITE takes none but its connection's, long READs share two budgets, one of disks and one of views.
 //   - Requests of one connection are served side by side and answered in
 //     any order; a READ, CACHE or BLOCK_STATUS that must wait for the disk holds
 //     up no other. Writes are done in the reader, and so are the flushes of FUA
@@ -37,7 +37,8 @@
 // # Limits
 //
 // Extended headers (64-bit lengths) are not offered; oldstyle negotiation is
-// not known. base:allocation is the only metadata context. The budget of large
-// requests is not divided between clients: one that never takes its replies can
-// hold up others' READs of more than 128 KiB and WRITEs of more than 256 KiB.
+// not known. base:allocation is the only metadata context. A connection whose client never takes
+// its replies holds up to 8 MiB of its budget (32 MiB without structured replies): sixteen of them
+// hold up the others' READs of more than 128 KiB, of disks or of views.
+// A WRITE of more than 1 MiB reaches the device in pieces.
 package nbd

@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"github.com/pojntfx/go-nbd/pkg/protocol"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/tidemark-cdp/tidemark/nbd/internal/proto"
 )
@@ -69,12 +70,12 @@ func (c *conn) appendRead(out []byte, req request, nowait bool) ([]byte, error) 
 		return appendSimple(out, req.cookie, 0)[:at+head+n], nil
 	}
 	if n == 0 {
-		return appendChunk(out, proto.ReplyFlagDone, proto.ReplyNone, req.cookie, 0), nil
+		return appendChunk(out, req.done(), proto.ReplyNone, req.cookie, 0), nil
 	}
 	if req.flags&proto.CmdFlagDF == 0 && hasZeroes(data) {
 		return c.appendSparse(out[:at], req, data), nil
 	}
-	out = appendChunk(out, proto.ReplyFlagDone, proto.ReplyOffsetData, req.cookie, uint32(8+n))
+	out = appendChunk(out, req.done(), proto.ReplyOffsetData, req.cookie, uint32(8+n))
 	return binary.BigEndian.AppendUint64(out, req.off)[:at+head+n], nil
 }
 
@@ -102,7 +103,7 @@ func (c *conn) appendSparse(out []byte, req request, data []byte) []byte {
 		}
 		var flags uint16
 		if j == len(data) {
-			flags = proto.ReplyFlagDone
+			flags = req.done()
 		}
 		if zero {
 			out = appendChunk(out, flags, proto.ReplyOffsetHole, req.cookie, 12)
@@ -184,20 +185,27 @@ func (c *conn) blockStatus(req request) []byte {
 	return out
 }
 
-// Buffers of requests that do not fit the stream come in three sizes, out of
-// the server's budget.
+// Buffers of long READs come in three sizes, out of one of the server's budgets.
 var (
 	bufferSizes = [...]int{1<<20 + 4096, 4<<20 + 4096, MaxRequest + 4096}
 	bufferPools [len(bufferSizes)]sync.Pool
 )
 
-// buffer waits until n bytes fit the budget. n is at most MaxRequest and a header.
-func (s *Server) buffer(n int) ([]byte, error) {
+// budget is what the buffers of an export's long READs come out of.
+func (s *Server) budget(dev Device) *semaphore.Weighted {
+	if dev.ReadOnly() {
+		return s.past
+	}
+	return s.live
+}
+
+// takeBuffer waits until n bytes fit the budget. n is at most MaxRequest and a header.
+func takeBuffer(budget *semaphore.Weighted, n int) ([]byte, error) {
 	for i, size := range bufferSizes {
 		if n > size {
 			continue
 		}
-		if err := s.budget.Acquire(context.Background(), int64(size)); err != nil {
+		if err := budget.Acquire(context.Background(), int64(size)); err != nil {
 			return nil, err
 		}
 		if b, ok := bufferPools[i].Get().(*[]byte); ok {
@@ -208,13 +216,12 @@ func (s *Server) buffer(n int) ([]byte, error) {
 	return nil, fmt.Errorf("a buffer of %d bytes: %w", n, syscall.EINVAL)
 }
 
-// release gives a buffer back.
-func (s *Server) release(b []byte) {
+func releaseBuffer(budget *semaphore.Weighted, b []byte) {
 	b = b[:0]
 	for i, size := range bufferSizes {
 		if cap(b) == size {
 			bufferPools[i].Put(&b)
-			s.budget.Release(int64(size))
+			budget.Release(int64(size))
 		}
 	}
 }

@@ -17,9 +17,10 @@ import (
 const (
 	// handshakeTime bounds the negotiation of a connection.
 	handshakeTime = 30 * time.Second
-	// budget bounds the memory of WRITEs longer than streamSize/2 and READs longer than inlineRead, of all
-	// connections of a server, in bytes.
-	budget = 128 << 20
+	// maxLong bounds the memory of READs longer than inlineRead, of all connections of a server to
+	// exports that can be written, and as much again to those that can not: who reads the
+	// past, and does not take the replies, holds up nobody's disk. In bytes.
+	maxLong = 128 << 20
 	// maxConns bounds the connections of a server.
 	maxConns = 1024
 	// sockBuf is the socket buffer that a server asks for, in bytes.
@@ -37,14 +38,16 @@ type Server struct {
 	// Log is told of connections; it must be set.
 	Log *zap.Logger
 
-	once   sync.Once
-	budget *semaphore.Weighted
-	conns  *semaphore.Weighted
+	once  sync.Once
+	live  *semaphore.Weighted // of maxLong
+	past  *semaphore.Weighted // of maxLong
+	conns *semaphore.Weighted
 }
 
 func (s *Server) init() {
 	s.once.Do(func() {
-		s.budget = semaphore.NewWeighted(budget)
+		s.live = semaphore.NewWeighted(maxLong)
+		s.past = semaphore.NewWeighted(maxLong)
 		s.conns = semaphore.NewWeighted(maxConns)
 	})
 }

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/pojntfx/go-nbd/pkg/protocol"
 	"github.com/stretchr/testify/require"
@@ -233,9 +234,10 @@ func (r raw) option(opt uint32, data []byte) uint32 {
 	return binary.BigEndian.Uint32(h[12:])
 }
 
-func (r raw) begin() {
+func (r raw) begin() { r.beginOn("disk") }
+
+func (r raw) beginOn(name string) {
 	r.t.Helper()
-	name := "disk"
 	r.write(protocol.NEGOTIATION_MAGIC_OPTION, proto.OptExportName, uint32(len(name)), []byte(name))
 	r.read(10)
 }
@@ -340,4 +342,59 @@ func TestStopFinishesWhatIsInHand(t *testing.T) {
 		require.Equal(t, byte(i+1), dev.b[i*4096])
 	}
 	require.NoError(t, c.Close())
+}
+
+// TestNobodyHoldsUpAWrite: clients that do not take what they asked for, and others that do not send what they
+// announced, are none of a guest's business (P8).
+func TestNobodyHoldsUpAWrite(t *testing.T) {
+	disk := &memory{b: make([]byte, 64<<20)}
+	past := &memory{b: make([]byte, 64<<20), readOnly: true}
+	for i := range past.b {
+		past.b[i] = byte(i>>12) | 1
+	}
+	path := start(t, &Server{Exports: two{disk, past}})
+	for range 16 {
+		reader := dialRaw(t, path)
+		reader.beginOn("past")
+		for i := range uint64(5) {
+			reader.write(protocol.TRANSMISSION_MAGIC_REQUEST, uint16(0), proto.CmdRead, i, uint64(0), uint32(32<<20))
+		}
+		writer := dialRaw(t, path)
+		writer.begin()
+		writer.write(protocol.TRANSMISSION_MAGIC_REQUEST, uint16(0), proto.CmdWrite, uint64(1), uint64(0), uint32(32<<20))
+	}
+	guest, err := client.Dial(context.Background(), "unix", path, "d", nil)
+	require.NoError(t, err)
+	defer guest.Close()
+	for n := 1; n <= MaxRequest; n = n*3 + 7 {
+		want := make([]byte, n)
+		for i := range want {
+			want[i] = byte(i*7>>4) | byte(n)
+		}
+		clear(want[n/3 : n/2])
+		done := make(chan error, 1)
+		got := make([]byte, n)
+		go func() {
+			done <- errors.Join(guest.WriteAt(want, 4097, n%2 == 0), guest.ReadAt(got, 4097))
+		}()
+		select {
+		case err := <-done:
+			require.NoError(t, err)
+		case <-time.After(30 * time.Second):
+			require.FailNow(t, "a guest is held up", "%d bytes", n)
+		}
+		require.True(t, bytes.Equal(want, got), "%d bytes", n)
+	}
+}
+
+// two are exports by name: d, and past.
+type two struct{ d, past Device }
+
+func (e two) List() []string { return []string{"d", "past"} }
+
+func (e two) Open(name string) (Device, error) {
+	if name == "past" {
+		return e.past, nil
+	}
+	return e.d, nil
 }
