@@ -157,6 +157,10 @@ func (g *Group) Horizon() record.LSN { return record.LSN(g.horizon.Load()) }
 // JournalBytes is what the group's segments take up.
 func (g *Group) JournalBytes() int64 { return g.set.Size() }
 
+// Unapplied is how many bytes of records the backings are behind, each counted as
+// [Options.Unapplied] does.
+func (g *Group) Unapplied() int64 { return g.unapplied.Load() }
+
 // State is "active", "full" or "failed", and why.
 func (g *Group) State() (string, error) {
 	g.append.Lock()

@@ -25,9 +25,9 @@ func (a *app) status() *cobra.Command {
 				return printJSON(cmd, s)
 			}
 			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
-			fmt.Fprintln(w, "GROUP\tSTATE\tHORIZON\tAPPLIED\tDURABLE\tHEAD\tJOURNAL")
+			fmt.Fprintln(w, "GROUP\tSTATE\tHORIZON\tAPPLIED\tDURABLE\tHEAD\tJOURNAL\tUNAPPLIED")
 			for _, g := range s.Groups {
-				fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%d\t%d\t%s\n", g.Name, g.State, g.Horizon, g.Applied, g.Durable, g.Head, size(g.JournalBytes))
+				fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%d\t%d\t%s\t%s\n", g.Name, g.State, g.Horizon, g.Applied, g.Durable, g.Head, size(g.JournalBytes), size(g.Unapplied))
 				if g.Error != "" {
 					fmt.Fprintf(w, "  %s\n", g.Error)
 				}

@@ -90,7 +90,7 @@ func (c *control) status(*http.Request) (any, error) {
 		state, why := g.State()
 		a := api.Group{
 			Name: g.Name(), State: state, Head: uint64(g.Head()), Durable: uint64(g.Durable()), Applied: uint64(g.Applied()),
-			Horizon: uint64(g.Horizon()), JournalBytes: g.JournalBytes(), Disks: []api.Disk{},
+			Horizon: uint64(g.Horizon()), JournalBytes: g.JournalBytes(), Unapplied: g.Unapplied(), Disks: []api.Disk{},
 		}
 		if why != nil {
 			a.Error = why.Error()

@@ -68,6 +68,7 @@ type Group struct {
 	Applied      uint64 `json:"applied"`
 	Horizon      uint64 `json:"horizon"`
 	JournalBytes int64  `json:"journal_bytes"`
+	Unapplied    int64  `json:"unapplied_bytes"`
 	Disks        []Disk `json:"disks"`
 }
 

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"slices"
@@ -161,7 +162,7 @@ func (c *Config) Default() {
 	}
 }
 
-// Validate reports every fault at once.
+// Validate reports every fault at once, but for those of the journal's sizes, which the journal knows.
 func (c *Config) Validate() error {
 	var errs []error
 	add := func(place string, err error) {
@@ -190,12 +191,14 @@ func (c *Config) Validate() error {
 	if len(c.Groups) == 0 {
 		add("groups", errors.New("no disk is given: use --disk GROUP/DISK=BACKING or a configuration file"))
 	}
-	for name, g := range c.Groups {
+	for _, name := range slices.Sorted(maps.Keys(c.Groups)) {
+		g := c.Groups[name]
 		add("groups."+name, record.CheckName(name))
 		if len(g.Disks) == 0 {
 			add("groups."+name, errors.New("it has no disks"))
 		}
-		for disk, d := range g.Disks {
+		for _, disk := range slices.Sorted(maps.Keys(g.Disks)) {
+			d := g.Disks[disk]
 			place := fmt.Sprintf("groups.%s.disks.%s", name, disk)
 			add(place, record.CheckName(disk))
 			if d.Backing == "" {
