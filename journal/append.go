@@ -3,6 +3,7 @@ package journal
 import (
 	"errors"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
@@ -19,7 +20,7 @@ type Op struct {
 	Data []byte // of KindWrite: Ext.Len bytes; not kept after Append
 
 	flags uint8
-	cost  int64 // of zeroes: the bytes that the backing has there, see zeroes
+	cost  int64 // of zeroes: the bytes that the backing has there, see appendZeroes
 }
 
 // timeMarkEvery is how far apart the entries of the time table are, in
@@ -114,7 +115,7 @@ const maxZeroes = 64 << 20
 func (g *Group) appendZeroes(op Op) error {
 	for op.Ext.Len > 0 {
 		g.append.Lock()
-		most := min(max(g.append.behind/16, record.BlockSize), maxZeroes)
+		most := min(max(g.append.mayOwe/16, record.BlockSize), maxZeroes)
 		g.append.Unlock()
 		n, cost := op.Disk.InBacking(op.Ext, most)
 		piece := Op{Kind: op.Kind, Disk: op.Disk, Ext: record.Extent{Off: op.Ext.Off, Len: n}, cost: cost}
@@ -245,7 +246,8 @@ func (g *Group) roomLocked() bool {
 		}
 		return used < limit
 	}
-	return room(g.unapplied.Load(), a.underWay.bytes, a.behind) && room(int64(a.weight), int64(a.underWay.weight), maxWeight) && a.lag < indexLag
+	return room(g.unapplied.Load(), a.underWay.bytes, g.o.Unapplied) && room(g.owed.Load(), a.underWay.owed, a.mayOwe) &&
+		room(int64(a.weight), int64(a.underWay.weight), maxWeight) && a.lag < indexLag
 }
 
 // appendLocked writes as many of the aligned operations as fit the current
@@ -279,13 +281,13 @@ func (g *Group) appendLocked(ops []Op) (int, error) {
 	if err := a.log.Append(a.enc.Vec, a.enc.Bytes); err != nil {
 		return 0, g.failLocked(err)
 	}
-	var behind int64
+	var owed int64
 	for i := range a.headers {
 		g.noteLocked(&a.headers[i], ops[i].Disk, off)
 		off += a.headers[i].Size()
-		behind += max(a.headers[i].Size(), record.BlockSize, ops[i].cost)
+		owed += max(a.headers[i].Size(), ops[i].cost)
 	}
-	g.advanceLocked(n, a.enc.Bytes, behind)
+	g.advanceLocked(n, a.enc.Bytes, owed)
 	return n, nil
 }
 
@@ -315,25 +317,24 @@ func (g *Group) rollLocked(n int64) error {
 		return g.failLocked(err)
 	}
 	g.append.noRoom = nil
-	g.limitBehindLocked()
+	g.limitOwedLocked()
 	return nil
 }
 
-// limitBehindLocked bounds how far the backings may be behind by what the file
-// system has room for. Each block may cost an original before it is applied, and
-// what is not applied can not be expired: a journal that took more than it has room
-// to apply would be full for good.
-func (g *Group) limitBehindLocked() {
+// limitOwedLocked bounds the originals that may be owed by what the file system has room for.
+// Each block may cost one before it is applied, and what is not applied can not be
+// expired: a journal that took more than it has room to apply would be full for good.
+func (g *Group) limitOwedLocked() {
 	a := &g.append
-	was := a.behind
-	a.behind = g.o.Unapplied
+	was := a.mayOwe
+	a.mayOwe = math.MaxInt64
 	if u, err := g.fs.GetDiskUsage(g.dir); err == nil {
 		// Every group may fill its part. The log's next file and its spare take theirs meanwhile, and
 		// another must find room then, or the present one can not go.
 		room := (int64(u.AvailBytes)-g.o.keepLog())/g.o.groups - 2*g.o.SegmentSize
-		a.behind = min(a.behind, max(room-room/8, g.o.SegmentSize/4))
+		a.mayOwe = max(room-room/8, g.o.SegmentSize/4)
 	}
-	if a.behind > was {
+	if a.mayOwe > was {
 		a.room.Broadcast()
 	}
 }
@@ -341,7 +342,7 @@ func (g *Group) limitBehindLocked() {
 // muchUnappliedLocked reports whether so much is unapplied that a round is due
 // whatever the guest does. The rest is for what it writes until the round ends.
 func (g *Group) muchUnappliedLocked() bool {
-	return g.unapplied.Load() > g.append.behind/3*2 || g.append.weight > maxWeight/2
+	return g.unapplied.Load() > g.o.Unapplied/3*2 || g.owed.Load() > g.append.mayOwe/3*2 || g.append.weight > maxWeight/2
 }
 
 // nowLocked is the time of the next record: it never goes backwards.
@@ -378,8 +379,8 @@ func (g *Group) noteTimeLocked(h *record.Header, file uint32, off int64) {
 	g.lastTime.Store(h.Time)
 }
 
-// advanceLocked makes n appended records the head. The backings are so many bytes more behind.
-func (g *Group) advanceLocked(n int, bytes, behind int64) {
+// advanceLocked makes n appended records the head. owed is what they may cost in originals.
+func (g *Group) advanceLocked(n int, bytes, owed int64) {
 	a := &g.append
 	if a.oldest.IsZero() {
 		a.oldest = g.o.Now()
@@ -387,7 +388,8 @@ func (g *Group) advanceLocked(n int, bytes, behind int64) {
 	a.next += record.LSN(n)
 	a.bytes += bytes
 	g.appended.Store(uint64(a.next - 1))
-	g.unapplied.Add(behind)
+	g.unapplied.Add(max(bytes, int64(n)*record.BlockSize))
+	g.owed.Add(owed)
 	if g.muchUnappliedLocked() {
 		kick(g.kickApply)
 	}

@@ -77,7 +77,7 @@ func (g *Group) freeze() bool {
 		return false
 	}
 	g.apply.round = head
-	g.append.underWay = round{bytes: g.unapplied.Load(), weight: g.append.weight}
+	g.append.underWay = round{bytes: g.unapplied.Load(), owed: g.owed.Load(), weight: g.append.weight}
 	g.append.oldest = g.o.Now()
 	return true
 }
@@ -93,12 +93,13 @@ func (g *Group) roundDone() {
 	g.applied.Store(uint64(g.apply.round))
 	g.apply.round = 0
 	g.append.weight -= g.append.underWay.weight
+	g.owed.Add(-g.append.underWay.owed)
 	if g.unapplied.Add(-g.append.underWay.bytes) == 0 {
 		g.append.oldest = time.Time{}
 	}
 	g.append.underWay = round{}
 	g.append.full = nil
-	g.limitBehindLocked()
+	g.limitOwedLocked()
 	g.append.room.Broadcast()
 }
 

@@ -76,7 +76,7 @@ type Group struct {
 		lastLook int64      // of bytes
 		lookedAt time.Time
 		underWay round
-		behind   int64 // how many bytes of records the backings may be behind, see limitBehindLocked
+		mayOwe   int64 // how many bytes of originals may be owed, see limitOwedLocked
 		full     error // why applying makes no progress; nil if it does
 		noRoom   error // why the last write that took a new segment got none; nil if it did
 		labels   map[string]record.LSN
@@ -90,6 +90,7 @@ type Group struct {
 	checkpointed atomic.Uint64
 	horizon      atomic.Uint64
 	unapplied    atomic.Int64 // bytes of records, each counted as a block at least
+	owed         atomic.Int64 // bytes of originals that applying may cost, at most
 	lastTime     atomic.Int64 // of the newest record, Unix nanoseconds; set with g.append held
 
 	pins struct {
@@ -104,6 +105,7 @@ type Group struct {
 // done, 0 to 1. The zero round is none.
 type round struct {
 	bytes  int64
+	owed   int64
 	weight int
 	done   float64
 }

@@ -54,7 +54,7 @@ func (g *Group) appendMarker(m *record.Marker, flags uint8, disk record.DiskID) 
 		a.pend.markers = append(a.pend.markers, *m)
 		a.pend.times = append(a.pend.times, index.TimeMark{Time: h.Time, LSN: h.LSN, File: a.log.Current().Number, Off: uint32(off)})
 		g.lastTime.Store(h.Time)
-		g.advanceLocked(1, a.enc.Bytes, record.BlockSize)
+		g.advanceLocked(1, a.enc.Bytes, 0)
 		return nil
 	})
 }

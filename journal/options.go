@@ -31,9 +31,9 @@ type Options struct {
 	Limit int64
 	// Unapplied is how many bytes of records a group's backings may be
 	// behind before writes wait. A round of applying begins at two thirds of it. A record
-	// counts as a block at least, and as what it may cost in originals. By default it is the group's part of half the memory, 1 GiB
+	// counts as a block at least. By default it is the group's part of half the memory, 1 GiB
 	// at least and 16 GiB at most: what is applied is read from the log, and should come from
-	// the page cache. It is less where the file system has no room for as many originals.
+	// the page cache. Writes wait too while the file system has no room for the originals that they may cost.
 	Unapplied int64
 	// IndexCache is the memory for blocks of the index, bytes; 64 MiB by default.
 	IndexCache int64

@@ -36,8 +36,9 @@ const (
 //	 16     8   applied: LSN of the checkpoint, must be the group's applied LSN
 //	 24     8   last: every record behind applied up to here is in the file
 //	 32     8   bytes of records that are not applied
-//	 40     8   time of the newest record, Unix nanoseconds
-//	 48     4   number of disks, then each as [disk.Disk.Save] writes it
+//	 40     8   bytes of originals that those may cost
+//	 48     8   time of the newest record, Unix nanoseconds
+//	 56     4   number of disks, then each as [disk.Disk.Save] writes it
 //	  …     4   CRC-32C of all before
 //
 // Integers are little-endian.
@@ -45,6 +46,7 @@ type overlayHead struct {
 	group         uint32
 	applied, last record.LSN
 	unapplied     int64
+	owed          int64
 	time          int64
 	disks         uint32
 }
@@ -52,7 +54,7 @@ type overlayHead struct {
 const (
 	overlayMagic    = "TIDEOVL\n"
 	overlayVersion  = 1
-	overlayHeadSize = 52
+	overlayHeadSize = 60
 )
 
 func (h *overlayHead) append(b []byte) []byte {
@@ -63,6 +65,7 @@ func (h *overlayHead) append(b []byte) []byte {
 	b = le.AppendUint64(b, uint64(h.applied))
 	b = le.AppendUint64(b, uint64(h.last))
 	b = le.AppendUint64(b, uint64(h.unapplied))
+	b = le.AppendUint64(b, uint64(h.owed))
 	b = le.AppendUint64(b, uint64(h.time))
 	return le.AppendUint32(b, h.disks)
 }
@@ -78,7 +81,7 @@ func (h *overlayHead) read(r io.Reader) error {
 	}
 	*h = overlayHead{
 		group: le.Uint32(b[12:]), applied: record.LSN(le.Uint64(b[16:])), last: record.LSN(le.Uint64(b[24:])),
-		unapplied: int64(le.Uint64(b[32:])), time: int64(le.Uint64(b[40:])), disks: le.Uint32(b[48:]),
+		unapplied: int64(le.Uint64(b[32:])), owed: int64(le.Uint64(b[40:])), time: int64(le.Uint64(b[48:])), disks: le.Uint32(b[56:]),
 	}
 	return nil
 }
@@ -116,7 +119,7 @@ func (g *Group) writeOverlays(path string, last record.LSN) (err error) {
 	g.append.Lock()
 	weight := g.append.weight
 	h := overlayHead{
-		group: g.id, applied: g.Applied(), last: last, unapplied: g.unapplied.Load(),
+		group: g.id, applied: g.Applied(), last: last, unapplied: g.unapplied.Load(), owed: g.owed.Load(),
 		time: g.lastTime.Load(), disks: uint32(len(g.disks)),
 	}
 	g.append.Unlock()
@@ -169,7 +172,7 @@ func (r *recovery) overlays() {
 		r.g.log.Warn("what was saved of the overlays is not usable: replaying the log instead", zap.String("path", path), zap.Error(err))
 		return
 	}
-	if h.group != r.g.id || h.applied != r.applied || h.last > r.mark.LSN || h.last <= r.applied {
+	if h.group != r.g.id || h.applied != r.applied || h.last > r.mark.LSN || h.last <= r.applied || h.unapplied < 0 || h.owed < 0 {
 		return // of an older checkpoint
 	}
 	for _, s := range saved {
@@ -181,6 +184,7 @@ func (r *recovery) overlays() {
 	}
 	r.overlaid = h.last
 	r.g.unapplied.Store(h.unapplied)
+	r.g.owed.Store(h.owed)
 	r.g.lastTime.Store(max(r.g.lastTime.Load(), h.time))
 }
 

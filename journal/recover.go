@@ -383,7 +383,7 @@ func (g *Group) start(r *recovery) error {
 	if g.unapplied.Load() > 0 {
 		g.append.oldest = g.o.Now()
 	}
-	g.limitBehindLocked()
+	g.limitOwedLocked()
 	g.apply.saved = r.overlaid
 	if r.damage != nil {
 		// Originals may be missing from the index: views must not fall to backings.

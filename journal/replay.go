@@ -195,7 +195,8 @@ func (r *recovery) replay(d *disk.Disk, f *segment.File, off int64, h *record.He
 			if h.Kind != record.KindWrite {
 				_, cost = d.InBacking(h.Extent, maxZeroes)
 			}
-			g.unapplied.Add(max(h.Size(), record.BlockSize, cost))
+			g.unapplied.Add(max(h.Size(), record.BlockSize))
+			g.owed.Add(max(h.Size(), cost))
 		}
 	}
 	if h.LSN > r.mark.LSN {

@@ -107,7 +107,7 @@ func (g *Group) applyDue(now time.Time) bool {
 	if now.Sub(a.lookedAt) >= tick {
 		a.busy = written >= busyBytes
 		a.lastLook, a.lookedAt = a.bytes, now
-		g.limitBehindLocked()
+		g.limitOwedLocked()
 	}
 	pending := g.unapplied.Load()
 	age := applyAge
