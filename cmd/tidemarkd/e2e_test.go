@@ -176,7 +176,7 @@ func (d *served) tidemark(args ...string) (string, int) {
 	var exit *exec.ExitError
 	if err != nil {
 		require.ErrorAs(d.t, err, &exit)
-		return stderr.String(), exit.ExitCode()
+		return out.String() + stderr.String(), exit.ExitCode()
 	}
 	return out.String(), 0
 }
@@ -266,6 +266,37 @@ func TestJSONContractAndExitCodes(t *testing.T) {
 		require.Equal(t, c.code, code, "%v: %s", c.args, out)
 		require.NotEmpty(t, out)
 	}
+}
+
+// TestVerifyTellsDamage: a byte of a payload changes on the disk.
+func TestVerifyTellsDamage(t *testing.T) {
+	d := serve(t, 1<<20)
+	c := d.dial("web01/vda")
+	require.NoError(t, c.WriteAt(bytes.Repeat([]byte("precious"), 512), 8192, false))
+	require.NoError(t, c.Close())
+	d.stop()
+	logs, err := filepath.Glob(d.path("state/groups/web01/log-*.seg"))
+	require.NoError(t, err)
+	flipped := 0
+	for _, log := range logs {
+		b, err := os.ReadFile(log)
+		require.NoError(t, err)
+		if i := bytes.Index(b, []byte("precious")); i >= 0 {
+			b[i] ^= 1
+			flipped++
+			require.NoError(t, os.WriteFile(log, b, 0o600))
+		}
+	}
+	require.Equal(t, 1, flipped)
+	verify := func(args ...string) {
+		out, code := d.tidemark(append([]string{"verify", "--json"}, args...)...)
+		require.Equal(t, 6, code, out)
+		require.Contains(t, out, `"damaged"`)
+		require.Contains(t, out, filepath.Base(logs[0]))
+	}
+	verify("--state-dir", d.path("state"))
+	d.start()
+	verify()
 }
 
 // TestAtRestVerbsChangeNothing compares every byte and time of the state
