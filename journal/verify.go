@@ -145,6 +145,9 @@ func (v *verifier) originals() error {
 			v.done.Originals++
 			return v.payload(f, off, h)
 		})
+		if errors.Is(err, segment.ErrStop) {
+			continue
+		}
 		if err == nil && indexed(end) {
 			// A header of zeroes looks like the file's end.
 			err = f.Resync(end, func(off int64, _ record.Header) error {
