@@ -709,6 +709,20 @@ func TestVerifyFindsAnOriginalThatIsZeroes(t *testing.T) {
 	}
 }
 
+// TestVerifyStopsBeforeWhatIsHalfWritten: an original that no commit covers yet is none of its business.
+func TestVerifyStopsBeforeWhatIsHalfWritten(t *testing.T) {
+	r := newRig(t, Options{})
+	require.NoError(t, r.write(1, 1))
+	require.NoError(t, r.g.Apply())
+	r.g.apply.Lock()
+	require.NoError(t, r.g.keep(r.g.Disks()[0], record.Extent{Off: 5 * record.BlockSize, Len: record.BlockSize}, make([]byte, record.BlockSize), 0, 0, 1))
+	require.NoError(t, r.g.writeGathered())
+	r.g.apply.Unlock()
+	done, err := r.g.Verify(context.Background(), func(f Finding) { t.Errorf("%+v", f) })
+	require.NoError(t, err)
+	require.EqualValues(t, 1, done.Originals)
+}
+
 // TestAGroupBegunAnewTakesNothingFromTheIndex: the segments of a group are
 // removed by hand, the index still has its versions and how far it got.
 func TestAGroupBegunAnewTakesNothingFromTheIndex(t *testing.T) {
