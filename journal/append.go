@@ -239,10 +239,10 @@ func (g *Group) waitRoomLocked() error {
 // it goes on: a guest that is faster than its disk is slowed down, not stopped.
 func (g *Group) roomLocked() bool {
 	a := &g.append
-	share := min(1, a.underWay.done+1./16)
+	share := int64(min(1, a.underWay.done+1./16) * 1024) // a limit may be the largest there is
 	room := func(used, covered, limit int64) bool {
 		if covered > 0 {
-			limit = covered + int64(float64(limit-covered)*share)
+			limit = covered + (limit-covered)/1024*share
 		}
 		return used < limit
 	}
