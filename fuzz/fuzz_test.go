@@ -193,7 +193,7 @@ func FuzzPoint(f *testing.F) {
 func FuzzSaved(f *testing.F) {
 	const size = 64 << 20
 	save := func(s disk.Saved) []byte {
-		d := disk.New(s.ID, "d", "", size, nil, nil)
+		d := disk.New(s.ID, "d", size, 0, nil)
 		d.Load(s)
 		var b bytes.Buffer
 		if err := d.Save(&b); err != nil {

@@ -69,6 +69,9 @@ func checkOp(op Op) error {
 	if !op.Ext.In(op.Disk.Size) {
 		return fmt.Errorf("%v of %v on disk %s: its size is %d", op.Kind, op.Ext, op.Disk.Name, op.Disk.Size)
 	}
+	if !op.Disk.Attached() {
+		return fmt.Errorf("%v of %v on disk %s: %w", op.Kind, op.Ext, op.Disk.Name, ErrDetached)
+	}
 	switch op.Kind {
 	case record.KindWrite:
 		if int64(len(op.Data)) != op.Ext.Len || op.Ext.Len > record.MaxPayload-2*record.BlockSize {
@@ -198,11 +201,18 @@ func (g *Group) appendAligned(ops []Op) error {
 // admitted calls fn with the append lock held, once there is room in memory
 // for more unapplied records. If fn finds the journal full, history is expired
 // and fn called once more.
-func (g *Group) admitted(fn func() error) error {
+func (g *Group) admitted(fn func() error) error { return g.admit(g.waitRoomLocked, fn) }
+
+// admittedNote is admitted for what takes no memory to speak of: it waits for no room.
+func (g *Group) admittedNote(fn func() error) error {
+	return g.admit(func() error { return g.append.err }, fn)
+}
+
+func (g *Group) admit(wait, fn func() error) error {
 	g.append.Lock()
 	defer g.append.Unlock()
 	for tries := 0; ; tries++ {
-		err := g.waitRoomLocked()
+		err := wait()
 		if err == nil {
 			err = fn()
 		}
@@ -331,7 +341,7 @@ func (g *Group) limitOwedLocked() {
 	if u, err := g.fs.GetDiskUsage(g.dir); err == nil {
 		// Every group may fill its part. The log's next file and its spare take theirs meanwhile, and
 		// another must find room then, or the present one can not go.
-		room := (int64(u.AvailBytes)-g.o.keepLog())/g.o.groups - 2*g.o.SegmentSize
+		room := (int64(u.AvailBytes)-g.o.keepLog())/max(1, g.store.open.count.Load()) - 2*g.o.SegmentSize
 		a.mayOwe = max(room-room/8, g.o.SegmentSize/4)
 	}
 	if a.mayOwe > was {

@@ -30,10 +30,10 @@ func (g *Group) applyLocked() error {
 		return err
 	}
 	total, done := 0, 0.0
-	for _, d := range g.disks {
+	for _, d := range g.disks.Load().all {
 		total += d.FrozenWeight()
 	}
-	for _, d := range g.disks {
+	for _, d := range g.disks.Load().all {
 		weight := d.FrozenWeight()
 		if weight == 0 {
 			continue
@@ -69,7 +69,7 @@ func (g *Group) freeze() bool {
 	g.append.Lock()
 	defer g.append.Unlock()
 	found := false
-	for _, d := range g.disks {
+	for _, d := range g.disks.Load().all {
 		found = d.Freeze() || found
 	}
 	head := record.LSN(g.appended.Load())
@@ -85,7 +85,7 @@ func (g *Group) freeze() bool {
 // roundDone ends a round. Until all of its disks are done, what is saved of the overlays
 // must have all that the applied LSN does not cover.
 func (g *Group) roundDone() {
-	for _, d := range g.disks {
+	for _, d := range g.disks.Load().all {
 		d.Drop()
 	}
 	g.append.Lock()
@@ -128,7 +128,7 @@ func (g *Group) checkpointLocked() error {
 		return nil
 	}
 	if uint64(applied) != g.checkpointed.Load() || g.apply.last.IsZero() {
-		for _, d := range g.disks {
+		for _, d := range g.disks.Load().all {
 			if err := d.SyncBacking(); err != nil {
 				return g.fail(err)
 			}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"slices"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"go.uber.org/zap"
@@ -14,36 +13,7 @@ import (
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/record"
-	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
-
-// openDisks opens the backings and gives new disks their ids.
-func (g *Group) openDisks(configs []DiskConfig) error {
-	for _, c := range configs {
-		size, f, err := openBacking(g.fs, c.Backing, g.o.ReadOnly)
-		if err != nil {
-			return fmt.Errorf("disk %s: %w", c.Name, err)
-		}
-		if err := g.store.claim(f, g.name+"/"+c.Name); err != nil {
-			return errors.Join(fmt.Errorf("backing %s: %w", c.Backing, err), f.Close())
-		}
-		i := slices.IndexFunc(g.table, func(t segment.Disk) bool { return t.Name == c.Name })
-		switch {
-		case i < 0:
-			id := record.DiskID(1)
-			for _, t := range g.table {
-				id = max(id, t.ID+1)
-			}
-			g.table = append(slices.Clone(g.table), segment.Disk{ID: id, Name: c.Name, Size: size})
-			i = len(g.table) - 1
-		case g.table[i].Size != size:
-			return errors.Join(fmt.Errorf("disk %s: backing %s has %d bytes, the journal knows %d: restore its size, or protect it under another disk name",
-				c.Name, c.Backing, size, g.table[i].Size), f.Close())
-		}
-		g.disks = append(g.disks, disk.New(g.table[i].ID, c.Name, c.Backing, size, f, g))
-	}
-	return nil
-}
 
 // openBacking opens a raw file or a block device that exists.
 func openBacking(vfsys vfs.FS, path string, readOnly bool) (int64, vfs.File, error) {
@@ -83,7 +53,7 @@ func openBacking(vfsys vfs.FS, path string, readOnly bool) (int64, vfs.File, err
 // the head is the same at the next open, nobody but others can have written
 // the backing meanwhile.
 func (g *Group) fingerprint(d *disk.Disk, head record.LSN) ([]byte, error) {
-	info, err := g.fs.Stat(d.Path)
+	info, err := g.fs.Stat(d.Path())
 	if err != nil {
 		return nil, fmt.Errorf("backing of disk %s: %w", d.Name, err)
 	}
@@ -95,19 +65,19 @@ func (g *Group) fingerprint(d *disk.Disk, head record.LSN) ([]byte, error) {
 	return binary.LittleEndian.AppendUint64(b, uint64(mtime)), nil
 }
 
-// sign notes what the backing is at a stop in order, so that the next start finds out
+// sign notes what the backing is at a stop in order or when its disk leaves, so that the next start finds out
 // whether somebody changed it.
-func (g *Group) sign(d *disk.Disk) error {
+func (g *Group) sign(d *disk.Disk, head record.LSN) error {
 	replaced, err := d.Replaced()
 	if err != nil {
-		return fmt.Errorf("backing %s of disk %s: %w", d.Path, d.Name, err)
+		return fmt.Errorf("backing %s of disk %s: %w", d.Path(), d.Name, err)
 	}
 	if replaced {
 		g.log.Error("the backing's path leads to another file than the one that was served: the next start journals what differs as a discontinuity",
-			zap.String("disk", d.Name), zap.String("backing", d.Path))
+			zap.String("disk", d.Name), zap.String("backing", d.Path()))
 		return g.setState(stateChanged(d.ID), []byte{1})
 	}
-	fp, err := g.fingerprint(d, g.Head())
+	fp, err := g.fingerprint(d, head)
 	if err != nil {
 		return err
 	}
@@ -135,8 +105,8 @@ func (g *Group) settle() error {
 	if err := g.checkpointLocked(); err != nil {
 		return err
 	}
-	for _, d := range g.disks {
-		if err := g.sign(d); err != nil {
+	for _, d := range g.Disks() {
+		if err := g.sign(d, g.Head()); err != nil {
 			return err
 		}
 	}

@@ -18,18 +18,18 @@ import (
 // notice finds out whether somebody wrote a backing while the group was closed,
 // and journals what differs.
 func (g *Group) notice(r *recovery) error {
-	if g.o.ReadOnly || r.fresh || r.damage != nil {
-		return nil
-	}
 	head := g.Head() // before a discontinuity moves it
-	for _, d := range g.disks {
+	for _, d := range g.Disks() {
+		if slices.Contains(r.returning, d) {
+			continue // see welcome
+		}
 		changed, err := g.changed(d, head)
 		if err != nil {
 			return err
 		}
 		if changed {
 			if err := g.discontinuity(d); err != nil {
-				return fmt.Errorf("backing %s of disk %s was changed while the group was closed: journal the difference: %w", d.Path, d.Name, err)
+				return fmt.Errorf("backing %s of disk %s was changed while the group was closed: journal the difference: %w", d.Path(), d.Name, err)
 			}
 		}
 	}
@@ -51,7 +51,7 @@ func (g *Group) changed(d *disk.Disk, head record.LSN) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if len(was) != len(now) || binary.LittleEndian.Uint64(was) != uint64(head) {
+	if len(was) != len(now) || !signedAt(was, head) {
 		return false, nil
 	}
 	if !slices.Equal(was, now) {
@@ -61,6 +61,11 @@ func (g *Group) changed(d *disk.Disk, head record.LSN) (bool, error) {
 		return false, nil
 	}
 	return g.spotCheck(d)
+}
+
+// signedAt reports whether a fingerprint was taken at a head.
+func signedAt(fp []byte, head record.LSN) bool {
+	return len(fp) == 16 && binary.LittleEndian.Uint64(fp) == uint64(head)
 }
 
 // spotCheck compares the blocks that the journal wrote last with the backing:
@@ -102,7 +107,7 @@ func (g *Group) spotCheck(d *disk.Disk) (differs bool, err error) {
 // blocks that the journal never held: they may be among the changed ones.
 func (g *Group) discontinuity(d *disk.Disk) error {
 	g.log.Warn("the backing was changed outside of Tidemark: journaling the difference as a discontinuity",
-		zap.String("disk", d.Name), zap.String("backing", d.Path))
+		zap.String("disk", d.Name), zap.String("backing", d.Path()))
 	if err := g.Index(); err != nil {
 		return err
 	}
@@ -130,8 +135,8 @@ func (g *Group) discontinuity(d *disk.Disk) error {
 		}
 	}
 	m := record.Marker{
-		Label:       fmt.Sprintf("discontinuity-%s-%s", d.Name, g.o.Now().UTC().Format("20060102T150405.000000000Z")),
-		Consistency: record.Crash, By: "tidemark",
+		Label: fmt.Sprintf("discontinuity-%s-%s", d.Name, g.o.Now().UTC().Format("20060102T150405.000000000Z")),
+		Asked: record.Crash, Consistency: record.Crash, By: "tidemark",
 	}
 	if err := g.appendMarker(&m, record.FlagDiscontinuity, d.ID); err != nil {
 		return err
@@ -144,6 +149,11 @@ func (g *Group) discontinuity(d *disk.Disk) error {
 	err := errors.Join(setStateLSN(b, stateKnown(d.ID), m.LSN), b.SetState(stateChanged(d.ID), nil))
 	if err == nil {
 		err = g.commit(b)
+	}
+	if err == nil {
+		// Before anybody writes the disk: found unfinished, what the backing lacks then would be taken for
+		// what an outsider did.
+		err = g.store.ix.Flush()
 	}
 	g.log.Warn("discontinuity journaled", zap.String("disk", d.Name), zap.Int64("bytes", bytes),
 		zap.Uint64("lsn", uint64(m.LSN)), zap.String("label", m.Label), zap.Time("time", m.Time.Truncate(time.Second)))

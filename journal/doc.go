@@ -52,7 +52,7 @@
 //
 //	1 note in the index that it goes on, flush  taken up again by the next open
 //	2 write what differs, then a marker         compared again: blocks that are equal by then add nothing
-//	3 known-since in the index, note removed    until that is flushed: a second marker at worst
+//	3 known-since in the index, note removed, flush  a second marker at worst: nobody has written the disk
 //
 // # Concurrency
 //

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"syscall"
 
+	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 )
@@ -16,6 +17,12 @@ var (
 	ErrFailed = errors.New("group has failed")
 	// ErrLabelInUse is wrapped when a marker's label is taken.
 	ErrLabelInUse = errors.New("label is in use")
+	// ErrInUse is wrapped when a disk that is open would leave its group.
+	ErrInUse = errors.New("disk is in use")
+	// ErrDetached is wrapped by what needs a disk that was removed from its group.
+	ErrDetached = disk.ErrDetached
+	// ErrPinned is wrapped when a marker is pinned that would be deleted.
+	ErrPinned = errors.New("marker is pinned")
 	// ErrNoPoint is wrapped when a point names nothing that can be viewed.
 	ErrNoPoint = errors.New("no such point")
 	// ErrNotFound is wrapped when a group or disk is not known.

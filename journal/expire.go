@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 
 	"go.uber.org/zap"
 
@@ -117,6 +118,9 @@ func (g *Group) oldestPin() record.LSN {
 	for lsn := range g.pins.views {
 		pin = min(pin, lsn)
 	}
+	for lsn := range g.pins.markers {
+		pin = min(pin, lsn-1) // its record stays too
+	}
 	return pin
 }
 
@@ -127,6 +131,11 @@ func (g *Group) raiseHorizon(to record.LSN) error {
 	for lsn := range g.pins.views {
 		if lsn < to {
 			return fmt.Errorf("%w: LSN %d", errPinned, lsn)
+		}
+	}
+	for lsn := range g.pins.markers {
+		if lsn <= to {
+			return fmt.Errorf("%w: marker LSN %d", errPinned, lsn)
 		}
 	}
 	g.horizon.Store(uint64(max(to, g.Horizon())))
@@ -144,10 +153,8 @@ const expireFiles = 8
 // that one: it is carried over to the originals. If there is none, the backing has
 // it: the block is as one that was never overwritten.
 func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File) (err error) {
-	for _, t := range g.table {
-		if _, err := g.Disk(t.Name); err != nil {
-			return fmt.Errorf("disk %s of group %s is not configured, and its history can not be carried over without: configure it again", t.Name, g.name)
-		}
+	if err := g.carryDefinitions(horizon); err != nil {
+		return err
 	}
 	if err := g.Index(); err != nil {
 		return err
@@ -204,7 +211,7 @@ type expiry struct {
 
 func (e *expiry) record(f *segment.File, off int64, h *record.Header) error {
 	e.time = h.Time
-	if h.Kind == record.KindMarker {
+	if h.Kind.Note() {
 		return nil
 	}
 	d := e.g.disk(h.Disk)
@@ -314,7 +321,7 @@ func (e *expiry) finish(files []*segment.File) error {
 	if err != nil {
 		return err
 	}
-	labels, err := e.rest()
+	defined, err := e.rest()
 	if err != nil {
 		return err
 	}
@@ -331,9 +338,8 @@ func (e *expiry) finish(files []*segment.File) error {
 		d.Keep(blocks)
 	}
 	g.append.Lock()
-	for _, label := range labels {
-		delete(g.append.labels, label)
-	}
+	g.append.markers.expire(e.horizon)
+	g.append.definitions = slices.DeleteFunc(g.append.definitions, func(d definition) bool { return slices.Contains(defined, d) })
 	g.append.Unlock()
 	// The files go when nothing durable refers to them any more, and the log
 	// first: without it, nobody asks for its originals.
@@ -347,9 +353,10 @@ func (e *expiry) finish(files []*segment.File) error {
 	return nil
 }
 
-// rest adds to the batch what is not of blocks: bitmap pages, times, markers, the horizon.
-func (e *expiry) rest() (labels []string, err error) {
-	for _, d := range e.g.disks {
+// rest adds to the batch what is not of blocks: bitmap pages, times, markers, definitions, the horizon.
+// It returns the definitions that go.
+func (e *expiry) rest() (defined []definition, err error) {
+	for _, d := range e.g.disks.Load().all {
 		if err := setPages(e.b, d, d.Pages(e.carried[d], e.forget[d])); err != nil {
 			return nil, err
 		}
@@ -358,16 +365,23 @@ func (e *expiry) rest() (labels []string, err error) {
 		if m.LSN > e.horizon {
 			return false, nil // its record is in a file that stays
 		}
-		labels = append(labels, m.Label)
 		return true, e.b.DeleteMarker(m)
 	})
 	if err != nil {
 		return nil, err
 	}
+	e.g.append.Lock()
+	defined = e.g.append.definitions.superseded(e.horizon)
+	e.g.append.Unlock()
+	for _, d := range defined {
+		if err := e.b.DeleteDefinition(d.name, d.since); err != nil {
+			return nil, err
+		}
+	}
 	if err := e.b.DropTimes(e.time); err != nil {
 		return nil, err
 	}
-	return labels, setStateLSN(e.b, stateHorizon, e.horizon)
+	return defined, setStateLSN(e.b, stateHorizon, e.horizon)
 }
 
 // originals finds the files of originals that no view at or behind the horizon needs.

@@ -547,7 +547,7 @@ func TestTwoChangedBackings(t *testing.T) {
 		return s
 	}
 	s := open()
-	_, err := s.Groups()[0].Mark("before", "test")
+	_, err := s.Groups()[0].Mark(record.Marker{Label: "before", By: "test"})
 	require.NoError(t, err)
 	require.NoError(t, s.Close())
 	change("a.raw", 2)
@@ -571,7 +571,7 @@ func TestPoints(t *testing.T) {
 		require.NoError(t, r.write(int64(i), byte(i)))
 		times = append(times, time.Unix(0, r.g.lastTime.Load()))
 	}
-	m, err := r.g.Mark("here", "test")
+	m, err := r.g.Mark(record.Marker{Label: "here", By: "test"})
 	require.NoError(t, err)
 	clock = clock.Add(2 * time.Hour)
 	resolve := func(s string) (record.LSN, error) {
@@ -794,7 +794,7 @@ func TestAFullJournalStarts(t *testing.T) {
 func TestAMarkerIsAppliedWhenDurable(t *testing.T) {
 	r := newRig(t, Options{})
 	r.inject(errorfs.OpFileSyncData, "/log", syscall.EIO)
-	_, err := r.g.Mark("m", "test")
+	_, err := r.g.Mark(record.Marker{Label: "m", By: "test"})
 	require.ErrorIs(t, err, syscall.EIO)
 	require.Error(t, r.g.Apply())
 	require.Zero(t, r.g.Applied())

@@ -27,8 +27,10 @@ type Group struct {
 	store *Store
 	set   *segment.Set
 	ix    *index.Group
-	disks []*disk.Disk   // in the order of their ids; fixed after open
-	table []segment.Disk // every disk the group ever had
+	// disks changes with joining held and, but at open, g.append; who reads it may have one that is older.
+	disks atomic.Pointer[members]
+	// joining serialises what adds and removes disks.
+	joining sync.Mutex
 
 	// apply is held by a round of Apply, by Checkpoint and by Expire: by all
 	// that changes backings, originals and the captured bitmaps.
@@ -79,7 +81,9 @@ type Group struct {
 		mayOwe   int64 // how many bytes of originals may be owed, see limitOwedLocked
 		full     error // why applying makes no progress; nil if it does
 		noRoom   error // why the last write that took a new segment got none; nil if it did
-		labels   map[string]record.LSN
+
+		markers     markers
+		definitions definitions
 	}
 
 	appended atomic.Uint64 // LSN of the last record that is with the kernel
@@ -95,10 +99,14 @@ type Group struct {
 
 	pins struct {
 		sync.Mutex
-		views map[record.LSN]int // open views by LSN
+		views   map[record.LSN]int  // open views by LSN
+		markers map[record.LSN]bool // pinned ones
+		users   map[*disk.Disk]int  // who has a disk open, as it is or as it was; -1: it is leaving
 	}
 
 	kickSync, kickApply chan struct{}
+
+	loops loops
 }
 
 // round is what a round of Apply covers of what is unapplied, and how much of that is
@@ -114,35 +122,14 @@ type round struct {
 type pending struct {
 	entries []index.Entry
 	times   []index.TimeMark
-	markers []record.Marker
+	markers []index.MarkerChange
 	last    record.LSN
+
+	definitions []index.Definition
 }
 
 // Name is the group's name.
 func (g *Group) Name() string { return g.name }
-
-// Disks are the group's disks. The slice must not be changed.
-func (g *Group) Disks() []*disk.Disk { return g.disks }
-
-// Disk finds a disk by name.
-func (g *Group) Disk(name string) (*disk.Disk, error) {
-	for _, d := range g.disks {
-		if d.Name == name {
-			return d, nil
-		}
-	}
-	return nil, fmt.Errorf("disk %q of group %s: %w", name, g.name, ErrNotFound)
-}
-
-// disk finds a disk by its id, nil if it is not configured. Groups have few.
-func (g *Group) disk(id record.DiskID) *disk.Disk {
-	for _, d := range g.disks {
-		if d.ID == id {
-			return d
-		}
-	}
-	return nil
-}
 
 // Head is the newest LSN.
 func (g *Group) Head() record.LSN { return record.LSN(g.appended.Load()) }
@@ -208,7 +195,7 @@ func (g *Group) Acquire(number uint32) (*segment.File, error) { return g.set.Acq
 func (g *Group) header(first record.LSN) segment.Header {
 	return segment.Header{
 		Group: g.id, First: first, Epoch: 1, Horizon: g.Horizon(), Applied: record.LSN(g.checkpointed.Load()),
-		Created: max(g.o.Now().UnixNano(), g.lastTime.Load()), Name: g.name, Disks: g.table,
+		Created: max(g.o.Now().UnixNano(), g.lastTime.Load()), Name: g.name, Disks: g.disks.Load().table,
 	}
 }
 
@@ -273,8 +260,8 @@ func kick(c chan struct{}) {
 // closeFiles gives up everything that open took. Background work has ended.
 func (g *Group) closeFiles() error {
 	var errs []error
-	for _, d := range g.disks {
-		errs = append(errs, d.Close())
+	for _, d := range g.disks.Load().all {
+		errs = append(errs, d.Detach())
 	}
 	errs = append(errs, g.ix.RetireReaders(time.Time{}, 0))
 	g.set.Close()

@@ -55,7 +55,12 @@ func (g *Group) commitPending(ready []*pending) (n int, err error) {
 			mark.LastTime = t.Time
 		}
 		for _, m := range p.markers {
-			if err := b.AddMarker(m); err != nil {
+			if err := b.ChangeMarker(m); err != nil {
+				return 0, err
+			}
+		}
+		for _, d := range p.definitions {
+			if err := b.SetDefinition(d); err != nil {
 				return 0, err
 			}
 		}

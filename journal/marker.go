@@ -1,73 +1,274 @@
 package journal
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
+	"slices"
 	"time"
+
+	"go.uber.org/zap"
 
 	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
-// Mark journals a marker, crash-consistent, and returns when it is durable and
-// can be found. Its cut is one LSN of all disks: every write acknowledged before
-// the call lies before it. ErrLabelInUse if the group has the label already.
-func (g *Group) Mark(label, by string) (record.Marker, error) {
-	if err := record.CheckLabel(label); err != nil {
-		return record.Marker{}, err
+// markers are what the records of a group say of its markers, all of them taken together.
+type markers struct {
+	all    []record.Marker // by ascending LSN
+	labels map[string]record.LSN
+}
+
+func (t *markers) find(lsn record.LSN) (int, bool) {
+	return slices.BinarySearchFunc(t.all, lsn, func(m record.Marker, lsn record.LSN) int { return cmp.Compare(m.LSN, lsn) })
+}
+
+// set adds a marker, or puts it in the place of the one that its record took.
+func (t *markers) set(m record.Marker) {
+	i, ok := t.find(m.LSN)
+	if ok {
+		t.all[i] = m
+	} else {
+		t.all = slices.Insert(t.all, i, m)
 	}
-	m := record.Marker{Label: label, Consistency: record.Crash, By: by}
-	if err := g.appendMarker(&m, 0, 0); err != nil {
-		return record.Marker{}, err
+	t.labels[m.Label] = m.LSN
+}
+
+// remove forgets the marker of a record, and returns what it was.
+func (t *markers) remove(lsn record.LSN) (m record.Marker, ok bool) {
+	i, ok := t.find(lsn)
+	if !ok {
+		return m, false
 	}
-	if err := g.indexTo(m.LSN); err != nil {
-		return record.Marker{}, err
+	m = t.all[i]
+	t.all = slices.Delete(t.all, i, i+1)
+	if t.labels[m.Label] == lsn {
+		delete(t.labels, m.Label)
 	}
-	return m, nil
+	return m, true
+}
+
+// expire forgets the markers whose records are at or below the horizon.
+func (t *markers) expire(horizon record.LSN) {
+	for len(t.all) > 0 && t.all[0].LSN <= horizon {
+		t.remove(t.all[0].LSN)
+	}
+}
+
+// amend does what an amendment says, and returns what the index must learn of it. The marker may
+// have expired: then it is nothing.
+func (t *markers) amend(a record.Amendment) (c index.MarkerChange, ok bool) {
+	i, ok := t.find(a.Target)
+	switch {
+	case !ok:
+		return c, false
+	case a.Deleted:
+		c.Marker, c.Deleted = t.all[i], true
+		t.remove(a.Target)
+	default:
+		c.Marker = a.Marker
+		c.LSN, c.Time, c.Label = a.Target, t.all[i].Time, t.all[i].Label
+		t.set(c.Marker)
+	}
+	return c, true
+}
+
+// Mark journals a crash-consistent marker, and returns when it is durable. Of m, Label,
+// Description, By and Pinned count, and Asked and Note if more was asked for and is not to be had.
+// Its cut is one LSN of all disks: every write acknowledged before the call lies before it.
+// ErrLabelInUse if the group has the label already.
+func (g *Group) Mark(m record.Marker) (record.Marker, error) {
+	m.Consistency, m.Pending, m.Frozen = record.Crash, false, 0
+	m.Asked = max(m.Asked, record.Crash)
+	return m, g.take(&m)
+}
+
+// Cut journals a marker whose consistency is not known yet, and returns when it is durable: while
+// guests are frozen. It names no point until Conclude says what became of it. If that does not come before the
+// group is closed, it turns out crash-consistent.
+func (g *Group) Cut(m record.Marker) (record.Marker, error) {
+	m.Consistency, m.Pending = record.Crash, true
+	return m, g.take(&m)
+}
+
+func (g *Group) take(m *record.Marker) error {
+	if err := errors.Join(record.CheckLabel(m.Label), record.CheckDescription(m.Description)); err != nil {
+		return err
+	}
+	if err := g.appendMarker(m, 0, 0); err != nil {
+		return err
+	}
+	return g.syncTo(m.LSN)
 }
 
 // appendMarker journals a marker and fills in its LSN and time.
 func (g *Group) appendMarker(m *record.Marker, flags uint8, disk record.DiskID) error {
-	payload := m.Append(nil)
-	return g.admitted(func() error {
+	return g.admittedNote(func() error {
 		a := &g.append
-		if lsn, ok := a.labels[m.Label]; ok {
+		if lsn, ok := a.markers.labels[m.Label]; ok {
 			return fmt.Errorf("marker %q of group %s: %w: it names LSN %d", m.Label, g.name, ErrLabelInUse, lsn)
 		}
-		h := record.Header{
-			LSN: a.next, Time: g.nowLocked(), Durable: g.Durable(), Disk: disk, Kind: record.KindMarker,
-			Flags: flags, Payload: len(payload), Sums: record.AppendSums(nil, payload),
-		}
-		if !a.log.Fits(h.Size()) {
-			if err := g.rollLocked(h.Size()); err != nil {
-				return err
-			}
-		}
-		h.Salt = a.log.Current().Salt
-		a.enc.Reset(h.EncodedSize())
-		a.enc.Add(&h, payload)
-		off := a.log.Tail()
-		if err := a.log.Append(a.enc.Vec, a.enc.Bytes); err != nil {
-			return g.failLocked(err)
+		h, err := g.appendNoteLocked(record.KindMarker, flags, disk, func(record.LSN, time.Time) []byte { return m.Append(nil) })
+		if err != nil {
+			return err
 		}
 		m.LSN, m.Time = h.LSN, time.Unix(0, h.Time).UTC()
-		a.labels[m.Label] = m.LSN
-		a.pend.markers = append(a.pend.markers, *m)
-		a.pend.times = append(a.pend.times, index.TimeMark{Time: h.Time, LSN: h.LSN, File: a.log.Current().Number, Off: uint32(off)})
-		g.lastTime.Store(h.Time)
-		g.advanceLocked(1, a.enc.Bytes, 0)
+		a.markers.set(*m)
+		a.pend.markers = append(a.pend.markers, index.MarkerChange{Marker: *m})
+		if m.Pinned {
+			g.pinMarker(m.LSN)
+		}
 		return nil
 	})
 }
 
-// Markers lists the group's markers behind the horizon by ascending LSN.
-func (g *Group) Markers() ([]record.Marker, error) {
-	if err := g.indexTo(g.Head()); err != nil {
-		return nil, err
+// Conclude says what became of a marker that Cut took: m has its consistency, how long guests were
+// frozen, and a note. One that is less than was asked for is deleted unless m.OrCrash is set; kept
+// reports which. What it says is durable when it returns.
+func (g *Group) Conclude(m record.Marker) (kept bool, err error) {
+	m.Pending = false
+	kept = m.Consistency >= m.Asked || m.OrCrash
+	_, err = g.amend(m.Label, func(now *record.Marker) (bool, error) {
+		if now.LSN != m.LSN || !now.Pending {
+			return false, fmt.Errorf("marker %q of group %s is not of a cut that is under way", m.Label, g.name)
+		}
+		*now = m
+		return !kept, nil
+	})
+	return kept, err
+}
+
+// Describe sets a marker's description.
+func (g *Group) Describe(label, text string) (record.Marker, error) {
+	if err := record.CheckDescription(text); err != nil {
+		return record.Marker{}, err
 	}
-	var all []record.Marker
-	err := g.ix.Markers(g.Horizon()+1, func(m record.Marker) (bool, error) {
-		all = append(all, m)
+	return g.amendKnown(label, func(m *record.Marker) (bool, error) {
+		m.Description = text
+		return false, nil
+	})
+}
+
+// Pin keeps the history from a marker on until it is unpinned: a journal that is full of it
+// takes no more writes. Pinning twice is pinning once.
+func (g *Group) Pin(label string) (record.Marker, error) {
+	return g.amendKnown(label, func(m *record.Marker) (bool, error) {
+		m.Pinned = true
+		return false, nil
+	})
+}
+
+// Unpin lets the history from a marker on expire.
+func (g *Group) Unpin(label string) (record.Marker, error) {
+	return g.amendKnown(label, func(m *record.Marker) (bool, error) {
+		m.Pinned = false
+		return false, nil
+	})
+}
+
+// Delete makes a label name nothing. The LSN stays one of the window. What it was is returned.
+// ErrPinned if the marker is pinned.
+func (g *Group) Delete(label string) (record.Marker, error) {
+	return g.amendKnown(label, func(m *record.Marker) (bool, error) {
+		if m.Pinned {
+			return false, fmt.Errorf("marker %q of group %s: %w: unpin it first", label, g.name, ErrPinned)
+		}
 		return true, nil
 	})
-	return all, err
+}
+
+func (g *Group) amendKnown(label string, change func(*record.Marker) (remove bool, err error)) (record.Marker, error) {
+	return g.amend(label, func(m *record.Marker) (bool, error) {
+		if m.Pending {
+			return false, fmt.Errorf("marker %q of group %s is being taken: try again", label, g.name)
+		}
+		return change(m)
+	})
+}
+
+// amend journals what change makes of a marker, or that it is deleted, and returns when that is durable.
+func (g *Group) amend(label string, change func(*record.Marker) (remove bool, err error)) (m record.Marker, err error) {
+	var done record.LSN
+	err = g.admittedNote(func() error {
+		a := &g.append
+		lsn, ok := a.markers.labels[label]
+		if !ok || lsn <= g.Horizon() {
+			return &PointError{Group: g.name, Point: label, Why: "no marker has this label", Horizon: g.Horizon(), Head: g.Head()}
+		}
+		i, _ := a.markers.find(lsn)
+		was := a.markers.all[i]
+		m = was
+		am := record.Amendment{Target: lsn}
+		var err error
+		if am.Deleted, err = change(&m); err != nil {
+			return err
+		}
+		am.Marker = m
+		if m.Pinned && !was.Pinned {
+			g.pinMarker(lsn)
+		}
+		h, err := g.appendNoteLocked(record.KindAmend, 0, 0, func(record.LSN, time.Time) []byte { return am.Append(nil) })
+		if err != nil {
+			if !was.Pinned {
+				g.unpinMarker(lsn)
+			}
+			return err
+		}
+		done = h.LSN
+		if c, ok := a.markers.amend(am); ok {
+			a.pend.markers = append(a.pend.markers, c)
+		}
+		if am.Deleted || !m.Pinned {
+			g.unpinMarker(lsn)
+		}
+		return nil
+	})
+	if err != nil {
+		return m, err
+	}
+	return m, g.syncTo(done)
+}
+
+// Markers lists the group's markers behind the horizon by ascending LSN, but for those
+// of a cut that is under way. All are durable.
+func (g *Group) Markers() ([]record.Marker, error) {
+	g.append.Lock()
+	all := slices.DeleteFunc(slices.Clone(g.append.markers.all), func(m record.Marker) bool { return m.Pending || m.LSN <= g.Horizon() })
+	head := g.Head() // an amendment may be the last record
+	g.append.Unlock()
+	if len(all) == 0 {
+		return nil, nil
+	}
+	return all, g.syncTo(head)
+}
+
+// pinMarker and unpinMarker keep the horizon below a marker's record, or no more. They are called
+// with the append lock held, and the marker above the horizon.
+func (g *Group) pinMarker(lsn record.LSN) {
+	g.pins.Lock()
+	defer g.pins.Unlock()
+	g.pins.markers[lsn] = true
+}
+
+func (g *Group) unpinMarker(lsn record.LSN) {
+	g.pins.Lock()
+	defer g.pins.Unlock()
+	delete(g.pins.markers, lsn)
+}
+
+// concludeLeft concludes the markers of cuts that a stop came between: whether the guests were
+// frozen is not known.
+func (g *Group) concludeLeft() error {
+	g.append.Lock()
+	left := slices.DeleteFunc(slices.Clone(g.append.markers.all), func(m record.Marker) bool { return !m.Pending })
+	g.append.Unlock()
+	for _, m := range left {
+		m.Consistency, m.Note = record.Crash, "the daemon stopped before it was known whether the guest was frozen"
+		kept, err := g.Conclude(m)
+		if err != nil {
+			return fmt.Errorf("conclude marker %q: %w", m.Label, err)
+		}
+		g.log.Warn("a marker was being taken when the daemon stopped", zap.String("label", m.Label), zap.Bool("kept_as_crash_consistent", kept))
+	}
+	return nil
 }

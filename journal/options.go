@@ -41,7 +41,6 @@ type Options struct {
 	// Dump. A view of what the index does not have yet is an error.
 	ReadOnly bool
 
-	groups          int64 // of the store, which share its file system
 	checkpointBytes int64 // appended between two checkpoints, see there; tests have it small
 }
 
@@ -81,7 +80,6 @@ func (o Options) withDefaults(groups int) Options {
 			*v = d
 		}
 	}
-	o.groups = int64(max(1, groups))
 	if o.FS == nil {
 		o.FS = vfs.Default
 	}
@@ -93,7 +91,7 @@ func (o Options) withDefaults(groups int) Options {
 	}
 	def(&o.SegmentSize, segment.DefaultSize)
 	def(&o.Reserve, 128<<20)
-	def(&o.Unapplied, min(max(memory()/2/o.groups, 1<<30), 16<<30))
+	def(&o.Unapplied, min(max(memory()/2/int64(max(1, groups)), 1<<30), 16<<30))
 	def(&o.IndexCache, 64<<20)
 	def(&o.checkpointBytes, checkpointBytes)
 	return o

@@ -117,10 +117,11 @@ func (g *Group) saveOverlays(last record.LSN) error {
 
 func (g *Group) writeOverlays(path string, last record.LSN) (err error) {
 	g.append.Lock()
+	disks := g.disks.Load().all
 	weight := g.append.weight
 	h := overlayHead{
 		group: g.id, applied: g.Applied(), last: last, unapplied: g.unapplied.Load(), owed: g.owed.Load(),
-		time: g.lastTime.Load(), disks: uint32(len(g.disks)),
+		time: g.lastTime.Load(), disks: uint32(len(disks)),
 	}
 	g.append.Unlock()
 	if u, err := g.fs.GetDiskUsage(g.dir); err == nil && int64(u.AvailBytes) < g.o.keepApply()+int64(weight)*256 {
@@ -137,7 +138,7 @@ func (g *Group) writeOverlays(path string, last record.LSN) (err error) {
 	if _, err := w.Write(h.append(nil)); err != nil {
 		return err
 	}
-	for _, d := range g.disks {
+	for _, d := range disks {
 		if err := d.Save(w); err != nil {
 			return err
 		}
@@ -176,7 +177,7 @@ func (r *recovery) overlays() {
 		return // of an older checkpoint
 	}
 	for _, s := range saved {
-		if d := r.g.disk(s.ID); d != nil {
+		if d := r.g.disk(s.ID); d != nil && d.Attached() {
 			r.g.append.weight += d.Load(s)
 		} else if s.Places > 0 {
 			r.absent = append(r.absent, s.ID)

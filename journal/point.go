@@ -31,10 +31,15 @@ func (g *Group) Resolve(p record.Point) (record.LSN, error) {
 		return g.latestMarker(p, refuse)
 	case record.FormLabel:
 		g.append.Lock()
-		lsn, ok := g.append.labels[p.Label]
+		lsn, ok := g.append.markers.labels[p.Label]
+		i, _ := g.append.markers.find(lsn)
+		pending := ok && g.append.markers.all[i].Pending
 		g.append.Unlock()
 		if !ok {
 			return refuse("no marker has this label")
+		}
+		if pending {
+			return refuse("it is being taken")
 		}
 		if lsn <= g.Horizon() {
 			return refuse("its history has expired")

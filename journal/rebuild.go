@@ -65,6 +65,11 @@ func (r *recovery) dropStale() error {
 		}
 		d.Forget(blocks)
 	}
+	for _, d := range g.disks.Load().all {
+		if err := setStateLSN(b, stateKnown(d.ID), d.KnownSince()); err != nil {
+			return err
+		}
+	}
 	if err := b.SetState(stateRebuild, nil); err != nil {
 		return err
 	}

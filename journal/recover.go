@@ -3,7 +3,6 @@ package journal
 import (
 	"errors"
 	"fmt"
-	"maps"
 
 	"go.uber.org/zap"
 
@@ -33,8 +32,11 @@ func (s *Store) openGroup(gc GroupConfig, newID uint32) (*Group, error) {
 	}
 	g.append.room.L = &g.append
 	g.append.pend = &pending{}
-	g.append.labels = map[string]record.LSN{}
+	g.append.markers.labels = map[string]record.LSN{}
 	g.pins.views = map[record.LSN]int{}
+	g.pins.markers = map[record.LSN]bool{}
+	g.pins.users = map[*disk.Disk]int{}
+	g.disks.Store(&members{})
 	g.append.log = segment.NewWriter(set, segment.Log, s.o.SegmentSize, s.o.keepLog())
 	g.apply.orig = segment.NewWriter(set, segment.Originals, s.o.SegmentSize, s.o.keepApply())
 	if err := g.recover(gc.Disks); err != nil {
@@ -65,13 +67,18 @@ type recovery struct {
 	durable  record.LSN      // some record or the index says that this much was
 	damage   error           // of a record that was durable
 	renewed  *segment.File   // whose header was written again last
+
+	added     []*disk.Disk // that the group did not have before
+	returning []*disk.Disk // that were removed from it
 }
 
 func (g *Group) recover(disks []DiskConfig) error {
 	r := &recovery{g: g, logs: g.set.Files(segment.Log)}
+	var table []segment.Disk
 	if len(r.logs) > 0 {
 		newest := r.logs[len(r.logs)-1]
-		g.id, g.table = newest.Group, newest.Disks
+		g.id = newest.Group
+		table = newest.Disks
 	}
 	if !g.o.ReadOnly {
 		// What the page cache holds may be newer than the disk: it is about
@@ -84,7 +91,7 @@ func (g *Group) recover(disks []DiskConfig) error {
 	if g.ix, err = g.store.ix.Group(g.id); err != nil {
 		return err
 	}
-	if err := g.openDisks(disks); err != nil {
+	if err := r.openDisks(table, disks); err != nil {
 		return err
 	}
 	if err := r.state(); err != nil {
@@ -103,10 +110,24 @@ func (g *Group) recover(disks []DiskConfig) error {
 	if err := g.start(r); err != nil {
 		return err
 	}
-	if r.fresh && !g.o.ReadOnly && r.damage == nil {
-		return r.dropStale()
+	if g.o.ReadOnly || r.damage != nil {
+		return nil
 	}
-	return g.notice(r)
+	if r.fresh {
+		err = r.dropStale()
+	} else {
+		err = g.notice(r)
+	}
+	if err != nil {
+		return err
+	}
+	if err := g.welcome(r.returning, r.fresh); err != nil {
+		return err
+	}
+	if err := g.concludeLeft(); err != nil {
+		g.log.Warn("markers that were being taken when the daemon stopped name no point until the next start", zap.Error(err))
+	}
+	return nil
 }
 
 // broken tells files that a crash left unfinished, which held nothing durable,
@@ -168,7 +189,7 @@ func (r *recovery) state() (err error) {
 	g.horizon.Store(max(g.horizon.Load(), uint64(horizon)))
 	r.durable = max(r.mark.LSN, r.applied)
 	g.index.mark = r.mark
-	for _, d := range g.disks {
+	for _, d := range g.disks.Load().all {
 		err := g.ix.Captured(d.ID, func(page int64, bits []byte) error {
 			d.LoadCaptured(page, bits)
 			return nil
@@ -182,8 +203,15 @@ func (r *recovery) state() (err error) {
 		}
 		d.SetKnownSince(known)
 	}
+	err = g.ix.Definitions(func(d index.Definition) error {
+		g.append.definitions.set(d.Definition, d.At)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
 	return g.ix.Markers(0, func(m record.Marker) (bool, error) {
-		g.append.labels[m.Label] = m.LSN
+		g.append.markers.set(m)
 		return true, nil
 	})
 }
@@ -366,7 +394,15 @@ func (r *recovery) log() error {
 // start makes the group ready to be written.
 func (g *Group) start(r *recovery) error {
 	last := max(r.last, g.Horizon())
-	maps.DeleteFunc(g.append.labels, func(_ string, lsn record.LSN) bool { return lsn <= g.Horizon() })
+	if len(r.logs) > 0 {
+		g.membersAt(last, r.added)
+	}
+	g.append.markers.expire(g.Horizon())
+	for _, m := range g.append.markers.all {
+		if m.Pinned {
+			g.pins.markers[m.LSN] = true
+		}
+	}
 	g.append.next = last + 1
 	g.lastTime.Store(max(g.lastTime.Load(), r.mark.LastTime))
 	if n := len(r.logs); n > 0 {
@@ -387,7 +423,7 @@ func (g *Group) start(r *recovery) error {
 	g.apply.saved = r.overlaid
 	if r.damage != nil {
 		// Originals may be missing from the index: views must not fall to backings.
-		for _, d := range g.disks {
+		for _, d := range g.disks.Load().all {
 			d.SetKnownSince(max(d.KnownSince(), last+1))
 		}
 		_ = g.failLocked(r.damage)

@@ -81,7 +81,7 @@ type queued struct {
 }
 
 func (q *replayQueue) add(rec queued) error {
-	if id := rec.h.Disk; q.r.g.disk(id) == nil && rec.h.LSN > q.r.overlaid && rec.h.Kind != record.KindMarker && !slices.Contains(q.r.absent, id) {
+	if id := rec.h.Disk; !q.r.g.attached(id) && rec.h.LSN > q.r.overlaid && !rec.h.Kind.Note() && !slices.Contains(q.r.absent, id) {
 		q.r.absent = append(q.r.absent, id)
 	}
 	q.recs = append(q.recs, rec)
@@ -169,27 +169,23 @@ func (r *recovery) behind(f *segment.File, off int64) error {
 // replay takes a record up again: for the index, the overlay and the labels.
 func (r *recovery) replay(d *disk.Disk, f *segment.File, off int64, h *record.Header) error {
 	g := r.g
-	if h.Kind == record.KindMarker {
-		m, err := readMarker(f, off, h)
-		if errors.Is(err, record.ErrCorrupt) {
-			g.log.Error("a marker is damaged and is left out", zap.Uint64("lsn", uint64(h.LSN)), zap.Error(err))
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		g.append.labels[m.Label] = h.LSN
+	if h.Kind.Note() {
 		if h.Flags&record.FlagDiscontinuity != 0 && d != nil {
 			d.SetKnownSince(h.LSN)
 		}
 		if h.LSN > r.mark.LSN {
-			g.append.pend.markers = append(g.append.pend.markers, m)
+			err := r.note(f, off, h)
+			if errors.Is(err, record.ErrCorrupt) {
+				g.log.Error("a damaged record is left out", zap.Stringer("kind", h.Kind), zap.Uint64("lsn", uint64(h.LSN)), zap.Error(err))
+			} else if err != nil {
+				return err
+			}
 		}
 	} else {
 		if h.LSN > r.mark.LSN {
 			g.append.pend.entries = appendEntries(g.append.pend.entries, h, f.Number, off)
 		}
-		if h.LSN > r.overlaid && d != nil {
+		if h.LSN > r.overlaid && d != nil && d.Attached() {
 			g.append.weight += d.Insert(h, f.Number, off+int64(h.EncodedSize()))
 			var cost int64
 			if h.Kind != record.KindWrite {
@@ -209,10 +205,36 @@ func (r *recovery) replay(d *disk.Disk, f *segment.File, off int64, h *record.He
 	return nil
 }
 
-func readMarker(f *segment.File, off int64, h *record.Header) (record.Marker, error) {
+// note takes up what a record without an extent says, which the index does not have.
+func (r *recovery) note(f *segment.File, off int64, h *record.Header) error {
 	payload, err := f.VerifyPayload(off, *h, nil)
 	if err != nil {
-		return record.Marker{}, err
+		return err
 	}
-	return record.DecodeMarker(h.LSN, h.Time, payload)
+	a := &r.g.append
+	switch h.Kind {
+	case record.KindMarker:
+		m, err := record.DecodeMarker(h.LSN, h.Time, payload)
+		if err != nil {
+			return err
+		}
+		a.markers.set(m)
+		a.pend.markers = append(a.pend.markers, index.MarkerChange{Marker: m})
+	case record.KindAmend:
+		am, err := record.DecodeAmendment(payload)
+		if err != nil {
+			return err
+		}
+		if c, ok := a.markers.amend(am); ok {
+			a.pend.markers = append(a.pend.markers, c)
+		}
+	case record.KindDefine:
+		d, err := record.DecodeDefinition(h.LSN, payload)
+		if err != nil {
+			return err
+		}
+		a.definitions.set(d, h.LSN)
+		a.pend.definitions = append(a.pend.definitions, index.Definition{Definition: d, At: h.LSN})
+	}
+	return nil
 }

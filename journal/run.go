@@ -2,6 +2,7 @@ package journal
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -10,6 +11,31 @@ import (
 // tick is how often the background loops look whether something is due, beside
 // being told.
 const tick = 100 * time.Millisecond
+
+// loops are a group's background work.
+type loops struct {
+	sync.Mutex
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+}
+
+// startLoops begins the background work; stopLoops ends it and waits for that.
+func (g *Group) startLoops(ctx context.Context) {
+	g.loops.Lock()
+	defer g.loops.Unlock()
+	ctx, g.loops.cancel = context.WithCancel(ctx)
+	g.loops.wg.Go(func() { g.runCommits(ctx) })
+	g.loops.wg.Go(func() { g.runApplies(ctx) })
+}
+
+func (g *Group) stopLoops() {
+	g.loops.Lock()
+	defer g.loops.Unlock()
+	if g.loops.cancel != nil {
+		g.loops.cancel()
+		g.loops.wg.Wait()
+	}
+}
 
 // runCommits syncs and indexes until ctx ends.
 func (g *Group) runCommits(ctx context.Context) {

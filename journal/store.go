@@ -6,13 +6,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"go.uber.org/zap"
 
+	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
 	"github.com/tidemark-cdp/tidemark/journal/record"
@@ -45,12 +48,25 @@ type GroupConfig struct {
 
 // Store is a daemon's state directory, open.
 type Store struct {
-	dir    string
-	o      Options
-	lock   io.Closer
-	ix     *index.DB
-	groups []*Group
-	claims map[osfile.ID]string // the disk that each backing is of; Open's alone
+	dir  string
+	o    Options
+	lock io.Closer
+	ix   *index.DB
+
+	// joining serialises what adds and removes groups.
+	joining sync.Mutex
+	nextID  uint32 // of the next new group; joining held, or Open's alone
+
+	open struct {
+		sync.Mutex
+		groups []*Group // by name; not changed once others may see it
+		count  atomic.Int64
+		run    func(*Group) // begins a group's background work; nil while Run does not
+	}
+	claims struct {
+		sync.Mutex
+		disks map[osfile.ID]string // the disk that each backing is of
+	}
 
 	failed chan error // what the index can not go on after
 }
@@ -63,8 +79,9 @@ func Open(dir string, groups []GroupConfig, o Options) (*Store, error) {
 	if err := errors.Join(o.Validate(), validateGroups(groups)); err != nil {
 		return nil, err
 	}
-	s := &Store{dir: dir, o: o.withDefaults(len(groups)), claims: map[osfile.ID]string{}, failed: make(chan error, 1)}
-	if err := s.open(groups); err != nil {
+	s := &Store{dir: dir, o: o.withDefaults(len(groups)), failed: make(chan error, 1)}
+	s.claims.disks = map[osfile.ID]string{}
+	if err := s.openAll(groups); err != nil {
 		return nil, errors.Join(err, s.Abandon())
 	}
 	return s, nil
@@ -100,7 +117,7 @@ func validateGroups(groups []GroupConfig) error {
 	return errors.Join(errs...)
 }
 
-func (s *Store) open(groups []GroupConfig) error {
+func (s *Store) openAll(groups []GroupConfig) error {
 	fs := s.o.FS
 	if !s.o.ReadOnly {
 		if err := fs.MkdirAll(fs.PathJoin(s.dir, groupsName), 0o700); err != nil {
@@ -118,25 +135,101 @@ func (s *Store) open(groups []GroupConfig) error {
 	if err != nil {
 		return err
 	}
-	next, err := s.nextGroupID()
-	if err != nil {
+	if s.nextID, err = s.nextGroupID(); err != nil {
 		return err
 	}
+	s.open.count.Store(int64(len(groups)))
 	for _, gc := range groups {
-		g, err := s.openGroup(gc, next)
-		if err != nil {
-			return fmt.Errorf("open group %s: %w", gc.Name, err)
+		if _, err := s.addGroup(gc); err != nil {
+			return err
 		}
-		if g.id == next {
-			next++
-		}
-		s.groups = append(s.groups, g)
 	}
-	slices.SortFunc(s.groups, func(a, b *Group) int { return cmp.Compare(a.name, b.name) })
 	if s.o.ReadOnly {
 		return nil
 	}
 	return syncDirs(fs, fs.PathDir(s.dir), s.dir, fs.PathJoin(s.dir, groupsName))
+}
+
+// addGroup opens a group and lists it.
+func (s *Store) addGroup(gc GroupConfig) (*Group, error) {
+	g, err := s.openGroup(gc, s.nextID)
+	if err != nil {
+		return nil, fmt.Errorf("open group %s: %w", gc.Name, err)
+	}
+	if g.id == s.nextID {
+		s.nextID++
+	}
+	s.open.Lock()
+	defer s.open.Unlock()
+	s.setGroupsLocked(append(slices.Clone(s.open.groups), g))
+	return g, nil
+}
+
+func (s *Store) setGroupsLocked(groups []*Group) {
+	slices.SortFunc(groups, func(a, b *Group) int { return cmp.Compare(a.name, b.name) })
+	s.open.groups = groups
+	s.open.count.Store(int64(len(groups)))
+}
+
+// AddGroup opens or makes a group beside those that are open.
+func (s *Store) AddGroup(gc GroupConfig) error {
+	if err := validateGroups([]GroupConfig{gc}); err != nil {
+		return err
+	}
+	s.joining.Lock()
+	defer s.joining.Unlock()
+	if _, err := s.Group(gc.Name); err == nil {
+		return fmt.Errorf("group %s is open already", gc.Name)
+	}
+	g, err := s.addGroup(gc)
+	if err != nil {
+		return err
+	}
+	if err := syncDirs(s.o.FS, s.o.FS.PathJoin(s.dir, groupsName)); err != nil {
+		return err
+	}
+	s.open.Lock()
+	defer s.open.Unlock()
+	if s.open.run != nil {
+		s.open.run(g)
+	}
+	return nil
+}
+
+// RemoveGroup applies and closes a group. Its journal stays where it is. ErrInUse while anybody
+// has a disk of it open.
+func (s *Store) RemoveGroup(name string) (err error) {
+	s.joining.Lock()
+	defer s.joining.Unlock()
+	g, err := s.Group(name)
+	if err != nil {
+		return err
+	}
+	g.joining.Lock()
+	defer g.joining.Unlock()
+	var left []*disk.Disk
+	defer func() {
+		if err != nil {
+			g.stay(left)
+		}
+	}()
+	for _, d := range g.Disks() {
+		if err := g.leave(d); err != nil {
+			return err
+		}
+		left = append(left, d)
+	}
+	if err := g.settle(); err != nil {
+		return fmt.Errorf("close group %s: %w", name, err)
+	}
+	s.open.Lock()
+	s.setGroupsLocked(slices.DeleteFunc(slices.Clone(s.open.groups), func(o *Group) bool { return o == g }))
+	s.open.Unlock()
+	g.stopLoops()
+	for _, d := range left {
+		s.release(g.name + "/" + d.Name)
+	}
+	return g.closeFiles()
 }
 
 // claim notes that an open backing is a disk's: under whatever paths, it can be one disk's only.
@@ -145,11 +238,20 @@ func (s *Store) claim(f vfs.File, disk string) error {
 	if err != nil || !ok {
 		return err
 	}
-	if other, taken := s.claims[id]; taken {
+	s.claims.Lock()
+	defer s.claims.Unlock()
+	if other, taken := s.claims.disks[id]; taken {
 		return fmt.Errorf("it is the backing of disk %s too", other)
 	}
-	s.claims[id] = disk
+	s.claims.disks[id] = disk
 	return nil
+}
+
+// release takes a claim back.
+func (s *Store) release(disk string) {
+	s.claims.Lock()
+	defer s.claims.Unlock()
+	maps.DeleteFunc(s.claims.disks, func(_ osfile.ID, owner string) bool { return owner == disk })
 }
 
 // syncDirs makes the names in directories durable.
@@ -193,11 +295,15 @@ func (s *Store) nextGroupID() (uint32, error) {
 }
 
 // Groups are the open groups by name. The slice must not be changed.
-func (s *Store) Groups() []*Group { return s.groups }
+func (s *Store) Groups() []*Group {
+	s.open.Lock()
+	defer s.open.Unlock()
+	return s.open.groups
+}
 
 // Group finds an open group by name.
 func (s *Store) Group(name string) (*Group, error) {
-	for _, g := range s.groups {
+	for _, g := range s.Groups() {
 		if g.name == name {
 			return g, nil
 		}
@@ -214,14 +320,20 @@ func (s *Store) IndexBytes() int64 { return s.ix.Size() }
 func (s *Store) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	var wg sync.WaitGroup
-	for _, g := range s.groups {
-		wg.Go(func() { g.runCommits(ctx) })
-		wg.Go(func() { g.runApplies(ctx) })
+	s.open.Lock()
+	s.open.run = func(g *Group) { g.startLoops(ctx) }
+	for _, g := range s.open.groups {
+		s.open.run(g)
 	}
+	s.open.Unlock()
 	select {
 	case <-ctx.Done():
-		wg.Wait()
+		s.open.Lock()
+		s.open.run = nil
+		s.open.Unlock()
+		for _, g := range s.Groups() {
+			g.stopLoops()
+		}
 		return nil
 	case err := <-s.failed:
 		return err // the loops may hang in the index for ever
@@ -239,7 +351,7 @@ const (
 // soon after finds little to do. Errors are the groups' state.
 func (s *Store) CatchUp() {
 	var wg sync.WaitGroup
-	for _, g := range s.groups {
+	for _, g := range s.Groups() {
 		wg.Go(func() {
 			for n := 0; n < catchUpRounds && g.unapplied.Load() > caughtUp; n++ {
 				if err := g.Apply(); err != nil {
@@ -256,7 +368,7 @@ func (s *Store) CatchUp() {
 // may be in use. Backings then are what a guest would find without Tidemark.
 func (s *Store) Close() error {
 	var errs []error
-	for _, g := range s.groups {
+	for _, g := range s.Groups() {
 		if err := g.settle(); err != nil {
 			errs = append(errs, fmt.Errorf("close group %s: %w", g.name, err))
 		}
@@ -268,10 +380,12 @@ func (s *Store) Close() error {
 // Open recovers. What the index has not flushed is lost, as it would be.
 func (s *Store) Abandon() error {
 	var errs []error
-	for _, g := range s.groups {
+	for _, g := range s.Groups() {
 		errs = append(errs, g.closeFiles())
 	}
-	s.groups = nil
+	s.open.Lock()
+	s.setGroupsLocked(nil)
+	s.open.Unlock()
 	if s.ix != nil {
 		errs = append(errs, s.ix.Close())
 		s.ix = nil

@@ -210,7 +210,7 @@ func (v *verifier) index() error {
 
 // blockLen is the length of block i of an entry's unit: the last of a disk may be short.
 func (v *verifier) blockLen(e index.Entry, i int) int64 {
-	for _, t := range v.g.table {
+	for _, t := range v.g.disks.Load().table {
 		if t.ID == e.Disk {
 			return min(record.BlockSize, t.Size-(e.Unit.First()+int64(i))*record.BlockSize)
 		}

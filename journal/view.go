@@ -18,20 +18,30 @@ type View struct {
 	d   *disk.Disk
 	lsn record.LSN
 
-	closed sync.Once
+	release func() // of the disk
+	closed  sync.Once
 }
 
 // View opens a disk as of an LSN between Horizon and Head. It reads nothing of
 // the disk.
 func (g *Group) View(d *disk.Disk, lsn record.LSN) (*View, error) {
+	if lsn < d.Added {
+		return nil, &PointError{Group: g.name, Point: fmt.Sprintf("lsn:%d", lsn), Why: fmt.Sprintf("disk %s came to the group at LSN %d", d.Name, d.Added), Horizon: g.Horizon(), Head: g.Head()}
+	}
+	release, err := g.Use(d)
+	if err != nil {
+		return nil, err
+	}
 	if err := g.pin(lsn); err != nil {
+		release()
 		return nil, err
 	}
 	if err := g.indexTo(lsn); err != nil {
 		g.unpin(lsn)
+		release()
 		return nil, fmt.Errorf("open disk %s/%s as of LSN %d: %w", g.name, d.Name, lsn, err)
 	}
-	return &View{g: g, d: d, lsn: lsn}, nil
+	return &View{g: g, d: d, lsn: lsn, release: release}, nil
 }
 
 // pin keeps the history from lsn on.
@@ -65,7 +75,10 @@ func (v *View) Size() int64 { return v.d.Size }
 
 // Close lets go of the view's history.
 func (v *View) Close() {
-	v.closed.Do(func() { v.g.unpin(v.lsn) })
+	v.closed.Do(func() {
+		v.g.unpin(v.lsn)
+		v.release()
+	})
 }
 
 // viewStep is how many blocks are looked up at once.

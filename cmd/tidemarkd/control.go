@@ -96,7 +96,7 @@ func (c *control) status(*http.Request) (any, error) {
 			a.Error = why.Error()
 		}
 		for _, d := range g.Disks() {
-			a.Disks = append(a.Disks, api.Disk{Name: d.Name, Size: d.Size, Backing: d.Path})
+			a.Disks = append(a.Disks, api.Disk{Name: d.Name, Size: d.Size, Backing: d.Path()})
 		}
 		s.Groups = append(s.Groups, a)
 	}
@@ -121,7 +121,7 @@ func (c *control) mark(r *http.Request) (any, error) {
 	if err := record.CheckLabel(req.Label); err != nil {
 		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
 	}
-	m, err := g.Mark(req.Label, req.By)
+	m, err := g.Mark(record.Marker{Label: req.Label, By: req.By})
 	if err != nil {
 		return nil, err
 	}

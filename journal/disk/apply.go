@@ -58,7 +58,11 @@ func (d *Disk) Apply(progress func(done float64) error) error {
 	if l == nil {
 		return errNoFrozen
 	}
-	a := applier{d: d, l: l, buf: make([]byte, bufBlocks*record.BlockSize), progress: progress}
+	b, err := d.attached()
+	if err != nil {
+		return err
+	}
+	a := applier{d: d, backing: b, l: l, buf: make([]byte, bufBlocks*record.BlockSize), progress: progress}
 	defer a.release()
 	if err := a.chunks(); err != nil {
 		return err
@@ -78,12 +82,13 @@ func (d *Disk) Drop() {
 
 // applier takes blocks to the backing, a step at a time.
 type applier struct {
-	d      *Disk
-	l      *layer
-	blocks []int64 // of the step, ascending
-	places []place
-	buf    []byte
-	file   *segment.File // the last one read, with a reference
+	d       *Disk
+	backing *backing
+	l       *layer
+	blocks  []int64 // of the step, ascending
+	places  []place
+	buf     []byte
+	file    *segment.File // the last one read, with a reference
 
 	progress func(done float64) error
 	from, to float64 // the step's part of the layer
@@ -160,7 +165,7 @@ func (a *applier) addZeroes(first, n int64, p place) error {
 		return nil
 	}
 	for ext.Len > 0 {
-		run, hole := osfile.Run(a.d.backing, ext.Off, ext.Len)
+		run, hole := osfile.Run(a.backing.File, ext.Off, ext.Len)
 		if hole && run < ext.Len {
 			run &^= record.BlockSize - 1
 			if hole = run > 0; !hole {
@@ -273,8 +278,8 @@ func (a *applier) write(i, n int) error {
 		}
 		k += m
 	}
-	if _, err := a.d.backing.WriteAt(buf, ext.Off); err != nil {
-		return fmt.Errorf("write backing %s of disk %s at %d: %w", a.d.Path, a.d.Name, ext.Off, err)
+	if _, err := a.backing.WriteAt(buf, ext.Off); err != nil {
+		return fmt.Errorf("write backing %s of disk %s at %d: %w", a.backing.path, a.d.Name, ext.Off, err)
 	}
 	return nil
 }
@@ -310,9 +315,9 @@ func (a *applier) read(dst []byte, i int) error {
 func (a *applier) zero(i, n int) error {
 	ext := a.extent(i, n)
 	if a.places[i].off == 1 {
-		ok, err := osfile.PunchHole(a.d.backing, ext.Off, ext.Len)
+		ok, err := osfile.PunchHole(a.backing.File, ext.Off, ext.Len)
 		if err != nil {
-			return fmt.Errorf("trim backing %s of disk %s at %d: %w", a.d.Path, a.d.Name, ext.Off, err)
+			return fmt.Errorf("trim backing %s of disk %s at %d: %w", a.backing.path, a.d.Name, ext.Off, err)
 		}
 		if ok {
 			return nil
@@ -321,8 +326,8 @@ func (a *applier) zero(i, n int) error {
 	clear(a.buf)
 	for ext.Len > 0 {
 		part := a.buf[:min(ext.Len, int64(len(a.buf)))]
-		if _, err := a.d.backing.WriteAt(part, ext.Off); err != nil {
-			return fmt.Errorf("write backing %s of disk %s at %d: %w", a.d.Path, a.d.Name, ext.Off, err)
+		if _, err := a.backing.WriteAt(part, ext.Off); err != nil {
+			return fmt.Errorf("write backing %s of disk %s at %d: %w", a.backing.path, a.d.Name, ext.Off, err)
 		}
 		ext.Off, ext.Len = ext.Off+int64(len(part)), ext.Len-int64(len(part))
 	}

@@ -27,14 +27,15 @@ type Journal interface {
 	CommitOriginals(d *Disk, pages map[int64][]byte) error
 }
 
-// Disk is one disk of a group with its backing.
+// Disk is one disk of a group with its backing. A disk that was removed from its group is
+// without one until it comes back.
 type Disk struct {
-	ID   record.DiskID
-	Name string
-	Size int64 // bytes
-	Path string
+	ID    record.DiskID
+	Name  string
+	Size  int64      // bytes
+	Added record.LSN // the disk has no past before
 
-	backing  vfs.File
+	backing  atomic.Pointer[backing] // nil: detached
 	journal  Journal
 	captured bitmap
 	since    atomic.Uint64 // LSN, see KnownSince
@@ -46,31 +47,71 @@ type Disk struct {
 	}
 }
 
-// New makes a disk on an open backing, which the disk owns from then on. The
-// backing is what the journal last left there; the overlay is empty.
-func New(id record.DiskID, name, path string, size int64, backing vfs.File, j Journal) *Disk {
-	d := &Disk{ID: id, Name: name, Size: size, Path: path, backing: backing, journal: j}
+type backing struct {
+	vfs.File
+	path string
+}
+
+// ErrDetached is wrapped by what needs the backing of a disk that has none.
+var ErrDetached = errors.New("disk was removed from its group")
+
+// New makes a disk without a backing; the overlay is empty.
+func New(id record.DiskID, name string, size int64, added record.LSN, j Journal) *Disk {
+	d := &Disk{ID: id, Name: name, Size: size, Added: added, journal: j}
 	d.captured.pages = map[int64]*[pageBytes]byte{}
 	d.mu.active = newLayer()
 	return d
 }
 
+// Attach gives the disk its open backing, which the disk owns from then on. The backing is what
+// the journal last left there.
+func (d *Disk) Attach(f vfs.File, path string) { d.backing.Store(&backing{f, path}) }
+
+// Detach closes the backing. Everything is applied, and nobody uses the disk.
+func (d *Disk) Detach() error {
+	if b := d.backing.Swap(nil); b != nil {
+		return b.Close()
+	}
+	return nil
+}
+
+// Attached reports whether the disk has a backing.
+func (d *Disk) Attached() bool { return d.backing.Load() != nil }
+
+// Path is where the backing is; empty if there is none.
+func (d *Disk) Path() string {
+	if b := d.backing.Load(); b != nil {
+		return b.path
+	}
+	return ""
+}
+
+// attached is the backing, or why there is none.
+func (d *Disk) attached() (*backing, error) {
+	b := d.backing.Load()
+	if b == nil {
+		return nil, fmt.Errorf("disk %s: %w", d.Name, ErrDetached)
+	}
+	return b, nil
+}
+
 // Replaced reports whether the backing's path leads to another file than the one that
 // is open, or to none: what is applied does not reach it.
 func (d *Disk) Replaced() (bool, error) {
-	id, ok, err := osfile.Identify(d.backing)
+	b, err := d.attached()
+	if err != nil {
+		return false, err
+	}
+	id, ok, err := osfile.Identify(b.File)
 	if err != nil || !ok {
 		return false, err
 	}
-	now, err := osfile.IdentifyPath(d.Path)
+	now, err := osfile.IdentifyPath(b.path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return true, nil
 	}
 	return now != id, err
 }
-
-// Close closes the backing.
-func (d *Disk) Close() error { return d.backing.Close() }
 
 // BlockLen is the length of a block in bytes: short for the last one of a
 // disk that is not whole blocks.
@@ -193,11 +234,15 @@ func (d *Disk) ReadAt(p []byte, off int64, nowait bool) error {
 const maxRetries = 16
 
 func (d *Disk) readBacking(p []byte, off int64, nowait bool) error {
-	if err := osfile.ReadFull(d.backing, p, off, nowait); err != nil {
+	b, err := d.attached()
+	if err != nil {
+		return err
+	}
+	if err := osfile.ReadFull(b.File, p, off, nowait); err != nil {
 		if err == osfile.ErrWouldBlock {
 			return err
 		}
-		return fmt.Errorf("read backing %s of disk %s: %w", d.Path, d.Name, err)
+		return fmt.Errorf("read backing %s of disk %s: %w", b.path, d.Name, err)
 	}
 	return nil
 }
@@ -300,8 +345,13 @@ func (d *Disk) Extents(ext record.Extent, fn func(n int64, zero bool)) error {
 // BackingExtents is Extents of the backing itself. What the file system can
 // not tell is data.
 func (d *Disk) BackingExtents(ext record.Extent, fn func(n int64, zero bool)) {
+	b, err := d.attached()
+	if err != nil {
+		fn(ext.Len, false)
+		return
+	}
 	for ext.Len > 0 {
-		n, hole := osfile.Run(d.backing, ext.Off, ext.Len)
+		n, hole := osfile.Run(b.File, ext.Off, ext.Len)
 		fn(n, hole)
 		ext.Off, ext.Len = ext.Off+n, ext.Len-n
 	}
@@ -310,8 +360,12 @@ func (d *Disk) BackingExtents(ext record.Extent, fn func(n int64, zero bool)) {
 // InBacking is how long a run from the start of an extent of whole blocks is, also of whole blocks, of which
 // the backing holds not many more than most bytes that are no hole; data is how many.
 func (d *Disk) InBacking(ext record.Extent, most int64) (n, data int64) {
+	b, err := d.attached()
+	if err != nil {
+		return ext.Len, 0 // nothing is applied to it
+	}
 	for n < ext.Len && data < most {
-		run, hole := osfile.Run(d.backing, ext.Off+n, ext.Len-n)
+		run, hole := osfile.Run(b.File, ext.Off+n, ext.Len-n)
 		if !hole {
 			run = min(run, most-data)
 			data += run
@@ -326,8 +380,12 @@ func (d *Disk) InBacking(ext record.Extent, most int64) (n, data int64) {
 
 // SyncBacking makes what Apply wrote durable.
 func (d *Disk) SyncBacking() error {
-	if err := d.backing.SyncData(); err != nil {
-		return fmt.Errorf("sync backing %s of disk %s: %w", d.Path, d.Name, err)
+	b := d.backing.Load()
+	if b == nil {
+		return nil // it was synced before it was detached
+	}
+	if err := b.SyncData(); err != nil {
+		return fmt.Errorf("sync backing %s of disk %s: %w", b.path, d.Name, err)
 	}
 	return nil
 }

@@ -237,8 +237,21 @@ func (b *Batch) DropTimes(unixNano int64) error {
 	return b.b.DeleteRange(start, end, nil)
 }
 
-// AddMarker adds a marker.
-func (b *Batch) AddMarker(m record.Marker) error {
+// MarkerChange is what a record did to a marker.
+type MarkerChange struct {
+	record.Marker
+	Deleted bool
+}
+
+// ChangeMarker adds a marker, puts it in the place of what it was, or removes it.
+func (b *Batch) ChangeMarker(c MarkerChange) error {
+	if c.Deleted {
+		return b.DeleteMarker(c.Marker)
+	}
+	return b.setMarker(c.Marker)
+}
+
+func (b *Batch) setMarker(m record.Marker) error {
 	b.key = binary.BigEndian.AppendUint64(appendTable(b.key[:0], b.g.id, tableMarker), uint64(m.LSN))
 	b.val = binary.BigEndian.AppendUint64(b.val[:0], uint64(m.Time.UnixNano()))
 	b.val = m.Append(b.val)
@@ -264,6 +277,66 @@ func (g *Group) Markers(from record.LSN, fn func(record.Marker) (bool, error)) e
 		}
 		return fn(m)
 	})
+}
+
+// Definition is a definition and the newest record that holds it.
+type Definition struct {
+	record.Definition
+	At record.LSN
+}
+
+func appendDefinedKey(dst []byte, group uint32, name string, since record.LSN) []byte {
+	dst = binary.BigEndian.AppendUint64(appendTable(dst, group, tableDefined), uint64(since))
+	return append(dst, name...)
+}
+
+// SetDefinition adds a definition, or puts it in the place of the one with its name and LSN.
+func (b *Batch) SetDefinition(d Definition) error {
+	b.key = appendDefinedKey(b.key[:0], b.g.id, d.Name, d.Since)
+	b.val = binary.BigEndian.AppendUint64(b.val[:0], uint64(d.At))
+	b.val = d.Append(b.val)
+	return b.b.Set(b.key, b.val, nil)
+}
+
+// DeleteDefinition removes a definition.
+func (b *Batch) DeleteDefinition(name string, since record.LSN) error {
+	b.key = appendDefinedKey(b.key[:0], b.g.id, name, since)
+	return b.b.Delete(b.key, nil)
+}
+
+func decodeDefinition(v []byte) (Definition, error) {
+	if len(v) < 8 {
+		return Definition{}, fmt.Errorf("%w: definition entry of %d bytes", record.ErrCorrupt, len(v))
+	}
+	at := record.LSN(binary.BigEndian.Uint64(v))
+	d, err := record.DecodeDefinition(at, v[8:])
+	return Definition{Definition: d, At: at}, err
+}
+
+// Definitions calls fn with the group's definitions by ascending LSN and name.
+func (g *Group) Definitions(fn func(Definition) error) error {
+	return g.scan(tableDefined, nil, func(_, v []byte) (bool, error) {
+		d, err := decodeDefinition(v)
+		if err != nil {
+			return false, err
+		}
+		return true, fn(d)
+	})
+}
+
+// Definition reads the definition of that name in force from since on.
+func (g *Group) Definition(name string, since record.LSN) (d record.Definition, err error) {
+	found := false
+	err = g.get(appendDefinedKey(nil, g.id, name, since), func(v []byte) error {
+		found = true
+		full, err := decodeDefinition(v)
+		d = full.Definition
+		return err
+	})
+	if err == nil && !found {
+		err = fmt.Errorf("%w: the index lacks what LSN %d defines", record.ErrCorrupt, since)
+	}
+	return d, err
 }
 
 // SetCaptured stores a page of a disk's captured bitmap.

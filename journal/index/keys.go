@@ -15,7 +15,8 @@ import (
 //	table      rest of the key                                value
 //	v version  disk (4) class (1) unit (8) inverted LSN (8)   Version
 //	k classes  disk (4)                                       mask of the classes in use (1)
-//	m marker   LSN (8)                                        time (8), marker payload
+//	m marker   LSN (8)                                        time (8), marker payload as amended
+//	d defined  since, LSN (8), name                           LSN of the newest record (8), definition payload
 //	t time     time (8) LSN (8)                               file (4) offset (4)
 //	w watermark                                               Watermark
 //	c captured disk (4) page (8)                              bitmap page
@@ -27,6 +28,7 @@ const (
 	tableVersion   = 'v'
 	tableClasses   = 'k'
 	tableMarker    = 'm'
+	tableDefined   = 'd'
 	tableTime      = 't'
 	tableWatermark = 'w'
 	tableCaptured  = 'c'

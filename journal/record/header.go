@@ -22,6 +22,8 @@ const (
 	KindMarker   Kind = 4 // payload is a Marker; no extent
 	KindOriginal Kind = 5 // payload is what an extent held before; originals log only
 	KindHole     Kind = 6 // an original that was all zeroes; no payload; originals log only
+	KindAmend    Kind = 7 // payload is an Amendment; no extent
+	KindDefine   Kind = 8 // payload is a Definition; no extent
 )
 
 func (k Kind) String() string {
@@ -38,9 +40,16 @@ func (k Kind) String() string {
 		return "original"
 	case KindHole:
 		return "hole"
+	case KindAmend:
+		return "amendment"
+	case KindDefine:
+		return "definition"
 	}
 	return fmt.Sprintf("kind(%d)", uint8(k))
 }
+
+// Note reports whether records of the kind change no disk: they have a payload and no extent.
+func (k Kind) Note() bool { return k == KindMarker || k == KindAmend || k == KindDefine }
 
 // Flags of a record. Values are on disk: never renumber.
 const (
@@ -58,7 +67,7 @@ type Header struct {
 	LSN     LSN    // of the record; of an original: views below it need the original
 	Time    int64  // Unix nanoseconds, never less than the record's before it
 	Durable LSN    // durable when this was written; of an original: its version's LSN
-	Extent  Extent // whole blocks of Disk; empty for markers
+	Extent  Extent // whole blocks of Disk; empty for notes
 	Disk    DiskID
 	Kind    Kind
 	Flags   uint8
@@ -235,7 +244,7 @@ func (h *Header) check() error {
 		if h.Payload != 0 || h.Extent.Len == 0 {
 			return bad("takes an extent and no payload")
 		}
-	case KindMarker:
+	case KindMarker, KindAmend, KindDefine:
 		if h.Extent != (Extent{}) || h.Payload == 0 {
 			return bad("takes a payload and no extent")
 		}

@@ -74,15 +74,58 @@ func TestDecodeRefusesWhatNoEncoderWrites(t *testing.T) {
 }
 
 func TestMarkerRoundTrip(t *testing.T) {
-	m := Marker{LSN: 4, Time: time.Unix(5, 6).UTC(), Label: "before upgrade ü", Consistency: Application, By: "user"}
+	m := Marker{
+		LSN: 4, Time: time.Unix(5, 6).UTC(), Label: "before upgrade ü", Description: "und mehr", Asked: Application, Consistency: Crash,
+		By: "user:root", Frozen: 7 * time.Millisecond, Note: "the guest did not freeze", Pinned: true, OrCrash: true,
+	}
 	got, err := DecodeMarker(4, m.Time.UnixNano(), m.Append(nil))
 	require.NoError(t, err)
 	require.Equal(t, m, got)
 	b := m.Append(nil)
-	b[0] = 2
+	for n := range b {
+		_, err := DecodeMarker(4, 0, b[:n])
+		require.ErrorIs(t, err, ErrCorrupt)
+	}
+	b[0] = 3
 	_, err = DecodeMarker(4, 0, b)
-	require.ErrorContains(t, err, "version 2")
+	require.ErrorContains(t, err, "version 3")
 	require.NotErrorIs(t, err, ErrCorrupt)
+	old := []byte("\x01\x02\x02\x04m1user")
+	got, err = DecodeMarker(4, 5, old)
+	require.NoError(t, err)
+	require.Equal(t, Marker{LSN: 4, Time: time.Unix(0, 5).UTC(), Label: "m1", Asked: Filesystem, Consistency: Filesystem, By: "user"}, got)
+}
+
+func TestAmendmentRoundTrip(t *testing.T) {
+	m := Marker{LSN: 9, Label: "l", Asked: Crash, Consistency: Crash, By: "user", Description: "d"}
+	for _, a := range []Amendment{{Target: 9, Marker: m}, {Target: 9, Deleted: true}} {
+		b := a.Append(nil)
+		got, err := DecodeAmendment(b)
+		require.NoError(t, err)
+		require.Equal(t, a, got)
+		b[0] = 2
+		_, err = DecodeAmendment(b)
+		require.ErrorContains(t, err, "version 2")
+		_, err = DecodeAmendment(b[:15])
+		require.ErrorIs(t, err, ErrCorrupt)
+	}
+}
+
+func TestDefinitionRoundTrip(t *testing.T) {
+	d := Definition{Name: "web01", Since: 7, Time: time.Unix(1, 2).UTC(), Content: []byte("<domain/>")}
+	got, err := DecodeDefinition(9, d.Append(nil))
+	require.NoError(t, err)
+	require.Equal(t, d, got)
+	_, err = DecodeDefinition(6, d.Append(nil))
+	require.ErrorIs(t, err, ErrCorrupt, "in force after its record")
+	d.Since = 0
+	got, err = DecodeDefinition(9, d.Append(nil))
+	require.NoError(t, err)
+	require.EqualValues(t, 9, got.Since)
+	for n := range definitionFixed + len(d.Name) {
+		_, err = DecodeDefinition(9, d.Append(nil)[:n])
+		require.ErrorIs(t, err, ErrCorrupt)
+	}
 }
 
 func TestParsePoint(t *testing.T) {

@@ -32,6 +32,10 @@ type Disk struct {
 	ID   record.DiskID
 	Name string
 	Size int64 // bytes
+	// Added is the head when the disk came to the group: it has no past before.
+	Added record.LSN
+	// Removed is the head when the disk left the group; 0 while it is in it. Its history stays.
+	Removed record.LSN
 }
 
 // Header is the head of a file: what must be known to replay it alone.
@@ -51,19 +55,19 @@ type Header struct {
 
 const (
 	fileMagic      = "TIDESEG\n"
-	version        = 1
+	version        = 2
 	headerUnit     = 4096
 	headerFixed    = 88
 	maxHeaderSize  = 1 << 20
 	maxDisks       = 4096
-	diskFixedBytes = 4 + 8 + 1
+	diskFixedBytes = 4 + 8 + 8 + 8 + 1
 )
 
 // encode makes the head of a file, a multiple of 4096 bytes:
 //
 //	offset size field
 //	  0     8   magic, "TIDESEG\n"
-//	  8     4   format version, 1
+//	  8     4   format version, 2
 //	 12     4   length of the header, bytes
 //	 16     4   CRC-32C of byte 20 to the header's end
 //	 20     4   kind
@@ -77,9 +81,11 @@ const (
 //	 64     8   created, Unix nanoseconds
 //	 72     8   applied LSN
 //	 80     1   length of the group's name, then 7 zeroes
-//	 88     …   group's name; then for each disk: id (4), size (8), length of
-//	            its name (1), name
+//	 88     …   group's name; then for each disk: id (4), size (8), added LSN (8),
+//	            removed LSN (8), length of its name (1), name
 //	  …     …   zeroes
+//
+// In version 1 disks had no added and removed LSN, and the log no amendments and definitions.
 //
 // Magic, version and length stand before the checksum so that a newer
 // version is known for what it is, however the rest of it looks.
@@ -103,6 +109,8 @@ func (h *Header) encode() []byte {
 	for _, d := range h.Disks {
 		b = le.AppendUint32(b, uint32(d.ID))
 		b = le.AppendUint64(b, uint64(d.Size))
+		b = le.AppendUint64(b, uint64(d.Added))
+		b = le.AppendUint64(b, uint64(d.Removed))
 		b = append(b, byte(len(d.Name)))
 		b = append(b, d.Name...)
 	}
@@ -118,7 +126,7 @@ func headerLen(b []byte) (int, error) {
 	if len(b) < 16 || string(b[:8]) != fileMagic {
 		return 0, fmt.Errorf("%w: not a Tidemark segment", record.ErrCorrupt)
 	}
-	if v := le.Uint32(b[8:]); v != version {
+	if v := le.Uint32(b[8:]); v != version && v != 1 {
 		return 0, fmt.Errorf("segment: %w %d: this program knows %d; use a newer one", ErrVersion, v, version)
 	}
 	n := le.Uint32(b[12:])
@@ -162,19 +170,26 @@ func DecodeHeader(b []byte) (Header, error) {
 		return Header{}, fmt.Errorf("%w: segment header: group's name of %d bytes", record.ErrCorrupt, nameLen)
 	}
 	h.Name, rest = string(rest[:nameLen]), rest[nameLen:]
-	h.Disks, err = decodeDisks(rest, int(disks))
+	h.Disks, err = decodeDisks(rest, int(disks), le.Uint32(b[8:]))
 	return h, err
 }
 
-func decodeDisks(b []byte, n int) ([]Disk, error) {
+func decodeDisks(b []byte, n int, version uint32) ([]Disk, error) {
 	le := binary.LittleEndian
+	fixed := diskFixedBytes
+	if version == 1 {
+		fixed -= 16
+	}
 	var disks []Disk
 	for i := range n {
-		if len(b) < diskFixedBytes || len(b) < diskFixedBytes+int(b[12]) {
+		if len(b) < fixed || len(b) < fixed+int(b[fixed-1]) {
 			return nil, fmt.Errorf("%w: segment header: disk table ends in entry %d of %d", record.ErrCorrupt, i, n)
 		}
-		end := diskFixedBytes + int(b[12])
-		d := Disk{ID: record.DiskID(le.Uint32(b)), Size: int64(le.Uint64(b[4:])), Name: string(b[diskFixedBytes:end])}
+		end := fixed + int(b[fixed-1])
+		d := Disk{ID: record.DiskID(le.Uint32(b)), Size: int64(le.Uint64(b[4:])), Name: string(b[fixed:end])}
+		if version > 1 {
+			d.Added, d.Removed = record.LSN(le.Uint64(b[12:])), record.LSN(le.Uint64(b[20:]))
+		}
 		if d.Size < 0 || d.Size > record.MaxDiskSize {
 			return nil, fmt.Errorf("%w: segment header: disk %q of %d bytes", record.ErrCorrupt, d.Name, d.Size)
 		}

@@ -55,7 +55,7 @@ func TestHeaderOfAFile(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, h, got)
 	b := h.encode()
-	b[8] = 2
+	b[8] = 3
 	_, err = DecodeHeader(b)
 	require.ErrorIs(t, err, ErrVersion)
 	require.NotErrorIs(t, err, record.ErrCorrupt)

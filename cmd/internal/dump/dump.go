@@ -88,6 +88,9 @@ type (
 		ID   record.DiskID `json:"id"`
 		Name string        `json:"name"`
 		Size int64         `json:"size"`
+
+		Added   record.LSN `json:"added"`
+		Removed record.LSN `json:"removed,omitempty"`
 	}
 	entry struct {
 		Path    string        `json:"path"`

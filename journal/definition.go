@@ -1,0 +1,178 @@
+package journal
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/tidemark-cdp/tidemark/journal/index"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// definition is what is known of a definition without its content, which is in the index.
+type definition struct {
+	name  string
+	since record.LSN // in force from here on
+	at    record.LSN // the newest record that holds it, at or above since
+	time  time.Time
+	gone  bool
+	sum   [sha256.Size]byte
+}
+
+// definitions are a group's definitions by ascending since, of all names.
+type definitions []definition
+
+func (t *definitions) set(d record.Definition, at record.LSN) {
+	i, ok := slices.BinarySearchFunc(*t, d, func(have definition, d record.Definition) int {
+		return cmp.Or(cmp.Compare(have.since, d.Since), cmp.Compare(have.name, d.Name))
+	})
+	def := definition{name: d.Name, since: d.Since, at: at, time: d.Time, gone: d.Gone, sum: sha256.Sum256(d.Content)}
+	if ok {
+		(*t)[i] = def
+	} else {
+		*t = slices.Insert(*t, i, def)
+	}
+}
+
+// inForce are the newest definitions of each name at an LSN, those that are gone too.
+func (t definitions) inForce(at record.LSN) map[string]definition {
+	found := map[string]definition{}
+	for _, d := range t {
+		if d.since <= at {
+			found[d.name] = d
+		}
+	}
+	return found
+}
+
+// superseded are those that no LSN from the horizon on finds in force.
+func (t definitions) superseded(horizon record.LSN) (old []definition) {
+	newest := t.inForce(horizon)
+	for _, d := range t {
+		if d.since <= horizon && (newest[d.name].since != d.since || d.gone) {
+			old = append(old, d)
+		}
+	}
+	return old
+}
+
+// Define journals what a guest is defined as from now on, unless it is that already; it reports
+// which. name is of the form of [record.CheckName]. It is durable when Define returns. The slice is not kept.
+func (g *Group) Define(name string, content []byte) (changed bool, err error) {
+	if len(content) > record.MaxDefinition {
+		return false, fmt.Errorf("definition %s of group %s has %d bytes: at most %d are journaled", name, g.name, len(content), record.MaxDefinition)
+	}
+	return g.define(record.Definition{Name: name, Content: content})
+}
+
+// Undefine journals that there is no definition of that name any more, if there was one.
+func (g *Group) Undefine(name string) (changed bool, err error) {
+	return g.define(record.Definition{Name: name, Gone: true})
+}
+
+func (g *Group) define(d record.Definition) (changed bool, err error) {
+	if err := record.CheckName(d.Name); err != nil {
+		return false, fmt.Errorf("definition: %w", err)
+	}
+	var at record.LSN
+	err = g.admittedNote(func() error {
+		was, ok := g.append.definitions.inForce(record.MaxLSN)[d.Name]
+		if (ok && !was.gone) == !d.Gone && (d.Gone || was.sum == sha256.Sum256(d.Content)) {
+			return nil
+		}
+		at, err = g.defineLocked(d)
+		return err
+	})
+	if err != nil || at == 0 {
+		return false, err
+	}
+	return true, g.syncTo(at)
+}
+
+// defineLocked journals a definition: from now on, or, if it says since when, again.
+func (g *Group) defineLocked(d record.Definition) (record.LSN, error) {
+	a := &g.append
+	h, err := g.appendNoteLocked(record.KindDefine, 0, 0, func(lsn record.LSN, now time.Time) []byte {
+		if d.Since == 0 {
+			d.Since, d.Time = lsn, now
+		}
+		return d.Append(nil)
+	})
+	if err != nil {
+		return 0, err
+	}
+	a.definitions.set(d, h.LSN)
+	d.Content = slices.Clone(d.Content)
+	a.pend.definitions = append(a.pend.definitions, index.Definition{Definition: d, At: h.LSN})
+	return h.LSN, nil
+}
+
+// Definitions returns what was in force at an LSN of the window, by name.
+func (g *Group) Definitions(at record.LSN) ([]record.Definition, error) {
+	if err := g.pin(at); err != nil {
+		return nil, err
+	}
+	defer g.unpin(at)
+	g.append.Lock()
+	found := g.append.definitions.inForce(at)
+	head := g.Head()
+	g.append.Unlock()
+	var all []record.Definition
+	for _, d := range found {
+		if d.gone {
+			continue
+		}
+		if err := g.indexTo(min(d.at, head)); err != nil {
+			return nil, err
+		}
+		def, err := g.ix.Definition(d.name, d.since)
+		if err != nil {
+			return nil, fmt.Errorf("definition %s of group %s: %w", d.name, g.name, err)
+		}
+		all = append(all, def)
+	}
+	slices.SortFunc(all, func(a, b record.Definition) int { return cmp.Compare(a.Name, b.Name) })
+	return all, nil
+}
+
+// carryDefinitions journals again what is in force at a horizon and stands in records that are about to
+// expire. g.apply is held, so that nothing else expires meanwhile.
+func (g *Group) carryDefinitions(horizon record.LSN) error {
+	g.append.Lock()
+	var carry []definition
+	for _, d := range g.append.definitions.inForce(horizon) {
+		if d.at <= horizon && !d.gone {
+			carry = append(carry, d)
+		}
+	}
+	g.append.Unlock()
+	var last record.LSN
+	for _, d := range carry {
+		if err := g.indexTo(d.at); err != nil {
+			return err
+		}
+		def, err := g.ix.Definition(d.name, d.since)
+		if err != nil {
+			return fmt.Errorf("carry over definition %s: %w", d.name, err)
+		}
+		if last, err = g.appendReserved(def); err != nil {
+			return fmt.Errorf("carry over definition %s: %w", d.name, err)
+		}
+	}
+	return g.syncTo(last)
+}
+
+// appendReserved journals a definition again, in room that writes leave free: it is what an expiry
+// needs, and an expiry may be what a full journal waits for.
+func (g *Group) appendReserved(d record.Definition) (record.LSN, error) {
+	g.append.Lock()
+	defer g.append.Unlock()
+	if g.append.err != nil {
+		return 0, g.append.err
+	}
+	g.append.log.Keep(g.o.keepExpire())
+	defer g.append.log.Keep(g.o.keepLog())
+	return g.defineLocked(d)
+}
