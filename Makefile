@@ -14,6 +14,7 @@ SEEDS    ?= 1000
 
 build:
 	$(GO) build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/tidemark ./cmd/tidemarkd
+	CGO_ENABLED=0 $(GO) build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/tidemark-guest
 
 # deps installs the peers and tools that tests, benchmarks and demo use.
 deps:

@@ -22,7 +22,7 @@ const module = "github.com/tidemark-cdp/tidemark"
 // share is journal/record; they meet only in cmd.
 var mayImport = map[string][]string{
 	"":                        {},
-	"cmd":                     {"cmd", "nbd", "journal", "restore"},
+	"cmd":                     {"cmd", "nbd", "journal", "guest", "restore"},
 	"nbd":                     {},
 	"nbd/client":              {"nbd/internal/proto"},
 	"nbd/internal/proto":      {},
@@ -33,11 +33,14 @@ var mayImport = map[string][]string{
 	"journal/segment":         {"journal/record", "journal/internal/osfile"},
 	"journal/index":           {"journal/record", "journal/internal/osfile"},
 	"journal/disk":            {"journal/record", "journal/segment", "journal/internal/osfile"},
+	"guest":                   {"journal/record"},
 	"restore":                 {"journal/record"},
 	"fuzz":                    {},
 	"cmd/internal/bench":      {"nbd"},
 	"cmd/internal/build":      {},
-	"cmd/internal/config":     {"journal/record"},
+	"cmd/internal/port":       {},
+	"cmd/tidemark-guest":      {"cmd/internal/build", "cmd/internal/port"},
+	"cmd/internal/config":     {"guest", "journal/record"},
 }
 
 // keptTo says in which rooms alone a library may be used, and why.
@@ -45,16 +48,20 @@ var keptTo = map[string]struct {
 	rooms []string
 	why   string
 }{
-	"github.com/cockroachdb/pebble":  {[]string{"journal"}, "Pebble's types stay under journal"},
-	"github.com/spf13/cobra":         {[]string{"cmd"}, "flags are the programs'"},
-	"os/signal":                      {[]string{"cmd"}, "signals are the programs'"},
-	"flag":                           {[]string{"cmd/internal/bench"}, "cobra has the programs' flags"},
-	"testing":                        {[]string{}, "no test hooks in production code"},
-	"github.com/stretchr/testify":    {[]string{}, "no test hooks in production code"},
-	"github.com/pojntfx/go-nbd":      {[]string{"nbd"}, "the protocol is nbd's"},
-	"github.com/goccy/go-yaml":       {[]string{"cmd/internal/config"}, "YAML is the configuration's"},
-	"github.com/coreos/go-systemd":   {[]string{"cmd/tidemarkd"}, "systemd is the daemon's"},
-	"github.com/schollz/progressbar": {[]string{"cmd/tidemark"}, "the terminal is the client's"},
+	"github.com/cockroachdb/pebble":       {[]string{"journal"}, "Pebble's types stay under journal"},
+	"github.com/spf13/cobra":              {[]string{"cmd"}, "flags are the programs'"},
+	"os/signal":                           {[]string{"cmd"}, "signals are the programs'"},
+	"flag":                                {[]string{"cmd/internal/bench"}, "cobra has the programs' flags"},
+	"testing":                             {[]string{}, "no test hooks in production code"},
+	"github.com/stretchr/testify":         {[]string{}, "no test hooks in production code"},
+	"github.com/pojntfx/go-nbd":           {[]string{"nbd"}, "the protocol is nbd's"},
+	"github.com/goccy/go-yaml":            {[]string{"cmd/internal/config"}, "YAML is the configuration's"},
+	"github.com/coreos/go-systemd":        {[]string{"cmd/tidemarkd"}, "systemd is the daemon's"},
+	"github.com/digitalocean/go-libvirt":  {[]string{"guest"}, "guests are reached there alone"},
+	"github.com/beevik/etree":             {[]string{"guest"}, "definitions are guests'"},
+	"github.com/prometheus/client_golang": {[]string{"cmd"}, "metrics registries are the programs'"},
+	"golang.org/x/time":                   {[]string{"cmd/tidemarkd"}, "who may ask how often is the daemon's"},
+	"github.com/schollz/progressbar":      {[]string{"cmd/tidemark"}, "the terminal is the client's"},
 }
 
 type pkg struct {

@@ -16,6 +16,8 @@ type Visit struct {
 	Record  func(path string, off int64, h record.Header) error
 	Version func(e index.Entry) error
 	Marker  func(m record.Marker) error
+
+	Definition func(d record.Definition) error
 }
 
 // Dump shows the group's files and index as they are. Functions that are nil
@@ -46,6 +48,11 @@ func (g *Group) Dump(ctx context.Context, v Visit) error {
 	if v.Marker != nil {
 		err := g.ix.Markers(0, func(m record.Marker) (bool, error) { return true, v.Marker(m) })
 		if err != nil {
+			return err
+		}
+	}
+	if v.Definition != nil {
+		if err := g.ix.Definitions(func(d index.Definition) error { return v.Definition(d.Definition) }); err != nil {
 			return err
 		}
 	}

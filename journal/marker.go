@@ -101,12 +101,26 @@ func (g *Group) take(m *record.Marker) error {
 	return g.syncTo(m.LSN)
 }
 
+// CheckFree is an error, and ErrLabelInUse, if a label names a marker of the group.
+func (g *Group) CheckFree(label string) error {
+	g.append.Lock()
+	defer g.append.Unlock()
+	return g.checkFreeLocked(label)
+}
+
+func (g *Group) checkFreeLocked(label string) error {
+	if lsn, ok := g.append.markers.labels[label]; ok {
+		return fmt.Errorf("marker %q of group %s: %w: it names LSN %d", label, g.name, ErrLabelInUse, lsn)
+	}
+	return nil
+}
+
 // appendMarker journals a marker and fills in its LSN and time.
 func (g *Group) appendMarker(m *record.Marker, flags uint8, disk record.DiskID) error {
 	return g.admittedNote(func() error {
 		a := &g.append
-		if lsn, ok := a.markers.labels[m.Label]; ok {
-			return fmt.Errorf("marker %q of group %s: %w: it names LSN %d", m.Label, g.name, ErrLabelInUse, lsn)
+		if err := g.checkFreeLocked(m.Label); err != nil {
+			return err
 		}
 		h, err := g.appendNoteLocked(record.KindMarker, flags, disk, func(record.LSN, time.Time) []byte { return m.Append(nil) })
 		if err != nil {

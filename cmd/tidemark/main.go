@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -23,6 +24,9 @@ const (
 	exitNotFound    = 4
 	exitLabelInUse  = 5
 	exitDamage      = 6
+	exitNotAtRest   = 7
+	exitFrozen      = 8
+	exitInUse       = 9
 )
 
 var (
@@ -56,10 +60,25 @@ func exitCode(err error) int {
 			return exitLabelInUse
 		case api.CodeBadRequest:
 			return exitUsage
+		case api.CodeNotAtRest:
+			return exitNotAtRest
+		case api.CodeFrozen:
+			return exitFrozen
+		case api.CodePinned, api.CodeInUse:
+			return exitInUse
 		}
+	}
+	var p *problems
+	if errors.As(err, &p) {
+		return exitFrozen
 	}
 	return exitError
 }
+
+// problems are what the operator must see to though the call was done.
+type problems struct{ all []string }
+
+func (p *problems) Error() string { return strings.Join(p.all, "; ") }
 
 // app is what the verbs share.
 type app struct {
@@ -84,7 +103,7 @@ func root() *cobra.Command {
 	cmd.PersistentFlags().StringVar(&a.api, "api", def, "the daemon's control socket, unix:PATH; also TIDEMARK_API")
 	cmd.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON")
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
-	cmd.AddCommand(a.status(), a.mark(), a.points(), a.restore(), a.verify(), a.dump(), a.version())
+	cmd.AddCommand(a.status(), a.mark(), a.thaw(), a.points(), a.pin(), a.unpin(), a.describe(), a.delete(), a.definition(), a.reload(), a.restore(), a.verify(), a.dump(), a.version())
 	return cmd
 }
 

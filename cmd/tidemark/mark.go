@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -9,11 +10,20 @@ import (
 )
 
 func (a *app) mark() *cobra.Command {
-	return &cobra.Command{
-		Use:               "mark GROUP LABEL",
-		Short:             "Name this moment of a group",
-		Long:              "Name this moment of all disks of a group. The marker is durable when the command returns.",
-		Example:           "  tidemark mark web01 before-upgrade",
+	var req api.MarkRequest
+	cmd := &cobra.Command{
+		Use:   "mark GROUP LABEL",
+		Short: "Name this moment of a group",
+		Long: `Name this moment of all disks of a group. The marker is durable when the command returns.
+
+With --consistency filesystem, the file systems of the group's guests are frozen meanwhile; with
+application, the guests' own hooks and the group's hooks run too. If they do not come to rest, there is
+no marker, or, with --or-crash, a crash-consistent one that says why.
+
+A label has 1 to 255 bytes of UTF-8: printable, no '@' or '/', no space at either end, and nothing that reads
+as another form of a point (latest, lsn:7, -15m, 2026-11-21).`,
+		Example: `  tidemark mark web01 before-upgrade
+  tidemark mark web01 nightly --consistency application --or-crash`,
 		Args:              args(cobra.ExactArgs(2)),
 		ValidArgsFunction: a.completeGroups,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -21,15 +31,98 @@ func (a *app) mark() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			m, err := c.Mark(cmd.Context(), args[0], api.MarkRequest{Label: args[1], By: "user"})
+			req.Label = args[1]
+			m, err := c.Mark(cmd.Context(), args[0], req)
 			if err != nil {
 				return err
 			}
 			if a.json {
-				return printJSON(cmd, m)
+				err = printJSON(cmd, m)
+			} else {
+				err = printMarked(cmd, m)
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: %s is LSN %d, %s-consistent\n", m.Group, m.Label, m.LSN, m.Consistency)
+			if err == nil && len(m.Problems) > 0 {
+				return fmt.Errorf("the marker was taken, but: %w", &problems{m.Problems})
+			}
 			return err
+		},
+	}
+	fl := cmd.Flags()
+	fl.StringVar(&req.Consistency, "consistency", "", "crash (default), filesystem or application")
+	fl.BoolVar(&req.OrCrash, "or-crash", false, "rather a crash-consistent marker than none")
+	fl.StringVar(&req.Description, "description", "", "a text for people")
+	fl.BoolVar(&req.Pin, "pin", false, "keep its history from expiring")
+	return cmd
+}
+
+func printMarked(cmd *cobra.Command, m api.Marker) error {
+	line := fmt.Sprintf("%s: %s is LSN %d, %s-consistent", m.Group, m.Label, m.LSN, m.Consistency)
+	if m.Frozen > 0 {
+		line += fmt.Sprintf("; frozen for %v", time.Duration(m.Frozen*float64(time.Second)).Round(100*time.Microsecond))
+	}
+	if m.Note != "" {
+		line += fmt.Sprintf("\n%s was asked for: %s", m.Asked, m.Note)
+	}
+	_, err := fmt.Fprintln(cmd.OutOrStdout(), line)
+	return err
+}
+
+func (a *app) thaw() *cobra.Command {
+	return &cobra.Command{
+		Use:               "thaw GROUP",
+		Short:             "Thaw the guests of a group, and see that they are thawed",
+		Args:              args(cobra.ExactArgs(1)),
+		ValidArgsFunction: a.completeGroups,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			t, err := c.Thaw(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return printJSON(cmd, t)
+			}
+			for _, g := range t.Guests {
+				if _, err := fmt.Fprintf(cmd.OutOrStdout(), "%s: %s is thawed\n", t.Group, g); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	}
+}
+
+func (a *app) reload() *cobra.Command {
+	return &cobra.Command{
+		Use:   "reload",
+		Short: "Have the daemon read its configuration again: groups, disks, guests, markers",
+		Args:  args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			r, err := c.Reload(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return printJSON(cmd, r)
+			}
+			out := cmd.OutOrStdout()
+			for _, change := range r.Changes {
+				fmt.Fprintln(out, change)
+			}
+			for _, name := range r.Restart {
+				fmt.Fprintf(out, "%s has changed: that takes a restart\n", name)
+			}
+			if len(r.Changes)+len(r.Restart) == 0 {
+				fmt.Fprintln(out, "nothing has changed")
+			}
+			return nil
 		},
 	}
 }

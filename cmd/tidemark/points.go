@@ -6,12 +6,17 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
 )
 
 func (a *app) points() *cobra.Command {
-	return &cobra.Command{
-		Use:               "points GROUP",
-		Short:             "List a group's markers and the window in which every LSN can be viewed",
+	var f api.Filter
+	cmd := &cobra.Command{
+		Use:   "points GROUP",
+		Short: "List a group's markers and the window in which every LSN can be viewed",
+		Example: `  tidemark points web01 --consistency application --since -24h
+  tidemark points web01 --label 'nightly-*' --by scheduler`,
 		Args:              args(cobra.ExactArgs(1)),
 		ValidArgsFunction: a.completeGroups,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -19,20 +24,39 @@ func (a *app) points() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			p, err := c.Points(cmd.Context(), args[0])
+			p, err := c.Points(cmd.Context(), args[0], f)
 			if err != nil {
 				return err
 			}
 			if a.json {
 				return printJSON(cmd, p)
 			}
-			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
-			fmt.Fprintf(w, "every LSN from %d (horizon) to %d (head); durable to %d\n", p.Horizon, p.Head, p.Durable)
-			fmt.Fprintln(w, "LSN\tTIME\tCONSISTENCY\tLABEL")
-			for _, m := range p.Markers {
-				fmt.Fprintf(w, "%d\t%s\t%s\t%s\n", m.LSN, m.Time.Format(time.RFC3339Nano), m.Consistency, m.Label)
-			}
-			return w.Flush()
+			return printPoints(cmd, p)
 		},
 	}
+	fl := cmd.Flags()
+	fl.StringVar(&f.Since, "since", "", "markers from this time on: RFC 3339, or -2h")
+	fl.StringVar(&f.Until, "until", "", "markers up to this time")
+	fl.StringVar(&f.Label, "label", "", "a pattern for the label: *, ? and [a-z]")
+	fl.StringVar(&f.Consistency, "consistency", "", "at least this: crash, filesystem or application")
+	fl.StringVar(&f.By, "by", "", "who asked: user, user:NAME, scheduler, guest, guest:NAME, tidemark")
+	fl.BoolVar(&f.Pinned, "pinned", false, "pinned markers only")
+	return cmd
+}
+
+func printPoints(cmd *cobra.Command, p api.Points) error {
+	w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
+	fmt.Fprintf(w, "every LSN from %d (horizon) to %d (head); durable to %d\n", p.Horizon, p.Head, p.Durable)
+	fmt.Fprintln(w, "LSN\tTIME\tCONSISTENCY\tBY\tLABEL\t")
+	for _, m := range p.Markers {
+		label, more := m.Label, m.Description
+		if m.Pinned {
+			label += " (pinned)"
+		}
+		if m.Note != "" {
+			more += " [" + m.Asked + " was asked for: " + m.Note + "]"
+		}
+		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\n", m.LSN, m.Time.Format(time.RFC3339Nano), m.Consistency, m.By, label, more)
+	}
+	return w.Flush()
 }

@@ -2,9 +2,13 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
 )
 
 func (a *app) status() *cobra.Command {
@@ -31,12 +35,33 @@ func (a *app) status() *cobra.Command {
 				if g.Error != "" {
 					fmt.Fprintf(w, "  %s\n", g.Error)
 				}
-				for _, d := range g.Disks {
-					fmt.Fprintf(w, "  %s\t%s\t%s\n", d.Name, size(d.Size), d.Backing)
-				}
+				printMembers(w, g)
 			}
 			return w.Flush()
 		},
+	}
+}
+
+func printMembers(w io.Writer, g api.Group) {
+	for _, d := range g.Disks {
+		where := d.Backing
+		if d.Removed != 0 {
+			where = fmt.Sprintf("(removed at LSN %d)", d.Removed)
+		}
+		fmt.Fprintf(w, "  %s\t%s\t%s\n", d.Name, size(d.Size), where)
+	}
+	for _, one := range g.Guests {
+		fmt.Fprintf(w, "  guest %s\t%s\n", one.Name, one.Reached)
+	}
+	if s := g.Schedule; s != nil {
+		last := "none yet"
+		if !s.Last.IsZero() {
+			last = s.Last.Format(time.RFC3339)
+		}
+		fmt.Fprintf(w, "  every %v, %s: last %s, next %s, missed %d\n", time.Duration(s.Every*float64(time.Second)), s.Consistency, last, s.Next.Format(time.RFC3339), s.Missed)
+	}
+	for _, p := range g.Problems {
+		fmt.Fprintf(w, "  PROBLEM %s\n", p)
 	}
 }
 

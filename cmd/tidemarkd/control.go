@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/http/pprof"
+	"slices"
 
 	"go.uber.org/zap"
 
@@ -19,13 +21,14 @@ import (
 // control serves the API of package api.
 type control struct {
 	store    *journal.Store
+	keepers  *keepers
+	reloader *reloader
 	stateDir string
 	nbd      []string
 	log      *zap.Logger
 }
 
-func newControl(store *journal.Store, stateDir string, nbd []string, log *zap.Logger) http.Handler {
-	c := &control{store: store, stateDir: stateDir, nbd: nbd, log: log}
+func (c *control) handler() http.Handler {
 	mux := http.NewServeMux()
 	handle := func(pattern string, fn func(*http.Request) (any, error)) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
@@ -36,10 +39,16 @@ func newControl(store *journal.Store, stateDir string, nbd []string, log *zap.Lo
 	}
 	handle("GET /v1/status", c.status)
 	handle("POST /v1/groups/{group}/markers", c.mark)
+	handle("PATCH /v1/groups/{group}/markers/{label}", c.amend)
+	handle("DELETE /v1/groups/{group}/markers/{label}", c.remove)
 	handle("GET /v1/groups/{group}/points", c.points)
+	handle("GET /v1/groups/{group}/definitions", c.definitions)
+	handle("POST /v1/groups/{group}/thaw", c.thaw)
+	handle("POST /v1/reload", c.reload)
 	handle("GET /v1/groups/{group}/resolve", c.resolve)
 	handle("POST /v1/groups/{group}/verify", c.verify)
 	mux.HandleFunc("GET /v1/groups/{group}/dump", c.dump)
+	mux.Handle("GET /metrics", c.keepers.metrics.handler())
 	// Profiles, for whoever may open the socket anyway.
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
@@ -54,8 +63,12 @@ var codes = []struct {
 	code   string
 	status int
 }{
+	{errFrozen, api.CodeFrozen, http.StatusInternalServerError},
+	{errNotAtRest, api.CodeNotAtRest, http.StatusConflict},
 	{errBadRequest, api.CodeBadRequest, http.StatusBadRequest},
 	{journal.ErrLabelInUse, api.CodeLabelInUse, http.StatusConflict},
+	{journal.ErrPinned, api.CodePinned, http.StatusConflict},
+	{journal.ErrInUse, api.CodeInUse, http.StatusConflict},
 	{journal.ErrNoPoint, api.CodeNoPoint, http.StatusNotFound},
 	{journal.ErrNotFound, api.CodeNotFound, http.StatusNotFound},
 	{journal.ErrFailed, api.CodeFailed, http.StatusServiceUnavailable},
@@ -91,57 +104,24 @@ func (c *control) status(*http.Request) (any, error) {
 		a := api.Group{
 			Name: g.Name(), State: state, Head: uint64(g.Head()), Durable: uint64(g.Durable()), Applied: uint64(g.Applied()),
 			Horizon: uint64(g.Horizon()), JournalBytes: g.JournalBytes(), Unapplied: g.Unapplied(), Disks: []api.Disk{},
+			Guests: []api.Guest{}, Problems: []string{},
 		}
 		if why != nil {
 			a.Error = why.Error()
 		}
 		for _, d := range g.Disks() {
-			a.Disks = append(a.Disks, api.Disk{Name: d.Name, Size: d.Size, Backing: d.Path()})
+			a.Disks = append(a.Disks, api.Disk{Name: d.Name, Size: d.Size, Backing: d.Path(), Added: uint64(d.Added)})
+		}
+		for d, left := range g.Removed() {
+			a.Disks = append(a.Disks, api.Disk{Name: d.Name, Size: d.Size, Added: uint64(d.Added), Removed: uint64(left)})
+		}
+		slices.SortFunc(a.Disks, func(x, y api.Disk) int { return cmp.Compare(x.Name, y.Name) })
+		if k, err := c.keepers.get(g.Name()); err == nil {
+			k.status(&a)
 		}
 		s.Groups = append(s.Groups, a)
 	}
 	return s, nil
-}
-
-func marker(g *journal.Group, m record.Marker) api.Marker {
-	return api.Marker{
-		Group: g.Name(), LSN: uint64(m.LSN), Label: m.Label, Time: m.Time, Consistency: m.Consistency.String(), By: m.By,
-	}
-}
-
-func (c *control) mark(r *http.Request) (any, error) {
-	g, err := c.store.Group(r.PathValue("group"))
-	if err != nil {
-		return nil, err
-	}
-	var req api.MarkRequest
-	if err := json.NewDecoder(r.Body).Decode(&req); err != nil {
-		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
-	}
-	if err := record.CheckLabel(req.Label); err != nil {
-		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
-	}
-	m, err := g.Mark(record.Marker{Label: req.Label, By: req.By})
-	if err != nil {
-		return nil, err
-	}
-	c.log.Info("marker", zap.String("group", g.Name()), zap.String("label", m.Label), zap.Uint64("lsn", uint64(m.LSN)))
-	return marker(g, m), nil
-}
-
-func (c *control) points(r *http.Request) (any, error) {
-	g, err := c.store.Group(r.PathValue("group"))
-	if err != nil {
-		return nil, err
-	}
-	p := api.Points{
-		Group: g.Name(), Horizon: uint64(g.Horizon()), Durable: uint64(g.Durable()), Head: uint64(g.Head()), Markers: []api.Marker{},
-	}
-	markers, err := g.Markers()
-	for _, m := range markers {
-		p.Markers = append(p.Markers, marker(g, m))
-	}
-	return p, err
 }
 
 func (c *control) resolve(r *http.Request) (any, error) {

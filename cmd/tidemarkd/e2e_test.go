@@ -68,7 +68,7 @@ func needRoot(t *testing.T) {
 	}
 }
 
-// served is a tidemarkd with one disk, web01/vda.
+// served is a tidemarkd with one disk, web01/vda, or, without disk, what its configuration has.
 type served struct {
 	t     *testing.T
 	dir   string
@@ -92,8 +92,12 @@ func (d *served) path(name string) string { return filepath.Join(d.dir, name) }
 func (d *served) sock() string            { return d.path("nbd.sock") }
 
 func (d *served) args() []string {
-	return append([]string{"--state-dir", d.path("state"), "--nbd", "unix:" + d.sock(), "--api", "unix:" + d.path("api.sock"),
-		"--disk", "web01/vda=" + d.disk, "--log-format", "console", "--config", d.config()}, d.extra...)
+	args := []string{"--state-dir", d.path("state"), "--nbd", "unix:" + d.sock(), "--api", "unix:" + d.path("api.sock"),
+		"--log-format", "console", "--config", d.config()}
+	if d.disk != "" {
+		args = append(args, "--disk", "web01/vda="+d.disk)
+	}
+	return append(args, d.extra...)
 }
 
 func (d *served) config() string {

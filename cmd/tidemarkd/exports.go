@@ -48,7 +48,11 @@ func (e *exports) Open(name string) (nbd.Device, error) {
 		return nil, err
 	}
 	if n.Live {
-		return &live{g: g, d: d}, nil
+		release, err := g.Use(d)
+		if err != nil {
+			return nil, err
+		}
+		return &live{g: g, d: d, release: sync.OnceFunc(release)}, nil
 	}
 	lsn, err := g.Resolve(n.Point)
 	if err != nil {
@@ -70,14 +74,19 @@ func wouldBlock(err error) error {
 
 // live is a disk as it is.
 type live struct {
-	g *journal.Group
-	d *disk.Disk
+	g       *journal.Group
+	d       *disk.Disk
+	release func()
 }
 
 func (l *live) Size() int64    { return l.d.Size }
 func (l *live) ReadOnly() bool { return false }
 func (l *live) Flush() error   { return l.g.Sync() }
-func (l *live) Close() error   { return nil }
+
+func (l *live) Close() error {
+	l.release()
+	return nil
+}
 
 func (l *live) ReadAt(p []byte, off int64, nowait bool) error {
 	return wouldBlock(l.d.ReadAt(p, off, nowait))

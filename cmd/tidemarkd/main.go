@@ -30,7 +30,7 @@ func main() {
 
 type flags struct {
 	config, stateDir, api string
-	nbd, disks            []string
+	nbd, disks, guests    []string
 	logFormat, logLevel   string
 }
 
@@ -46,16 +46,20 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := f.load(cmd.Flags().Changed("config"))
+			read := func() (config.Config, error) { return f.load(cmd.Flags().Changed("config")) }
+			c, err := read()
 			if err != nil {
 				return err
 			}
+			hup := make(chan os.Signal, 1)
+			signal.Notify(hup, syscall.SIGHUP)
+			defer signal.Stop(hup)
 			log, err := newLogger(c.Log)
 			if err != nil {
 				return err
 			}
 			defer func() { _ = log.Sync() }() // stderr may not be a file that can be synced
-			return run(cmd.Context(), c, log)
+			return run(cmd.Context(), read, hup, log)
 		},
 	}
 	fl := cmd.Flags()
@@ -64,6 +68,7 @@ func command() *cobra.Command {
 	fl.StringVar(&f.api, "api", "", "control socket, unix:PATH (default "+config.DefaultAPI+")")
 	fl.StringArrayVar(&f.nbd, "nbd", nil, "where to serve NBD, unix:PATH or tcp:HOST:PORT; repeatable (default "+config.DefaultNBD+")")
 	fl.StringArrayVar(&f.disks, "disk", nil, "disk to protect, GROUP/DISK=BACKING; repeatable")
+	fl.StringArrayVar(&f.guests, "guest", nil, "guest whose file systems can be frozen, GROUP=agent:PATH or GROUP=libvirt:DOMAIN; repeatable")
 	fl.StringVar(&f.logFormat, "log-format", "", "json or console (default json)")
 	fl.StringVar(&f.logLevel, "log-level", "", "debug, info, warn or error (default info)")
 	return cmd
@@ -88,6 +93,11 @@ func (f *flags) load(named bool) (config.Config, error) {
 	}
 	for _, d := range f.disks {
 		if err := c.AddDisk(d); err != nil {
+			return c, err
+		}
+	}
+	for _, g := range f.guests {
+		if err := c.AddGuest(g); err != nil {
 			return c, err
 		}
 	}

@@ -1,11 +1,11 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -27,8 +27,12 @@ import (
 
 // run serves until ctx ends, then stops in order: what is journaled is applied while guests
 // go on, then no new requests, those in hand finished, the rest applied and checkpointed.
-func run(ctx context.Context, c config.Config, log *zap.Logger) error {
+func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.Signal, log *zap.Logger) error {
 	began := time.Now()
+	c, err := read()
+	if err != nil {
+		return err
+	}
 	tlsConf, err := c.TLS.Server()
 	if err != nil {
 		return err
@@ -36,6 +40,11 @@ func run(ctx context.Context, c config.Config, log *zap.Logger) error {
 	store, err := openStore(c, log)
 	if err != nil {
 		return err
+	}
+	metrics := newMetrics(store)
+	keepers, err := newKeepers(store, c, metrics, log)
+	if err != nil {
+		return errors.Join(err, store.Close())
 	}
 	ls, err := listen(c)
 	if err != nil {
@@ -53,7 +62,10 @@ func run(ctx context.Context, c config.Config, log *zap.Logger) error {
 	stopping, stopServing := context.WithCancel(context.Background())
 	defer stopServing()
 	eg, serving := errgroup.WithContext(stopping)
-	ls.serve(serving, eg, store, c, tlsConf, log)
+	re := &reloader{read: read, store: store, keepers: keepers, log: log, now: c}
+	ls.serve(serving, eg, &control{store: store, keepers: keepers, reloader: re, stateDir: c.StateDir, nbd: ls.names, log: log}, tlsConf)
+	eg.Go(func() error { return keepers.run(serving) })
+	eg.Go(func() error { return reloadOn(serving, hup, re) })
 	notify(log, daemon.SdNotifyReady)
 	served := make(chan error, 1)
 	go func() { served <- eg.Wait() }()
@@ -95,26 +107,35 @@ func notify(log *zap.Logger, state string) {
 
 func openStore(c config.Config, log *zap.Logger) (*journal.Store, error) {
 	var groups []journal.GroupConfig
-	for name, g := range c.Groups {
-		gc := journal.GroupConfig{Name: name}
-		for disk, d := range g.Disks {
-			gc.Disks = append(gc.Disks, journal.DiskConfig{Name: disk, Backing: d.Backing})
-		}
-		slices.SortFunc(gc.Disks, func(a, b journal.DiskConfig) int { return cmp.Compare(a.Name, b.Name) })
-		groups = append(groups, gc)
+	for _, name := range slices.Sorted(maps.Keys(c.Groups)) {
+		groups = append(groups, groupConfig(name, c.Groups[name]))
 	}
-	slices.SortFunc(groups, func(a, b journal.GroupConfig) int { return cmp.Compare(a.Name, b.Name) })
 	return journal.Open(c.StateDir, groups, journal.Options{
 		Log: log, SegmentSize: int64(c.Journal.Segment), Limit: int64(c.Journal.Limit), Reserve: int64(c.Journal.Reserve),
 		Unapplied: int64(c.Journal.Unapplied), IndexCache: int64(c.Journal.IndexCache),
 	})
 }
 
+// reloadOn reloads with each signal until ctx ends. Errors are told in the log, as there is nobody else.
+func reloadOn(ctx context.Context, hup <-chan os.Signal, re *reloader) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-hup:
+			if _, err := re.reload(); err != nil {
+				re.log.Error("reload", zap.Error(err))
+			}
+		}
+	}
+}
+
 // listeners are the daemon's sockets.
 type listeners struct {
-	nbd   []net.Listener
-	api   net.Listener
-	names []string
+	nbd     []net.Listener
+	api     net.Listener
+	metrics net.Listener // nil: on the control socket only
+	names   []string
 }
 
 // listen opens the sockets, or takes them from systemd: sockets named "api" and
@@ -150,6 +171,11 @@ func listen(c config.Config) (*listeners, error) {
 			return nil, errors.Join(err, ls.close())
 		}
 		ls.nbd = append(ls.nbd, l)
+	}
+	if c.Metrics != "" {
+		if ls.metrics, err = listenOn(c.Metrics); err != nil {
+			return nil, errors.Join(err, ls.close())
+		}
 	}
 	for _, l := range ls.nbd {
 		ls.names = append(ls.names, l.Addr().Network()+":"+l.Addr().String())
@@ -196,26 +222,35 @@ func listenOn(spec string) (net.Listener, error) {
 	return l, nil
 }
 
-func (ls *listeners) serve(ctx context.Context, eg *errgroup.Group, store *journal.Store, c config.Config, tlsConf tlsConfig, log *zap.Logger) {
-	exports := &exports{store: store}
+func (ls *listeners) serve(ctx context.Context, eg *errgroup.Group, c *control, tlsConf tlsConfig) {
+	exports := &exports{store: c.store}
 	for _, l := range ls.nbd {
 		// A client on another host outlives this one: what it was told is
 		// written must be.
 		remote := l.Addr().Network() != "unix"
-		s := &nbd.Server{Exports: exports, Log: log, Durable: remote}
+		s := &nbd.Server{Exports: exports, Log: c.log, Durable: remote}
 		if remote {
 			s.TLS = tlsConf
 			if tlsConf == nil {
-				log.Warn("whoever reaches this address can read and write every disk: configure tls, or listen on a unix socket",
+				c.log.Warn("whoever reaches this address can read and write every disk: configure tls, or listen on a unix socket",
 					zap.String("nbd", l.Addr().String()))
 			}
 		}
 		eg.Go(func() error { return s.Serve(ctx, l) })
 	}
-	// A call under way when the daemon stops sees its context end; all calls
-	// have returned before the store is closed.
+	serveHTTP(ctx, eg, ls.api, c.handler())
+	if ls.metrics != nil {
+		c.log.Info("metrics", zap.String("address", ls.metrics.Addr().String()))
+		mux := http.NewServeMux()
+		mux.Handle("GET /metrics", c.keepers.metrics.handler())
+		serveHTTP(ctx, eg, ls.metrics, mux)
+	}
+}
+
+// serveHTTP serves calls until ctx ends. A call under way then sees its context end; all calls have
+// returned when the group of goroutines has.
+func serveHTTP(ctx context.Context, eg *errgroup.Group, l net.Listener, handler http.Handler) {
 	var calls sync.WaitGroup
-	handler := newControl(store, c.StateDir, ls.names, log)
 	srv := &http.Server{
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			calls.Add(1)
@@ -223,10 +258,11 @@ func (ls *listeners) serve(ctx context.Context, eg *errgroup.Group, store *journ
 			handler.ServeHTTP(w, r)
 		}),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ConnContext:       withPeer,
 		ReadHeaderTimeout: 10 * time.Second,
 	}
 	eg.Go(func() error {
-		if err := srv.Serve(ls.api); !errors.Is(err, http.ErrServerClosed) {
+		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 			return fmt.Errorf("serve the API: %w", err)
 		}
 		return nil

@@ -68,7 +68,7 @@ const (
 )
 
 // CheckLabel says whether a label may name a marker: valid UTF-8 of at most
-// 255 bytes, printable, no space at either end, no '@' or '/' (they divide an export's
+// 255 bytes, printable (and not U+FFFD, which other programs make of what is no UTF-8), no space at either end, no '@' or '/' (they divide an export's
 // name), and nothing that [ParsePoint] reads as another form of a point.
 func CheckLabel(label string) error {
 	switch {
@@ -81,7 +81,7 @@ func CheckLabel(label string) error {
 	}
 	for i, r := range label {
 		edge := i == 0 || i+utf8.RuneLen(r) == len(label)
-		if r == '@' || r == '/' || !unicode.IsPrint(r) || edge && r == ' ' {
+		if r == '@' || r == '/' || r == unicode.ReplacementChar || !unicode.IsPrint(r) || edge && r == ' ' {
 			return fmt.Errorf("label %q: %q is not allowed there", label, r)
 		}
 	}
@@ -101,7 +101,7 @@ func CheckDescription(text string) error {
 		return fmt.Errorf("description %q is not valid UTF-8", text)
 	}
 	for _, r := range text {
-		if !unicode.IsPrint(r) {
+		if r == unicode.ReplacementChar || !unicode.IsPrint(r) {
 			return fmt.Errorf("description %q: %q is not allowed", text, r)
 		}
 	}

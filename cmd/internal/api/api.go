@@ -33,6 +33,10 @@ const (
 	CodeNotFound   = "not_found"    // no such group or disk
 	CodeNoPoint    = "no_point"     // no such point
 	CodeLabelInUse = "label_in_use" // the label names another point
+	CodePinned     = "pinned"       // the marker is pinned
+	CodeInUse      = "in_use"       // the disk is open
+	CodeNotAtRest  = "not_at_rest"  // the guests did not come to rest: there is no marker
+	CodeFrozen     = "frozen"       // a guest may still be frozen
 	CodeNoSpace    = "no_space"
 	CodeFailed     = "failed" // the group takes no writes
 	CodeInternal   = "internal"
@@ -70,6 +74,26 @@ type Group struct {
 	JournalBytes int64  `json:"journal_bytes"`
 	Unapplied    int64  `json:"unapplied_bytes"`
 	Disks        []Disk `json:"disks"`
+
+	Guests   []Guest   `json:"guests"`
+	Schedule *Schedule `json:"schedule,omitempty"`
+	Problems []string  `json:"problems"` // what the operator must see to
+}
+
+// Guest is a guest of a group.
+type Guest struct {
+	Name    string `json:"name"`
+	Reached string `json:"reached"` // agent:PATH or libvirt:DOMAIN; empty: it has a port only
+}
+
+// Schedule is what is known of the markers that come by themselves.
+type Schedule struct {
+	Every       float64   `json:"every_seconds"`
+	Consistency string    `json:"consistency"`
+	Next        time.Time `json:"next"`
+	Last        time.Time `json:"last,omitzero"` // one that was what was asked for
+	Missed      uint64    `json:"missed"`        // since the daemon started: not taken, or less than was asked for
+	Why         string    `json:"why,omitempty"` // of the last one that was missed
 }
 
 // Disk is a disk's state.
@@ -77,6 +101,8 @@ type Disk struct {
 	Name    string `json:"name"`
 	Size    int64  `json:"size"`
 	Backing string `json:"backing"`
+	Added   uint64 `json:"added"`             // LSN: the disk has no past before
+	Removed uint64 `json:"removed,omitempty"` // LSN: the disk left the group
 }
 
 // Marker is the answer to POST /v1/groups/GROUP/markers, and one of Points.
@@ -85,14 +111,67 @@ type Marker struct {
 	LSN         uint64    `json:"lsn"`
 	Label       string    `json:"label"`
 	Time        time.Time `json:"time"`
-	Consistency string    `json:"consistency"`
+	Consistency string    `json:"consistency"` // what was reached
 	By          string    `json:"by"`
+	Asked       string    `json:"asked"`
+	Description string    `json:"description,omitempty"`
+	Frozen      float64   `json:"frozen_seconds"` // how long guests stood still for it
+	Note        string    `json:"note,omitempty"` // why less was reached than was asked for
+	Pinned      bool      `json:"pinned"`
+	// Problems, of a marker just taken, are what the operator must see to.
+	Problems []string `json:"problems,omitempty"`
 }
 
 // MarkRequest is the body of POST /v1/groups/GROUP/markers.
 type MarkRequest struct {
-	Label string `json:"label"`
-	By    string `json:"by"`
+	Label       string `json:"label"`
+	Description string `json:"description,omitempty"`
+	Consistency string `json:"consistency,omitempty"` // crash by default
+	OrCrash     bool   `json:"or_crash,omitempty"`    // a crash-consistent marker rather than none
+	Pin         bool   `json:"pin,omitempty"`
+}
+
+// Amendment is the body of PATCH /v1/groups/GROUP/markers/LABEL: what is nil stays as it is.
+type Amendment struct {
+	Description *string `json:"description,omitempty"`
+	Pinned      *bool   `json:"pinned,omitempty"`
+}
+
+// Filter says which markers Points lists: all for which everything holds that is not empty.
+type Filter struct {
+	Since, Until string // times, RFC 3339 or as -15m
+	Label        string // a pattern of path.Match
+	Consistency  string // at least
+	By           string // how it begins: user, user:root, scheduler, guest
+	Pinned       bool
+}
+
+// Definitions is the answer to GET /v1/groups/GROUP/definitions?point=POINT.
+type Definitions struct {
+	Group       string       `json:"group"`
+	Point       string       `json:"point"`
+	LSN         uint64       `json:"lsn"`
+	Definitions []Definition `json:"definitions"`
+}
+
+// Definition is what a guest was defined as.
+type Definition struct {
+	Name    string    `json:"name"`
+	Since   uint64    `json:"since"` // LSN
+	Time    time.Time `json:"time"`  // of since
+	Content []byte    `json:"content"`
+}
+
+// Thawed is the answer to POST /v1/groups/GROUP/thaw: every guest of the group is thawed.
+type Thawed struct {
+	Group  string   `json:"group"`
+	Guests []string `json:"guests"`
+}
+
+// Reloaded is the answer to POST /v1/reload.
+type Reloaded struct {
+	Changes []string `json:"changes"`
+	Restart []string `json:"restart"` // changed settings that take a restart
 }
 
 // Points is the answer to GET /v1/groups/GROUP/points.
@@ -237,10 +316,53 @@ func (c *Client) Mark(ctx context.Context, group string, r MarkRequest) (m Marke
 	return m, err
 }
 
+func markerPath(group, label string) string {
+	return groupPath(group, "/markers/"+url.PathEscape(label))
+}
+
+// Amend changes a marker.
+func (c *Client) Amend(ctx context.Context, group, label string, a Amendment) (m Marker, err error) {
+	err = c.do(ctx, http.MethodPatch, markerPath(group, label), a, &m)
+	return m, err
+}
+
+// Delete has a label name nothing any more. It returns what it named.
+func (c *Client) Delete(ctx context.Context, group, label string) (m Marker, err error) {
+	err = c.do(ctx, http.MethodDelete, markerPath(group, label), nil, &m)
+	return m, err
+}
+
 // Points asks for a group's points.
-func (c *Client) Points(ctx context.Context, group string) (p Points, err error) {
-	err = c.do(ctx, http.MethodGet, groupPath(group, "/points"), nil, &p)
+func (c *Client) Points(ctx context.Context, group string, f Filter) (p Points, err error) {
+	q := url.Values{}
+	for name, v := range map[string]string{"since": f.Since, "until": f.Until, "label": f.Label, "consistency": f.Consistency, "by": f.By} {
+		if v != "" {
+			q.Set(name, v)
+		}
+	}
+	if f.Pinned {
+		q.Set("pinned", "true")
+	}
+	err = c.do(ctx, http.MethodGet, groupPath(group, "/points?"+q.Encode()), nil, &p)
 	return p, err
+}
+
+// Definitions asks for the definitions in force at a point.
+func (c *Client) Definitions(ctx context.Context, group, point string) (d Definitions, err error) {
+	err = c.do(ctx, http.MethodGet, groupPath(group, "/definitions?point="+url.QueryEscape(point)), nil, &d)
+	return d, err
+}
+
+// Thaw has the guests of a group thawed.
+func (c *Client) Thaw(ctx context.Context, group string) (t Thawed, err error) {
+	err = c.do(ctx, http.MethodPost, groupPath(group, "/thaw"), nil, &t)
+	return t, err
+}
+
+// Reload has the configuration read again.
+func (c *Client) Reload(ctx context.Context) (r Reloaded, err error) {
+	err = c.do(ctx, http.MethodPost, "/v1/reload", nil, &r)
+	return r, err
 }
 
 // Resolve asks for the LSN of a point.

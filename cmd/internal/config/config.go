@@ -19,9 +19,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/goccy/go-yaml"
 
+	"github.com/tidemark-cdp/tidemark/guest"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
@@ -41,7 +43,14 @@ type Config struct {
 	Log      Log              `yaml:"log"`
 	TLS      TLS              `yaml:"tls"`
 	Journal  Journal          `yaml:"journal"`
+	Metrics  string           `yaml:"metrics"` // tcp:HOST:PORT; they are on the control socket too
+	Guests   Guests           `yaml:"guests"`
 	Groups   map[string]Group `yaml:"groups"`
+}
+
+// Guests is what holds of the guests of all groups.
+type Guests struct {
+	MaxFrozen int `yaml:"max_frozen"` // how many may be frozen at once; 4 by default
 }
 
 // Log says how to log.
@@ -66,9 +75,52 @@ type Journal struct {
 	IndexCache Size `yaml:"index_cache"` // memory
 }
 
-// Group is a consistency group's disks by name.
+// Group is a consistency group's disks by name, and the guests that write them.
 type Group struct {
-	Disks map[string]Disk `yaml:"disks"`
+	Disks       map[string]Disk       `yaml:"disks"`
+	Guests      map[string]Guest      `yaml:"guests"`
+	Hooks       []Hook                `yaml:"hooks"`
+	FreezeLimit time.Duration         `yaml:"freeze_limit"` // how long guests may be frozen; 2s by default
+	Markers     Markers               `yaml:"markers"`
+	Definitions map[string]Definition `yaml:"definitions"`
+}
+
+// Guest says how a guest is reached.
+type Guest struct {
+	Agent   string   `yaml:"agent"`   // the socket of its QEMU guest agent; or
+	Libvirt string   `yaml:"libvirt"` // its domain, which is its definition too
+	URI     string   `yaml:"uri"`     // libvirt's socket
+	Mounts  []string `yaml:"mounts"`  // freeze these only
+	Port    string   `yaml:"port"`    // socket to listen on for markers from inside
+}
+
+// Spec is how the guest is frozen.
+func (g Guest) Spec() guest.Spec {
+	return guest.Spec{Agent: g.Agent, Libvirt: g.Libvirt, URI: g.URI, Mounts: g.Mounts}
+}
+
+// Freezes reports whether the guest can be frozen, or has a port only.
+func (g Guest) Freezes() bool { return g.Agent != "" || g.Libvirt != "" }
+
+// Hook is a pair of programs of the host, by their arguments.
+type Hook struct {
+	Before  []string      `yaml:"before"`
+	After   []string      `yaml:"after"`
+	Timeout time.Duration `yaml:"timeout"` // of each; 30s by default
+}
+
+// Markers says which markers come by themselves.
+type Markers struct {
+	Every       time.Duration `yaml:"every"`       // 0: none do
+	Consistency string        `yaml:"consistency"` // crash by default
+	Jitter      time.Duration `yaml:"jitter"`      // at most this much later, each
+	OrCrash     bool          `yaml:"or_crash"`    // a crash-consistent one rather than none
+	Label       string        `yaml:"label"`       // before the time; auto by default
+}
+
+// Definition is a file that defines a guest.
+type Definition struct {
+	File string `yaml:"file"`
 }
 
 // Disk is a disk's backing.
@@ -146,6 +198,35 @@ func (c *Config) AddDisk(spec string) error {
 	return nil
 }
 
+// AddGuest adds a guest given as GROUP=SPEC or GROUP/GUEST=SPEC.
+func (c *Config) AddGuest(text string) error {
+	name, rest, ok := strings.Cut(text, "=")
+	if !ok {
+		return fmt.Errorf("guest %q: expected GROUP=agent:PATH or GROUP=libvirt:DOMAIN", text)
+	}
+	spec, err := guest.ParseSpec(rest)
+	if err != nil {
+		return err
+	}
+	group, named, ok := strings.Cut(name, "/")
+	if !ok {
+		named = group
+	}
+	g, ok := c.Groups[group]
+	if !ok {
+		return fmt.Errorf("guest %q: there is no group %s: give its disks too", text, group)
+	}
+	if g.Guests == nil {
+		g.Guests = map[string]Guest{}
+	}
+	if _, ok := g.Guests[named]; ok {
+		return fmt.Errorf("guest %s of group %s is given twice", named, group)
+	}
+	g.Guests[named] = Guest{Agent: spec.Agent, Libvirt: spec.Libvirt}
+	c.Groups[group] = g
+	return nil
+}
+
 // Default fills in what was left out.
 func (c *Config) Default() {
 	def := func(s *string, d string) {
@@ -159,6 +240,17 @@ func (c *Config) Default() {
 	def(&c.Log.Level, "info")
 	if len(c.NBD) == 0 {
 		c.NBD = []string{DefaultNBD}
+	}
+	if c.Guests.MaxFrozen == 0 {
+		c.Guests.MaxFrozen = 4
+	}
+	for name, g := range c.Groups {
+		def(&g.Markers.Consistency, record.Crash.String())
+		def(&g.Markers.Label, "auto")
+		if g.FreezeLimit == 0 {
+			g.FreezeLimit = guest.DefaultLimit
+		}
+		c.Groups[name] = g
 	}
 }
 
@@ -205,6 +297,73 @@ func (c *Config) Validate() error {
 				add(place, errors.New("backing is missing"))
 			}
 		}
+		add("groups."+name, g.validate())
+	}
+	if c.Metrics != "" {
+		network, _, err := ParseListen(c.Metrics)
+		if err == nil && network != "tcp" {
+			err = errors.New("metrics are on the control socket anyway: give tcp:HOST:PORT, or nothing")
+		}
+		add("metrics", err)
+	}
+	if c.Guests.MaxFrozen < 1 {
+		add("guests.max_frozen", fmt.Errorf("%d: it must be at least 1", c.Guests.MaxFrozen))
+	}
+	return errors.Join(errs...)
+}
+
+// validate reports every fault of what a group has beside its disks.
+func (g *Group) validate() error {
+	var errs []error
+	add := func(place string, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", place, err))
+		}
+	}
+	freezes := false
+	for _, name := range slices.Sorted(maps.Keys(g.Guests)) {
+		one := g.Guests[name]
+		place := "guests." + name
+		add(place, record.CheckName(name))
+		if one.Freezes() || one.Port == "" {
+			add(place, one.Spec().Validate())
+		}
+		freezes = freezes || one.Freezes()
+		if _, ok := g.Definitions[name]; ok && one.Libvirt != "" {
+			add("definitions."+name, errors.New("the domain of the guest with this name is its definition: leave out one of the two"))
+		}
+	}
+	for i, h := range g.Hooks {
+		add(fmt.Sprintf("hooks[%d]", i), guest.Hook(h).Validate())
+	}
+	if g.FreezeLimit < 0 {
+		add("freeze_limit", fmt.Errorf("%v: it must not be negative", g.FreezeLimit))
+	}
+	for _, name := range slices.Sorted(maps.Keys(g.Definitions)) {
+		add("definitions."+name, record.CheckName(name))
+		if g.Definitions[name].File == "" {
+			add("definitions."+name, errors.New("file is missing"))
+		}
+	}
+	add("markers", g.Markers.validate(freezes, len(g.Hooks) > 0))
+	return errors.Join(errs...)
+}
+
+func (m Markers) validate(freezes, hooks bool) error {
+	var errs []error
+	c, err := record.ParseConsistency(m.Consistency)
+	errs = append(errs, err)
+	switch {
+	case m.Every < 0 || m.Every > 0 && m.Every < time.Second:
+		errs = append(errs, fmt.Errorf("every %v: at least 1s is needed", m.Every))
+	case m.Jitter < 0 || m.Every > 0 && m.Jitter >= m.Every:
+		errs = append(errs, fmt.Errorf("jitter of %v: less than every (%v) is needed", m.Jitter, m.Every))
+	}
+	if err == nil && m.Every > 0 && (c == record.Filesystem && !freezes || c == record.Application && !freezes && !hooks) {
+		errs = append(errs, fmt.Errorf("%v markers need guests that can be frozen (agent or libvirt)", c))
+	}
+	if err := record.CheckLabel(m.Label + "-20060102T150405Z"); err != nil {
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }

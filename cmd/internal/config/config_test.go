@@ -2,8 +2,11 @@ package config
 
 import (
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/tidemark-cdp/tidemark/guest"
 )
 
 func TestParse(t *testing.T) {
@@ -49,6 +52,66 @@ func TestAddDisk(t *testing.T) {
 	require.Equal(t, "/images/a=b.raw", c.Groups["web01"].Disks["vda"].Backing)
 	for _, bad := range []string{"", "web01", "web01/vda", "web01/vda=", "vda=/x", "web01/vda=/again"} {
 		require.Error(t, c.AddDisk(bad), bad)
+	}
+}
+
+func TestGuests(t *testing.T) {
+	c, err := Parse([]byte(`
+guests: {max_frozen: 2}
+groups:
+  web01:
+    disks: {vda: {backing: /images/vda.raw}}
+    guests:
+      web01: {libvirt: web01, port: /run/tidemark/web01.port}
+      db01: {agent: /run/db01.agent, mounts: [/, /srv]}
+    hooks:
+    - {before: [/bin/true, a b], after: [/bin/true], timeout: 5s}
+    freeze_limit: 1500ms
+    markers: {every: 15m, consistency: application, jitter: 1m, or_crash: true}
+    definitions:
+      db01: {file: /etc/pve/qemu-server/101.conf}
+`))
+	require.NoError(t, err)
+	c.Default()
+	require.NoError(t, c.Validate())
+	g := c.Groups["web01"]
+	require.Equal(t, 1500*time.Millisecond, g.FreezeLimit)
+	require.Equal(t, 15*time.Minute, g.Markers.Every)
+	require.Equal(t, guest.Spec{Agent: "/run/db01.agent", Mounts: []string{"/", "/srv"}}, g.Guests["db01"].Spec())
+	require.Equal(t, []string{"/bin/true", "a b"}, g.Hooks[0].Before)
+	require.Equal(t, "auto", g.Markers.Label)
+}
+
+// TestFaultsOfGuests are reported all at once, each with its place and the remedy.
+func TestFaultsOfGuests(t *testing.T) {
+	c := Config{Metrics: "unix:/x", Guests: Guests{MaxFrozen: -1}, Groups: map[string]Group{
+		"g": {
+			Disks:  map[string]Disk{"d": {Backing: "/x"}},
+			Guests: map[string]Guest{"a/b": {Agent: "x"}, "none": {}, "both": {Agent: "x", Libvirt: "y"}, "vm": {Libvirt: "vm"}},
+			Hooks:  []Hook{{}, {Before: []string{"true"}}}, FreezeLimit: -1,
+			Markers:     Markers{Every: time.Millisecond, Consistency: "total", Label: "a@b"},
+			Definitions: map[string]Definition{"vm": {File: "/x"}, "f": {}},
+		},
+		"h": {Disks: map[string]Disk{"d": {Backing: "/y"}}, Markers: Markers{Every: time.Hour, Jitter: time.Hour, Consistency: "application"}},
+	}}
+	c.Default()
+	err := c.Validate()
+	for _, want := range []string{"metrics:", "guests.max_frozen", "guests.a/b", "guests.none", "guests.both", "hooks[0]", "hooks[1]", "full path",
+		"freeze_limit", "every 1ms", "unknown consistency", "'@' is not allowed", "definitions.vm", "definitions.f: file is missing",
+		"jitter of 1h0m0s", "application markers need guests"} {
+		require.ErrorContains(t, err, want)
+	}
+}
+
+func TestAddGuest(t *testing.T) {
+	var c Config
+	require.ErrorContains(t, c.AddGuest("web01=agent:/x"), "give its disks too")
+	require.NoError(t, c.AddDisk("web01/vda=/images/a.raw"))
+	require.NoError(t, c.AddGuest("web01=agent:/run/a=b"))
+	require.NoError(t, c.AddGuest("web01/second=libvirt:dom"))
+	require.Equal(t, map[string]Guest{"web01": {Agent: "/run/a=b"}, "second": {Libvirt: "dom"}}, c.Groups["web01"].Guests)
+	for _, bad := range []string{"", "web01", "web01=", "web01=qemu:x", "web01=agent:/x"} {
+		require.Error(t, c.AddGuest(bad), bad)
 	}
 }
 

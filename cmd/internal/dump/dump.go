@@ -63,7 +63,11 @@ func visit(print func(kind, text string, v any) error, f Options) journal.Visit 
 		}
 		v.Marker = func(m record.Marker) error {
 			return print("marker", fmt.Sprintf("LSN %d %s %v %q by %s", m.LSN, when(m.Time.UnixNano()), m.Consistency, m.Label, m.By),
-				marker{m.LSN, m.Label, m.Time.UTC(), m.Consistency.String(), m.By})
+				marker{m.LSN, m.Label, m.Time.UTC(), m.Consistency.String(), m.By, m.Asked.String(), m.Description, m.Note, m.Pinned, m.Pending})
+		}
+		v.Definition = func(d record.Definition) error {
+			return print("definition", fmt.Sprintf("%s since LSN %d %s: %d bytes, gone %v", d.Name, d.Since, when(d.Time.UnixNano()), len(d.Content), d.Gone),
+				definition{d.Name, d.Since, d.Time.UTC(), len(d.Content), d.Gone})
 		}
 	}
 	return v
@@ -119,6 +123,18 @@ type (
 		Time        time.Time  `json:"time"`
 		Consistency string     `json:"consistency"`
 		By          string     `json:"by"`
+		Asked       string     `json:"asked"`
+		Description string     `json:"description,omitempty"`
+		Note        string     `json:"note,omitempty"`
+		Pinned      bool       `json:"pinned,omitempty"`
+		Pending     bool       `json:"pending,omitempty"` // a cut is under way, or a stop came between
+	}
+	definition struct {
+		Name  string     `json:"name"`
+		Since record.LSN `json:"since"`
+		Time  time.Time  `json:"time"`
+		Bytes int        `json:"bytes"`
+		Gone  bool       `json:"gone,omitempty"`
 	}
 )
 

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/build"
+	"github.com/tidemark-cdp/tidemark/guest"
+	"github.com/tidemark-cdp/tidemark/journal"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// metrics are what the daemon exports to Prometheus; docs/operating.md has the list.
+type metrics struct {
+	registry *prometheus.Registry
+	frozen   *prometheus.HistogramVec
+	own      *prometheus.HistogramVec
+	markers  *prometheus.CounterVec
+	refused  *prometheus.CounterVec
+	missed   *prometheus.CounterVec
+	// notThawed is how many guests are not known to be thawed.
+	notThawed *prometheus.GaugeVec
+}
+
+func newMetrics(store *journal.Store) *metrics {
+	seconds := []float64{.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10}
+	m := &metrics{
+		registry: prometheus.NewRegistry(),
+		frozen: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "tidemark_guest_frozen_seconds", Buckets: seconds,
+			Help: "How long the guests of a group stood still for a marker."}, []string{"group"}),
+		own: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "tidemark_guest_frozen_own_seconds", Buckets: seconds,
+			Help: "The part of it that is Tidemark's own work: from the answer that all are frozen until they are asked to thaw."}, []string{"group"}),
+		markers: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "tidemark_markers_total",
+			Help: "Markers taken, by the consistency that they reached."}, []string{"group", "consistency"}),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "tidemark_markers_refused_total",
+			Help: "Markers that were asked for and not taken."}, []string{"group"}),
+		missed: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "tidemark_markers_missed_total",
+			Help: "Markers of the schedule that were not taken, or were less than was asked for."}, []string{"group"}),
+		notThawed: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "tidemark_guests_not_thawed",
+			Help: "Guests that were asked to freeze and are not known to be thawed."}, []string{"group"}),
+	}
+	info := prometheus.NewGauge(prometheus.GaugeOpts{Name: "tidemark_build_info", Help: "1.", ConstLabels: prometheus.Labels{"version": build.Version()}})
+	info.Set(1)
+	m.registry.MustRegister(m.frozen, m.own, m.markers, m.refused, m.missed, m.notThawed, info, groupCollector{store},
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return m
+}
+
+func (m *metrics) handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{})
+}
+
+// marked counts a marker that was asked for.
+func (m *metrics) marked(group string, want record.Marker, got marked, err error) {
+	if err != nil {
+		m.refused.WithLabelValues(group).Inc()
+		return
+	}
+	m.markers.WithLabelValues(group, got.Consistency.String()).Inc()
+}
+
+// cut notes how long guests stood still.
+func (m *metrics) cut(group string, r guest.Report) {
+	if r.Frozen > 0 {
+		m.frozen.WithLabelValues(group).Observe(r.Frozen.Seconds())
+		m.own.WithLabelValues(group).Observe(r.Own.Seconds())
+	}
+}
+
+// groupCollector reads the groups' state when it is asked.
+type groupCollector struct{ store *journal.Store }
+
+var groupGauges = []struct {
+	desc *prometheus.Desc
+	read func(*journal.Group) float64
+}{
+	{desc("tidemark_group_head_lsn", "The newest LSN."), func(g *journal.Group) float64 { return float64(g.Head()) }},
+	{desc("tidemark_group_durable_lsn", "The LSN up to which the journal survives the host."), func(g *journal.Group) float64 { return float64(g.Durable()) }},
+	{desc("tidemark_group_applied_lsn", "The LSN up to which the backings hold the records."), func(g *journal.Group) float64 { return float64(g.Applied()) }},
+	{desc("tidemark_group_horizon_lsn", "The oldest LSN that can be viewed."), func(g *journal.Group) float64 { return float64(g.Horizon()) }},
+	{desc("tidemark_group_journal_bytes", "What the group's segments take up."), func(g *journal.Group) float64 { return float64(g.JournalBytes()) }},
+	{desc("tidemark_group_unapplied_bytes", "How far the backings are behind."), func(g *journal.Group) float64 { return float64(g.Unapplied()) }},
+	{desc("tidemark_group_active", "1 if the group takes writes."), func(g *journal.Group) float64 {
+		if state, _ := g.State(); state == "active" {
+			return 1
+		}
+		return 0
+	}},
+	{desc("tidemark_group_last_marker_seconds", "When the newest marker was taken, Unix seconds; 0: there is none."), func(g *journal.Group) float64 {
+		markers, err := g.Markers()
+		if err != nil || len(markers) == 0 {
+			return 0
+		}
+		return float64(markers[len(markers)-1].Time.UnixNano()) / float64(time.Second)
+	}},
+}
+
+func desc(name, help string) *prometheus.Desc {
+	return prometheus.NewDesc(name, help, []string{"group"}, nil)
+}
+
+func (c groupCollector) Describe(ch chan<- *prometheus.Desc) {
+	for _, g := range groupGauges {
+		ch <- g.desc
+	}
+}
+
+func (c groupCollector) Collect(ch chan<- prometheus.Metric) {
+	for _, g := range c.store.Groups() {
+		for _, m := range groupGauges {
+			ch <- prometheus.MustNewConstMetric(m.desc, prometheus.GaugeValue, m.read(g), g.Name())
+		}
+	}
+}

@@ -1,0 +1,162 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+	"sync"
+
+	"go.uber.org/zap"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+	"github.com/tidemark-cdp/tidemark/cmd/internal/config"
+	"github.com/tidemark-cdp/tidemark/journal"
+)
+
+// reloader makes what runs what the configuration says now.
+type reloader struct {
+	read    func() (config.Config, error) // the file and the flags
+	store   *journal.Store
+	keepers *keepers
+	log     *zap.Logger
+
+	mu  sync.Mutex // one at a time
+	now config.Config
+}
+
+// reload reads the configuration again and takes up what it says of groups. Everything that can be
+// done is; what can not is in the error, and stays as it was.
+func (r *reloader) reload() (api.Reloaded, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	done := api.Reloaded{Changes: []string{}, Restart: []string{}}
+	want, err := r.read()
+	if err != nil {
+		return done, fmt.Errorf("%w: the configuration stays as it was: %w", errBadRequest, err)
+	}
+	done.Restart = append(done.Restart, fixed(r.now, want)...)
+	var errs []error
+	did := func(err error, format string, args ...any) bool {
+		what := fmt.Sprintf(format, args...)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", what, err))
+			return false
+		}
+		done.Changes = append(done.Changes, what)
+		r.log.Info("reloaded", zap.String("change", what))
+		return true
+	}
+	// What leaves goes first: a backing may move from one group to another.
+	groups := maps.Clone(r.now.Groups)
+	for _, name := range slices.Sorted(maps.Keys(r.now.Groups)) {
+		if _, ok := want.Groups[name]; !ok {
+			if did(r.removeGroup(name, groups[name]), "group %s removed", name) {
+				delete(groups, name)
+			}
+			continue
+		}
+		groups[name] = r.removeDisks(name, groups[name], want.Groups[name], did)
+	}
+	for _, name := range slices.Sorted(maps.Keys(want.Groups)) {
+		next := want.Groups[name]
+		now, ok := groups[name]
+		if !ok {
+			if did(r.addGroup(name, next), "group %s added", name) {
+				groups[name] = next
+			}
+			continue
+		}
+		groups[name] = r.addDisks(name, now, next, did)
+		groups[name] = r.keep(name, groups[name], next, did)
+	}
+	r.now.Groups = groups
+	return done, errors.Join(errs...)
+}
+
+// fixed are the settings that differ and take a restart.
+func fixed(now, want config.Config) (all []string) {
+	now.Groups, want.Groups = nil, nil
+	a, b := reflect.ValueOf(now), reflect.ValueOf(want)
+	for i := range a.NumField() {
+		if !reflect.DeepEqual(a.Field(i).Interface(), b.Field(i).Interface()) {
+			all = append(all, a.Type().Field(i).Tag.Get("yaml"))
+		}
+	}
+	return all
+}
+
+func (r *reloader) removeGroup(name string, conf config.Group) error {
+	r.keepers.remove(name)
+	err := r.store.RemoveGroup(name)
+	if err != nil {
+		err = errors.Join(err, r.keepers.put(name, conf))
+	}
+	return err
+}
+
+func (r *reloader) addGroup(name string, conf config.Group) error {
+	if err := r.store.AddGroup(groupConfig(name, conf)); err != nil {
+		return err
+	}
+	return r.keepers.put(name, conf)
+}
+
+type did func(err error, format string, args ...any) bool
+
+// removeDisks takes disks out of a group that are not to be in it, or have another backing.
+func (r *reloader) removeDisks(name string, now, want config.Group, did did) config.Group {
+	g, err := r.store.Group(name)
+	if err != nil {
+		return now
+	}
+	disks := maps.Clone(now.Disks)
+	for _, d := range slices.Sorted(maps.Keys(now.Disks)) {
+		if want.Disks[d] != now.Disks[d] && did(g.RemoveDisk(d), "disk %s/%s removed", name, d) {
+			delete(disks, d)
+		}
+	}
+	now.Disks = disks
+	return now
+}
+
+func (r *reloader) addDisks(name string, now, want config.Group, did did) config.Group {
+	g, err := r.store.Group(name)
+	if err != nil {
+		return now
+	}
+	disks := maps.Clone(now.Disks)
+	for _, d := range slices.Sorted(maps.Keys(want.Disks)) {
+		if _, ok := disks[d]; !ok && did(g.AddDisk(journal.DiskConfig{Name: d, Backing: want.Disks[d].Backing}), "disk %s/%s added", name, d) {
+			disks[d] = want.Disks[d]
+		}
+	}
+	now.Disks = disks
+	return now
+}
+
+// keep has the group looked after as it is to be from now on.
+func (r *reloader) keep(name string, now, want config.Group, did did) config.Group {
+	next := want
+	next.Disks = now.Disks
+	if reflect.DeepEqual(now, next) {
+		return now
+	}
+	r.keepers.remove(name)
+	if !did(r.keepers.put(name, next), "group %s: guests, markers and definitions as configured", name) {
+		return now
+	}
+	return next
+}
+
+// groupConfig is the journal's part of a group.
+func groupConfig(name string, g config.Group) journal.GroupConfig {
+	gc := journal.GroupConfig{Name: name}
+	for disk, d := range g.Disks {
+		gc.Disks = append(gc.Disks, journal.DiskConfig{Name: disk, Backing: d.Backing})
+	}
+	slices.SortFunc(gc.Disks, func(a, b journal.DiskConfig) int { return cmp.Compare(a.Name, b.Name) })
+	return gc
+}
