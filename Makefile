@@ -6,11 +6,12 @@ BIN      := bin
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LDFLAGS  := -X github.com/tidemark-cdp/tidemark/cmd/internal/build.version=$(VERSION)
 PACKAGES := qemu-utils libnbd-bin python3-libnbd nbdkit fio e2fsprogs xfsprogs fuse3 util-linux
-GUEST    := qemu-system-x86 busybox-static cpio
+GUEST    := qemu-system-x86 busybox-static cpio debootstrap
+SERVERS  := qemu-guest-agent postgresql mariadb-server redis-server libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
 FUZZTIME ?= 10s
 SEEDS    ?= 1000
 
-.PHONY: build deps guest-deps test test-long fuzz bench lint demo clean
+.PHONY: build deps guest-deps test test-guest test-long fuzz bench lint demo clean
 
 build:
 	$(GO) build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/tidemark ./cmd/tidemarkd
@@ -20,10 +21,12 @@ build:
 deps:
 	@testdata/install-packages $(PACKAGES)
 
-# guest-deps also makes the small Linux guest that a test boots in QEMU.
+# guest-deps also makes the guests that tests boot in QEMU, a small one and Debian with PostgreSQL, and
+# installs, without starting them, the servers that hooks are tested with.
 guest-deps: deps
-	@testdata/install-packages $(GUEST)
+	@testdata/install-packages $(GUEST) $(SERVERS)
 	@testdata/guest-image .cache/guest
+	@testdata/guest-debian .cache/debian
 
 # test runs everything that fits some minutes. Tests that need what a machine
 # may lack (root, FUSE, loop devices, QEMU) skip by name where it is absent.
@@ -32,6 +35,11 @@ test: guest-deps
 	$(GO) test -race -timeout 20m $(TESTFLAGS) ./...
 	$(GO) test -timeout 10m ./journal -run TestModel -model.seeds=$(SEEDS)
 	$(MAKE) fuzz FUZZTIME=2000x
+
+# test-guest runs the tests of guests alone: real ones in QEMU and libvirt, hooks with real servers.
+test-guest: guest-deps
+	$(GO) test -race -timeout 20m $(TESTFLAGS) ./guest
+	$(GO) test -race -timeout 20m $(TESTFLAGS) ./cmd/tidemarkd -run 'Guest|Markers|Libvirt'
 
 # test-long is for a night: more seeds, more kills, more fuzzing.
 test-long: guest-deps

@@ -212,7 +212,7 @@ func (a *agent) ask(ctx context.Context, command string, args, answer any) error
 // ended tells the end of a context in the stead of the deadline that it set.
 func ended(ctx context.Context, err error) error {
 	if ctx.Err() != nil && errors.Is(err, os.ErrDeadlineExceeded) {
-		return ctx.Err()
+		return context.Cause(ctx)
 	}
 	return err
 }

@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,23 +24,32 @@ type Cut struct {
 	Group, Label string
 	Hooks        []Hook
 	Guests       []Named
-	Limit        time.Duration // from asking the guests to freeze to asking them to thaw; 0: DefaultLimit
+	Wait         time.Duration // for the guests to come to rest, their own hooks and all; 0: DefaultWait
+	Limit        time.Duration // from the first guest's answer that it is frozen to asking for the thaw; 0: DefaultLimit
 	Notes        *Notes
 
 	open func(Named) Guest // tests have their own
 }
 
-// DefaultLimit is how long guests may be frozen unless told otherwise.
-const DefaultLimit = 2 * time.Second
+// How long guests may take to come to rest, and how long they may be at it, unless told otherwise.
+const (
+	DefaultWait  = 30 * time.Second
+	DefaultLimit = 2 * time.Second
+)
 
 // Report is what was seen of a cut.
 type Report struct {
 	AtRest bool       // everything was at rest from before the record was taken until after
 	Taken  bool       // the record was taken
 	LSN    record.LSN // of the record
+	// Rested is how long the guests took to come to rest, their own hooks included: until the last one's
+	// answer that it is frozen. They do work for most of it.
+	Rested time.Duration
+	// Frozen is how long guests stood still: from the first one's answer that it is frozen until the
+	// last one's that it is thawed.
 	Frozen time.Duration
-	// Own is the part of Frozen that was Tidemark's own work: from the last guest's answer that it
-	// is frozen until all were asked to thaw.
+	// Own is the part of Frozen that was Tidemark's own work: from the last one's answer that it
+	// is frozen until all are asked to thaw.
 	Own time.Duration
 	Why []string // it was not at rest
 	// NotThawed are the guests that were asked to freeze and are not known to be thawed.
@@ -88,6 +98,42 @@ type run struct {
 	guests   []*patient
 	hooksRun int // hooks whose first program was begun
 	report   Report
+
+	clock clock
+}
+
+// clock ends the context of a cut: when the guests do not come to rest, and when they were at it
+// for long enough.
+type clock struct {
+	mu     sync.Mutex
+	cancel context.CancelCauseFunc
+	timer  *time.Timer
+	began  time.Time // of the first guest that is frozen; zero: none is
+}
+
+// start begins the wait for the guests.
+func (c *clock) start(ctx context.Context, wait time.Duration) context.Context {
+	ctx, c.cancel = context.WithCancelCause(ctx)
+	c.timer = time.AfterFunc(wait, func() {
+		c.cancel(fmt.Errorf("it did not come to rest within %v", wait))
+	})
+	return ctx
+}
+
+// frozen notes that a guest is frozen: from the first one on, the limit runs.
+func (c *clock) frozen(limit time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.began.IsZero() || !c.timer.Stop() {
+		return
+	}
+	c.began = time.Now()
+	c.timer = time.AfterFunc(limit, func() { c.cancel(fmt.Errorf("guests may be frozen for %v, and that is over", limit)) })
+}
+
+func (c *clock) stop() {
+	c.timer.Stop()
+	c.cancel(nil)
 }
 
 // Run brings everything to rest, calls take, and undoes it. take returns the LSN of what it
@@ -147,17 +193,14 @@ func (r *run) after(lsn record.LSN) {
 }
 
 func (r *run) freezeAndTake(take func(context.Context) (record.LSN, error)) error {
-	limit := r.Limit
-	if limit == 0 {
-		limit = DefaultLimit
-	}
-	began := time.Now()
-	ctx, cancel := context.WithTimeout(r.ctx, limit)
-	defer cancel()
+	asked := time.Now()
+	ctx := r.clock.start(r.ctx, cmp.Or(r.Wait, DefaultWait))
+	defer r.clock.stop()
 	var err error
 	var taken chan error // until take has returned
 	if r.freeze(ctx) {
 		rested := time.Now()
+		r.report.Rested = rested.Sub(asked)
 		taken = make(chan error, 1)
 		go func() {
 			lsn, err := take(ctx)
@@ -171,13 +214,13 @@ func (r *run) freezeAndTake(take func(context.Context) (record.LSN, error)) erro
 				r.stillFrozen(ctx)
 			}
 		case <-ctx.Done():
-			r.report.because("the record was not durable within the limit of %v", limit)
+			r.report.because("the record was not durable in time: %v", context.Cause(ctx))
 		}
 		r.report.Own = time.Since(rested)
 	}
 	r.thaw()
-	if slices.ContainsFunc(r.guests, func(p *patient) bool { return p.asked }) {
-		r.report.Frozen = time.Since(began)
+	if !r.clock.began.IsZero() {
+		r.report.Frozen = time.Since(r.clock.began)
 	}
 	if taken != nil {
 		err = <-taken // the guests do not wait for it any more
@@ -199,6 +242,9 @@ func (r *run) freeze(ctx context.Context) bool {
 	r.each(func(p *patient) {
 		p.frozen, p.err = p.guest.Freeze(ctx)
 		p.asked = !errors.Is(p.err, ErrNotAsked)
+		if p.err == nil {
+			r.clock.frozen(cmp.Or(r.Limit, DefaultLimit))
+		}
 		if p.err == nil && p.frozen <= 0 {
 			p.err = errors.New("it froze no file system")
 		}
@@ -209,7 +255,7 @@ func (r *run) freeze(ctx context.Context) bool {
 		}
 	}
 	if r.report.AtRest && ctx.Err() != nil {
-		r.report.because("the guests took longer to freeze than they may be frozen")
+		r.report.because("not all guests came to rest in time: %v", context.Cause(ctx))
 	}
 	return r.report.AtRest
 }

@@ -39,18 +39,18 @@ var hostile = map[string]struct {
 		f.instead[syncCommand] = func(c net.Conn, _ int) bool { f.hang(c); return true }
 	}, outcome{why: "qemu-guest-agent"}},
 	"hangs in the freeze, and then freezes": {func(f *fakeAgent) {
-		f.instead[freeze] = func(c net.Conn, _ int) bool { f.sleep(20 * time.Second); f.do(freeze); return true }
-	}, outcome{why: "deadline"}},
+		f.instead[freeze] = func(c net.Conn, _ int) bool { f.sleep(40 * time.Second); f.do(freeze); return true }
+	}, outcome{why: "come to rest within 30s"}},
 	"hangs in the freeze for ever": {func(f *fakeAgent) {
 		f.instead[freeze] = func(c net.Conn, _ int) bool { f.do(freeze); f.sleep(time.Hour); return true }
-	}, outcome{notThawed: true, why: "deadline"}},
+	}, outcome{notThawed: true, why: "come to rest within 30s"}},
 	"answers the freeze too late": {func(f *fakeAgent) {
 		f.instead[freeze] = func(c net.Conn, _ int) bool {
-			f.sleep(3 * time.Second)
+			f.sleep(31 * time.Second)
 			f.say(c, "%s\n", f.do(freeze))
 			return true
 		}
-	}, outcome{why: "deadline"}},
+	}, outcome{why: "come to rest within 30s"}},
 	"hangs when asked for its status": {func(f *fakeAgent) {
 		f.instead[status] = func(c net.Conn, n int) bool {
 			if n == 1 {
@@ -100,7 +100,7 @@ var hostile = map[string]struct {
 	}, outcome{why: "a line of more than"}},
 	"says half a line": {func(f *fakeAgent) {
 		f.instead[freeze] = func(c net.Conn, _ int) bool { f.do(freeze); f.say(c, "{\"return\":"); f.hang(c); return true }
-	}, outcome{why: "deadline"}},
+	}, outcome{why: "come to rest within 30s"}},
 	"says half a line and hangs up": {func(f *fakeAgent) {
 		f.instead[freeze] = func(c net.Conn, _ int) bool { f.do(freeze); f.say(c, "{\"return\":"); _ = c.Close(); return true }
 	}, outcome{why: "hung up"}},
@@ -201,9 +201,42 @@ func TestASlowRecordDoesNotKeepTheGuestFrozen(t *testing.T) {
 		require.True(t, r.Taken)
 		require.EqualValues(t, 9, r.LSN)
 		require.False(t, r.AtRest)
-		require.Contains(t, r.Reason(), "limit of 1s")
+		require.Contains(t, r.Reason(), "may be frozen for 1s")
 		require.Equal(t, time.Second, r.Frozen)
 		f.stop()
+	})
+}
+
+// TestSlowHooksOfAGuest: what its own hooks take is not the time that it is frozen.
+func TestSlowHooksOfAGuest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		slow, quick := newFake(t), newFake(t)
+		slow.instead[freeze] = func(net.Conn, int) bool { slow.sleep(20 * time.Second); return false }
+		notes, err := NewNotes(t.TempDir())
+		require.NoError(t, err)
+		cut := func(guests ...*fakeAgent) Report {
+			c := Cut{Group: "g", Notes: notes}
+			for i := range guests {
+				c.Guests = append(c.Guests, Named{Name: string(rune('0' + i))})
+			}
+			c.open = func(n Named) Guest { return guests[n.Name[0]-'0'].guest() }
+			r, err := c.Run(context.Background(), func(context.Context) (record.LSN, error) {
+				time.Sleep(time.Millisecond)
+				return 1, nil
+			})
+			require.NoError(t, err)
+			require.False(t, slow.isFrozen() || quick.isFrozen())
+			return r
+		}
+		r := cut(slow)
+		require.True(t, r.AtRest, "%+v", r)
+		require.Equal(t, 20*time.Second, r.Rested)
+		require.Equal(t, time.Millisecond, r.Frozen)
+		r = cut(quick, slow)
+		require.False(t, r.Taken, "one would be frozen for as long as the other takes")
+		require.Contains(t, r.Reason(), "may be frozen for 2s")
+		slow.stop()
+		quick.stop()
 	})
 }
 

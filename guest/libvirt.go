@@ -48,8 +48,8 @@ func (d *domain) Close() error {
 // call calls fn, which talks to libvirt and knows no context, until it returns or ctx ends: then the
 // connection is given up, which makes fn return.
 func (d *domain) call(ctx context.Context, what string, fn func() error) error {
-	if err := ctx.Err(); err != nil {
-		return fmt.Errorf("libvirt domain %s: %s: %w", d.name, what, err)
+	if ctx.Err() != nil {
+		return fmt.Errorf("libvirt domain %s: %s: %w", d.name, what, context.Cause(ctx))
 	}
 	done := make(chan error, 1)
 	go func() { done <- fn() }()
@@ -61,7 +61,7 @@ func (d *domain) call(ctx context.Context, what string, fn func() error) error {
 		_ = conn.Close()
 		<-done
 		d.conn, d.l = nil, nil
-		err = ctx.Err()
+		err = context.Cause(ctx)
 	}
 	if err != nil {
 		return fmt.Errorf("libvirt domain %s: %s: %w", d.name, what, err)

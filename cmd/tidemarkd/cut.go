@@ -52,7 +52,7 @@ func (k *keeper) mark(ctx context.Context, want record.Marker) (marked, error) {
 
 // cut takes a marker with the guests at rest.
 func (k *keeper) cut(ctx context.Context, want record.Marker) (marked, error) {
-	c := guest.Cut{Group: k.g.Name(), Label: want.Label, Guests: k.guests(), Limit: k.conf.FreezeLimit, Notes: k.notes}
+	c := guest.Cut{Group: k.g.Name(), Label: want.Label, Guests: k.guests(), Wait: k.conf.FreezeWait, Limit: k.conf.FreezeLimit, Notes: k.notes}
 	if want.Asked == record.Application {
 		for _, h := range k.conf.Hooks {
 			c.Hooks = append(c.Hooks, guest.Hook(h))

@@ -17,6 +17,7 @@ import (
 // metrics are what the daemon exports to Prometheus; docs/operating.md has the list.
 type metrics struct {
 	registry *prometheus.Registry
+	rested   *prometheus.HistogramVec
 	frozen   *prometheus.HistogramVec
 	own      *prometheus.HistogramVec
 	markers  *prometheus.CounterVec
@@ -30,6 +31,8 @@ func newMetrics(store *journal.Store) *metrics {
 	seconds := []float64{.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10}
 	m := &metrics{
 		registry: prometheus.NewRegistry(),
+		rested: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "tidemark_guest_rested_seconds", Buckets: seconds,
+			Help: "How long the guests of a group took to come to rest, with their own hooks."}, []string{"group"}),
 		frozen: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "tidemark_guest_frozen_seconds", Buckets: seconds,
 			Help: "How long the guests of a group stood still for a marker."}, []string{"group"}),
 		own: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "tidemark_guest_frozen_own_seconds", Buckets: seconds,
@@ -45,7 +48,7 @@ func newMetrics(store *journal.Store) *metrics {
 	}
 	info := prometheus.NewGauge(prometheus.GaugeOpts{Name: "tidemark_build_info", Help: "1.", ConstLabels: prometheus.Labels{"version": build.Version()}})
 	info.Set(1)
-	m.registry.MustRegister(m.frozen, m.own, m.markers, m.refused, m.missed, m.notThawed, info, groupCollector{store},
+	m.registry.MustRegister(m.rested, m.frozen, m.own, m.markers, m.refused, m.missed, m.notThawed, info, groupCollector{store},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -66,6 +69,7 @@ func (m *metrics) marked(group string, want record.Marker, got marked, err error
 // cut notes how long guests stood still.
 func (m *metrics) cut(group string, r guest.Report) {
 	if r.Frozen > 0 {
+		m.rested.WithLabelValues(group).Observe(r.Rested.Seconds())
 		m.frozen.WithLabelValues(group).Observe(r.Frozen.Seconds())
 		m.own.WithLabelValues(group).Observe(r.Own.Seconds())
 	}

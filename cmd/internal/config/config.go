@@ -8,6 +8,7 @@ package config
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -80,7 +81,8 @@ type Group struct {
 	Disks       map[string]Disk       `yaml:"disks"`
 	Guests      map[string]Guest      `yaml:"guests"`
 	Hooks       []Hook                `yaml:"hooks"`
-	FreezeLimit time.Duration         `yaml:"freeze_limit"` // how long guests may be frozen; 2s by default
+	FreezeWait  time.Duration         `yaml:"freeze_wait"`  // how long guests may take to come to rest, with their own hooks; 30s by default
+	FreezeLimit time.Duration         `yaml:"freeze_limit"` // how long they may be frozen then; 2s by default
 	Markers     Markers               `yaml:"markers"`
 	Definitions map[string]Definition `yaml:"definitions"`
 }
@@ -247,9 +249,8 @@ func (c *Config) Default() {
 	for name, g := range c.Groups {
 		def(&g.Markers.Consistency, record.Crash.String())
 		def(&g.Markers.Label, "auto")
-		if g.FreezeLimit == 0 {
-			g.FreezeLimit = guest.DefaultLimit
-		}
+		g.FreezeWait = cmp.Or(g.FreezeWait, guest.DefaultWait)
+		g.FreezeLimit = cmp.Or(g.FreezeLimit, guest.DefaultLimit)
 		c.Groups[name] = g
 	}
 }
@@ -336,8 +337,10 @@ func (g *Group) validate() error {
 	for i, h := range g.Hooks {
 		add(fmt.Sprintf("hooks[%d]", i), guest.Hook(h).Validate())
 	}
-	if g.FreezeLimit < 0 {
-		add("freeze_limit", fmt.Errorf("%v: it must not be negative", g.FreezeLimit))
+	for key, v := range map[string]time.Duration{"freeze_wait": g.FreezeWait, "freeze_limit": g.FreezeLimit} {
+		if v < 0 {
+			add(key, fmt.Errorf("%v: it must not be negative", v))
+		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(g.Definitions)) {
 		add("definitions."+name, record.CheckName(name))
