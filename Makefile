@@ -11,7 +11,7 @@ SERVERS  := qemu-guest-agent postgresql mariadb-server redis-server libvirt-daem
 FUZZTIME ?= 10s
 SEEDS    ?= 1000
 
-.PHONY: build deps guest-deps test test-guest test-long fuzz bench lint demo clean
+.PHONY: build deps guest-deps test test-guest test-long fuzz bench bench-markers lint demo clean
 
 build:
 	$(GO) build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/tidemark ./cmd/tidemarkd
@@ -55,6 +55,10 @@ fuzz:
 # bench compares with qemu-nbd and nbdkit and rewrites docs/BENCHMARKS.md.
 bench: deps build
 	$(GO) run ./cmd/internal/bench -out docs/BENCHMARKS.md
+
+# bench-markers measures how long markers freeze a guest, and rewrites that part of the page.
+bench-markers: deps build
+	$(GO) run ./cmd/internal/bench -markers -out docs/BENCHMARKS.md
 
 lint:
 	@test -z "$$(gofmt -l .)" || { gofmt -l .; exit 1; }

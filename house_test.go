@@ -36,7 +36,7 @@ var mayImport = map[string][]string{
 	"guest":                   {"journal/record"},
 	"restore":                 {"journal/record"},
 	"fuzz":                    {},
-	"cmd/internal/bench":      {"nbd"},
+	"cmd/internal/bench":      {"nbd", "cmd/internal/api"},
 	"cmd/internal/build":      {},
 	"cmd/internal/port":       {},
 	"cmd/tidemark-guest":      {"cmd/internal/build", "cmd/internal/port"},
