@@ -217,9 +217,21 @@ func ended(ctx context.Context, err error) error {
 	return err
 }
 
+// notFrozen is an ErrNotAsked unless a guest says that it is not frozen.
+func notFrozen(ctx context.Context, g Guest) error {
+	frozen, err := g.Frozen(ctx)
+	if err == nil && frozen {
+		err = errFrozenAlready
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrNotAsked, err)
+	}
+	return nil
+}
+
 func (a *agent) Freeze(ctx context.Context) (n int, err error) {
-	if err := a.connect(ctx); err != nil {
-		return 0, fmt.Errorf("%w: %w", ErrNotAsked, err)
+	if err := notFrozen(ctx, a); err != nil {
+		return 0, err
 	}
 	if len(a.mounts) > 0 {
 		err = a.ask(ctx, "guest-fsfreeze-freeze-list", map[string]any{"mountpoints": a.mounts}, &n)

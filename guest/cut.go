@@ -54,8 +54,8 @@ type Report struct {
 	Why []string // it was not at rest
 	// NotThawed are the guests that were asked to freeze and are not known to be thawed.
 	NotThawed []string
-	// Hooks are those whose second program failed.
-	Hooks []string
+	// NotUndone is what else could not be brought to its end: hooks' second programs, the note.
+	NotUndone []string
 }
 
 func (r *Report) because(format string, args ...any) {
@@ -69,8 +69,8 @@ func (r *Report) Problem() error {
 	for _, g := range r.NotThawed {
 		errs = append(errs, fmt.Errorf("guest %s may still be frozen: thaw it (tidemark thaw, or guest-fsfreeze-thaw by its agent)", g))
 	}
-	for _, h := range r.Hooks {
-		errs = append(errs, errors.New(h))
+	for _, what := range r.NotUndone {
+		errs = append(errs, errors.New(what))
 	}
 	return errors.Join(errs...)
 }
@@ -105,10 +105,11 @@ type run struct {
 // clock ends the context of a cut: when the guests do not come to rest, and when they were at it
 // for long enough.
 type clock struct {
-	mu     sync.Mutex
 	cancel context.CancelCauseFunc
-	timer  *time.Timer
-	began  time.Time // of the first guest that is frozen; zero: none is
+
+	mu    sync.Mutex // guards what follows while guests are asked to freeze
+	timer *time.Timer
+	began time.Time // of the first guest that is frozen; zero: none is
 }
 
 // start begins the wait for the guests.
@@ -124,10 +125,12 @@ func (c *clock) start(ctx context.Context, wait time.Duration) context.Context {
 func (c *clock) frozen(limit time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.began.IsZero() || !c.timer.Stop() {
+	if !c.began.IsZero() {
 		return
 	}
-	c.began = time.Now()
+	if c.began = time.Now(); !c.timer.Stop() {
+		return // the wait is over, and with it the cut
+	}
 	c.timer = time.AfterFunc(limit, func() { c.cancel(fmt.Errorf("guests may be frozen for %v, and that is over", limit)) })
 }
 
@@ -161,7 +164,8 @@ func (c *Cut) Run(ctx context.Context, take func(context.Context) (record.LSN, e
 		err = r.freezeAndTake(take)
 	}
 	r.after(r.report.LSN)
-	return r.report, errors.Join(err, r.finish())
+	r.finish()
+	return r.report, err
 }
 
 // before runs the hooks' first programs until one fails.
@@ -187,7 +191,7 @@ func (r *run) after(lsn record.LSN) {
 		}
 		err := runHook(context.WithoutCancel(r.ctx), h.After, h.Timeout, hookEnv(r.Group, r.Label, phaseAfter, lsn))
 		if err != nil {
-			r.report.Hooks = append(r.report.Hooks, err.Error())
+			r.report.NotUndone = append(r.report.NotUndone, err.Error())
 		}
 	}
 }
@@ -327,7 +331,7 @@ func (p *patient) thaw(ctx context.Context, n int) (int, bool, error) {
 }
 
 // finish lets go of the guests, and notes what is still to be undone.
-func (r *run) finish() error {
+func (r *run) finish() {
 	note := Note{Group: r.Group, Label: r.Label, Time: time.Now(), Guests: map[string]Spec{}}
 	for _, p := range r.guests {
 		_ = p.guest.Close() // nothing is asked on it any more
@@ -335,7 +339,9 @@ func (r *run) finish() error {
 			note.Guests[p.Name] = p.Spec
 		}
 	}
-	return r.Notes.put(note)
+	if err := r.Notes.put(note); err != nil {
+		r.report.NotUndone = append(r.report.NotUndone, err.Error())
+	}
 }
 
 // Reason is why the cut was not at rest, in a line.

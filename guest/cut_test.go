@@ -53,14 +53,22 @@ var hostile = map[string]struct {
 	}, outcome{why: "come to rest within 30s"}},
 	"hangs when asked for its status": {func(f *fakeAgent) {
 		f.instead[status] = func(c net.Conn, n int) bool {
-			if n == 1 {
+			if n == 2 {
 				f.hang(c)
 			}
-			return n == 1
+			return n == 2
 		}
 	}, outcome{taken: true, why: "not known to have been frozen"}},
 	"never tells its status": {func(f *fakeAgent) {
 		f.instead[status] = func(c net.Conn, _ int) bool { f.hang(c); return true }
+	}, outcome{why: "did not come to rest"}},
+	"never tells its status once frozen": {func(f *fakeAgent) {
+		f.instead[status] = func(c net.Conn, n int) bool {
+			if n > 1 {
+				f.hang(c)
+			}
+			return n > 1
+		}
 	}, outcome{taken: true, notThawed: true, why: "not known"}},
 	"hangs in the first thaw": {func(f *fakeAgent) {
 		f.instead[thaw] = func(c net.Conn, n int) bool {
@@ -123,7 +131,7 @@ var hostile = map[string]struct {
 		f.instead[freeze] = func(c net.Conn, _ int) bool { f.say(c, "%s\n", f.do(freeze)); _ = c.Close(); return true }
 	}, outcome{taken: true, why: "not known to have been frozen"}},
 	"thaws by itself": {func(f *fakeAgent) {
-		f.instead[status] = func(net.Conn, int) bool { f.do(thaw); return false }
+		f.instead[status] = func(_ net.Conn, n int) bool { f.do(thaw); return n < 0 }
 	}, outcome{taken: true, why: "was thawed before"}},
 	"was thawed by another, unnoticed": {func(f *fakeAgent) {
 		f.instead[thaw] = func(c net.Conn, _ int) bool { f.do(thaw); f.say(c, "{\"return\": 1}\n"); return true }
@@ -137,12 +145,49 @@ var hostile = map[string]struct {
 	}, outcome{taken: true, why: "limited up to 10 seconds"}},
 	"is in a status that there is not": {func(f *fakeAgent) {
 		f.instead[status] = func(c net.Conn, n int) bool {
-			if n == 1 {
+			if n == 2 {
 				f.say(c, "{\"return\": \"tepid\"}\n")
 			}
-			return n == 1
+			return n == 2
 		}
 	}, outcome{taken: true, why: "tepid"}},
+}
+
+// TestAGuestThatSomebodyElseFroze stays as it is.
+func TestAGuestThatSomebodyElseFroze(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t)
+		f.frozen = true
+		notes, err := NewNotes(t.TempDir())
+		require.NoError(t, err)
+		c := Cut{Group: "g", Guests: []Named{{"web", Spec{}}}, Notes: notes, open: func(Named) Guest { return f.guest() }}
+		r, err := c.Run(context.Background(), func(context.Context) (record.LSN, error) { return 1, nil })
+		require.NoError(t, err)
+		require.False(t, r.Taken || r.AtRest)
+		require.Contains(t, r.Reason(), "frozen already")
+		require.True(t, f.isFrozen())
+		require.NoError(t, r.Problem())
+		f.stop()
+	})
+}
+
+// TestANoteThatCanNotBeTakenBack: the record was taken at rest, and says so; the note is told.
+func TestANoteThatCanNotBeTakenBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t)
+		dir := filepath.Join(t.TempDir(), "notes")
+		notes, err := NewNotes(dir)
+		require.NoError(t, err)
+		c := Cut{Group: "g", Guests: []Named{{"web", Spec{}}}, Notes: notes, open: func(Named) Guest { return f.guest() }}
+		r, err := c.Run(context.Background(), func(context.Context) (record.LSN, error) {
+			// What stands in the way of the note's end: a directory in its place that is not empty.
+			return 1, errors.Join(os.Remove(dir+"/g.json"), os.MkdirAll(dir+"/g.json/x", 0o700))
+		})
+		require.NoError(t, err)
+		require.True(t, r.Taken && r.AtRest, "%+v", r)
+		require.ErrorContains(t, r.Problem(), "g.json")
+		f.stop()
+	})
 }
 
 func TestHostileAgents(t *testing.T) {
@@ -153,16 +198,15 @@ func TestHostileAgents(t *testing.T) {
 				h.do(f)
 				notes, err := NewNotes(t.TempDir())
 				require.NoError(t, err)
-				frozenAtTake := false
+				frozenAtTake, noted := false, 0
 				c := Cut{Group: "g", Label: "l", Guests: []Named{{"web", Spec{Agent: "/nowhere"}}}, Notes: notes, open: func(Named) Guest { return f.guest() }}
 				r, err := c.Run(context.Background(), func(context.Context) (record.LSN, error) {
 					left, err := notes.Left()
-					require.NoError(t, err)
-					require.Len(t, left, 1, "noted before it is frozen")
-					frozenAtTake = f.isFrozen()
-					return 7, nil
+					noted, frozenAtTake = len(left), f.isFrozen()
+					return 7, err
 				})
 				require.NoError(t, err)
+				require.True(t, !r.Taken || noted == 1, "noted before it is frozen")
 				require.Equal(t, h.want.taken, r.Taken, "%+v", r)
 				require.Equal(t, h.want.atRest, r.AtRest, "%+v", r)
 				require.Equal(t, h.want.notThawed, len(r.NotThawed) > 0, "%+v", r)
@@ -191,13 +235,15 @@ func TestASlowRecordDoesNotKeepTheGuestFrozen(t *testing.T) {
 		f := newFake(t)
 		notes, err := NewNotes(t.TempDir())
 		require.NoError(t, err)
+		frozen := true
 		c := Cut{Group: "g", Guests: []Named{{"web", Spec{}}}, Limit: time.Second, Notes: notes, open: func(Named) Guest { return f.guest() }}
 		r, err := c.Run(context.Background(), func(context.Context) (record.LSN, error) {
 			time.Sleep(time.Minute)
-			require.False(t, f.isFrozen())
+			frozen = f.isFrozen()
 			return 9, nil
 		})
 		require.NoError(t, err)
+		require.False(t, frozen)
 		require.True(t, r.Taken)
 		require.EqualValues(t, 9, r.LSN)
 		require.False(t, r.AtRest)
@@ -248,7 +294,7 @@ func TestOneGuestOfManyThatDoesNotFreeze(t *testing.T) {
 		notes, err := NewNotes(t.TempDir())
 		require.NoError(t, err)
 		c := Cut{Group: "g", Guests: []Named{{"a", Spec{}}, {"b", Spec{}}, {"c", Spec{}}}, Notes: notes, open: func(n Named) Guest { return guests[n.Name].guest() }}
-		r, err := c.Run(context.Background(), func(context.Context) (record.LSN, error) { panic("not all are frozen") })
+		r, err := c.Run(context.Background(), func(context.Context) (record.LSN, error) { return 1, nil })
 		require.NoError(t, err)
 		require.False(t, r.AtRest || r.Taken)
 		require.Contains(t, r.Reason(), "guest b")
@@ -343,7 +389,8 @@ func TestWhatADeadDaemonLeft(t *testing.T) {
 	left, err := notes.Left()
 	require.ErrorContains(t, err, "other.json")
 	require.Len(t, left, 1)
-	require.ErrorContains(t, notes.Wake(context.Background(), left[0]), "may still be frozen")
+	r := notes.Wake(context.Background(), left[0])
+	require.ErrorContains(t, r.Problem(), "may still be frozen")
 	left, err = notes.Left()
 	require.Error(t, err)
 	require.Len(t, left, 1, "its agent does not answer: it stays noted")
@@ -363,7 +410,8 @@ func TestWhatADeadDaemonLeft(t *testing.T) {
 			f.accept <- c
 		}
 	}()
-	require.NoError(t, notes.Wake(context.Background(), left[0]))
+	r = notes.Wake(context.Background(), left[0])
+	require.NoError(t, r.Problem())
 	require.False(t, f.isFrozen())
 	left, _ = notes.Left()
 	require.Empty(t, left)
@@ -388,7 +436,7 @@ func TestParseSpec(t *testing.T) {
 	}
 	require.Error(t, Spec{}.Validate())
 	require.Error(t, Spec{Agent: "a", Libvirt: "b"}.Validate())
-	require.Error(t, Spec{Agent: "a", URI: "b"}.Validate())
+	require.Error(t, Spec{Agent: "a", Socket: "b"}.Validate())
 }
 
 var errTake = errors.New("no room")

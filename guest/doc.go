@@ -6,7 +6,8 @@
 //
 // # Promises
 //
-//   - P5: between the freeze and the thaw of a cut that was at rest, no guest wrote.
+//   - P5: between the freeze and the thaw of a cut that was at rest, no guest wrote to a file system that
+//     was frozen.
 //   - Whatever happens, each guest that was asked to freeze is asked to thaw, and then whether it is
 //     thawed. What is not known to be thawed stands in the report, and in [Notes], for the next start.
 //   - Nothing that a guest says is believed beyond what it says: lengths are bounded, answers are matched with
@@ -20,10 +21,11 @@
 //
 // # Concurrency
 //
-// A Guest is used by one goroutine at a time, a Cut once. Notes are safe for concurrent use.
+// A Guest is used by one goroutine at a time, a Cut once. Notes are safe for concurrent use, those of one group
+// by one at a time.
 //
 // # Limits
 //
 // Whether a guest's own hooks quiesced its applications is not to be seen from the host: an agent that freezes
-// without an error has run those that are installed.
+// without an error has run those that are installed. A cut with hooks alone is at rest if they say so.
 package guest

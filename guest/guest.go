@@ -10,7 +10,8 @@ import (
 // Guest is a virtual machine whose file systems can be frozen.
 type Guest interface {
 	// Freeze runs the guest's own hooks and freezes its file systems, and returns how many. ErrNotAsked
-	// says that the guest did not get to hear of it; after any other error it may be frozen.
+	// says that the guest did not get to hear of it, because it can not be reached or somebody else has it
+	// frozen; after any other error it may be frozen.
 	Freeze(ctx context.Context) (int, error)
 	// Thaw thaws what is frozen, and returns how many file systems that were.
 	Thaw(ctx context.Context) (int, error)
@@ -20,6 +21,9 @@ type Guest interface {
 	Close() error
 }
 
+// errFrozenAlready is why a guest is not asked to freeze: whoever froze it will thaw it.
+var errFrozenAlready = errors.New("it is frozen already, by another program or by hand: see that it is thawed")
+
 // ErrNotAsked is wrapped by a Freeze that ended before the guest was asked to freeze.
 var ErrNotAsked = errors.New("the guest was not asked")
 
@@ -27,7 +31,7 @@ var ErrNotAsked = errors.New("the guest was not asked")
 type Spec struct {
 	Agent   string   `json:"agent,omitempty"`   // path of the socket of QEMU's guest agent
 	Libvirt string   `json:"libvirt,omitempty"` // name of a domain
-	URI     string   `json:"uri,omitempty"`     // libvirt's socket; the system's by default
+	Socket  string   `json:"socket,omitempty"`  // libvirt's; the system's by default
 	Mounts  []string `json:"mounts,omitempty"`  // freeze these file systems only
 }
 
@@ -48,8 +52,8 @@ func (s Spec) Validate() error {
 	if (s.Agent == "") == (s.Libvirt == "") {
 		return errors.New("name either the agent's socket (agent) or a domain (libvirt)")
 	}
-	if s.URI != "" && s.Libvirt == "" {
-		return errors.New("uri is libvirt's")
+	if s.Socket != "" && s.Libvirt == "" {
+		return errors.New("socket is libvirt's: the agent's own is the value of agent")
 	}
 	return nil
 }

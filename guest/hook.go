@@ -20,7 +20,7 @@ import (
 type Hook struct {
 	Before  []string      `json:"before,omitempty"` // before guests are frozen
 	After   []string      `json:"after,omitempty"`  // after they are thawed, whatever happened
-	Timeout time.Duration `json:"timeout"`          // of each; 0: 30 s
+	Timeout time.Duration `json:"timeout"`          // of each, in JSON in nanoseconds; 0: 30 s
 }
 
 // HookTimeout is a hook's time limit unless it has its own.

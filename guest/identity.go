@@ -2,6 +2,7 @@ package guest
 
 import (
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -12,11 +13,14 @@ import (
 
 // Identity says what a copy of a domain is to be.
 type Identity struct {
-	Name string // of the copy; the original's with "-copy" behind it if empty
+	Name string // of the copy
 	// Disks are where the copy's disks are, by the target's name (vda): a file or block device.
 	// A disk with an empty path is left out.
 	Disks map[string]string
 }
+
+// ErrIdentity is wrapped when it is the identity asked for that can not be.
+var ErrIdentity = errors.New("this can not be the copy")
 
 // NewIdentity makes, of a libvirt domain's XML, that of a copy which can run beside the original: with another
 // name, UUID, VM generation id and MAC addresses, with its own disks, and without what only one of
@@ -31,11 +35,8 @@ func NewIdentity(xml []byte, id Identity) (out []byte, left []string, err error)
 		return nil, nil, fmt.Errorf("the definition is not a libvirt domain's: a new identity can be given to no other")
 	}
 	name := text(root, "name")
-	if id.Name == "" {
-		id.Name = name + "-copy"
-	}
-	if id.Name == name || name == "" {
-		return nil, nil, fmt.Errorf("the domain is called %q, and its copy would be %q: choose another name", name, id.Name)
+	if id.Name == name || id.Name == "" {
+		return nil, nil, fmt.Errorf("%w: the domain is called %q, and its copy would be %q: choose another name", ErrIdentity, name, id.Name)
 	}
 	root.RemoveAttr("id")
 	set(root, "name", id.Name)
@@ -106,7 +107,11 @@ func (c *copier) disks(root *etree.Element) error {
 	var missing []string
 	for _, d := range root.FindElements("./devices/disk") {
 		if device := d.SelectAttrValue("device", "disk"); device != "disk" && device != "lun" {
-			continue // removable media may be shared: they are read-only
+			if device == "floppy" {
+				d.Parent().RemoveChild(d) // a CD is read-only and may be shared, this is not
+				c.left = append(c.left, "a floppy")
+			}
+			continue
 		}
 		target := attr(d, "target", "dev")
 		path, ok := c.id.Disks[target]
@@ -122,12 +127,12 @@ func (c *copier) disks(root *etree.Element) error {
 		}
 	}
 	if len(missing) > 0 {
-		return fmt.Errorf("no copy is named of disk %s: give --disk %s=FILE for each, or --disk %s= to leave it out",
-			strings.Join(missing, ", "), missing[0], missing[0])
+		return fmt.Errorf("%w: no copy is named of disk %s: give --disk %s=FILE for each, or --disk %s= to leave it out",
+			ErrIdentity, strings.Join(missing, ", "), missing[0], missing[0])
 	}
 	for _, target := range slices.Sorted(maps.Keys(c.id.Disks)) {
 		if !c.used[target] {
-			return fmt.Errorf("the domain has no disk %s", target)
+			return fmt.Errorf("%w: the domain has no disk %s", ErrIdentity, target)
 		}
 	}
 	return nil
@@ -181,6 +186,24 @@ func (c *copier) devices(root *etree.Element) {
 			ch.RemoveChild(src)
 		}
 	}
+	for _, tag := range []string{"serial", "parallel", "console"} {
+		for _, e := range root.FindElements("./devices/" + tag) {
+			if kind := e.SelectAttrValue("type", "pty"); kind == "pty" || kind == "null" {
+				continue
+			}
+			e.CreateAttr("type", "pty") // the host's end was a file, a socket or a device
+			for _, tag := range []string{"source", "log", "protocol"} {
+				for _, s := range e.SelectElements(tag) {
+					e.RemoveChild(s)
+				}
+			}
+			c.left = append(c.left, "where the "+tag+" port leads to: it is a pty of the copy's own")
+		}
+	}
+	for _, v := range root.FindElements("./devices/vsock/cid") {
+		v.RemoveAttr("address")
+		v.CreateAttr("auto", "yes")
+	}
 	for _, g := range root.FindElements("./devices/graphics") {
 		g.RemoveAttr("port")
 		g.RemoveAttr("tlsPort")
@@ -194,8 +217,15 @@ func (c *copier) devices(root *etree.Element) {
 		}
 		c.left = append(c.left, "the firmware's variables (nvram): the copy begins with those of the template")
 	}
-	for _, h := range root.FindElements("./devices/hostdev") {
-		h.Parent().RemoveChild(h)
-		c.left = append(c.left, "a host device (hostdev): one guest at a time can have it")
+	for _, tag := range []string{"hostdev", "shmem"} {
+		for _, h := range root.FindElements("./devices/" + tag) {
+			h.Parent().RemoveChild(h)
+			c.left = append(c.left, "a device of the host ("+tag+"): one guest at a time can have it")
+		}
+	}
+	for _, b := range root.FindElements("./devices/tpm/backend[@type='passthrough']") {
+		tpm := b.Parent()
+		tpm.Parent().RemoveChild(tpm)
+		c.left = append(c.left, "the host's TPM")
 	}
 }

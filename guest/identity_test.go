@@ -26,13 +26,17 @@ const web01 = `<domain type='kvm' id='3' xmlns:qemu='http://libvirt.org/schemas/
     <interface type='bridge'><mac address='52:54:00:11:22:33'/><target dev='vnet0'/><model type='virtio'/></interface>
     <channel type='unix'><source mode='bind' path='/x/agent'/><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
     <channel type='unix'><source mode='connect' path='/x/port'/><target type='virtio' name='org.tidemark.0'/></channel>
+    <serial type='file'><source path='/x/console'/><target port='0'/></serial>
+    <vsock model='virtio'><cid auto='no' address='7'/></vsock>
+    <hostdev mode='subsystem' type='usb'/>
+    <disk type='file' device='floppy'><source file='/x/floppy'/><target dev='fda'/></disk>
     <graphics type='vnc' port='5901' autoport='no'/>
   </devices>
   <qemu:commandline><qemu:arg value='-foo'/></qemu:commandline>
 </domain>`
 
 func TestNewIdentity(t *testing.T) {
-	out, left, err := NewIdentity([]byte(web01), Identity{Disks: map[string]string{"vda": "/r/vda.qcow2", "vdb": "/dev/vg/copy"}})
+	out, left, err := NewIdentity([]byte(web01), Identity{Name: "web01-copy", Disks: map[string]string{"vda": "/r/vda.qcow2", "vdb": "/dev/vg/copy"}})
 	require.NoError(t, err)
 	doc := etree.NewDocument()
 	require.NoError(t, doc.ReadFromBytes(out))
@@ -45,7 +49,7 @@ func TestNewIdentity(t *testing.T) {
 	require.Equal(t, at("/domain/uuid"), at("/domain/sysinfo/system/entry[@name='uuid']"))
 	require.Regexp(t, `^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`, at("/domain/uuid"))
 	require.NotEqual(t, "22222222-2222-4222-8222-222222222222", at("/domain/genid"))
-	for _, gone := range []string{"11111111-1111", "22222222-2222", "52:54:00:11:22:33", "nbd.sock", "/dev/vg/web01", "/var/web01.fd", "vnet0", "/x/", "5901", "id=\"3\""} {
+	for _, gone := range []string{"11111111-1111", "22222222-2222", "52:54:00:11:22:33", "nbd.sock", "/dev/vg/web01", "/var/web01.fd", "vnet0", "/x/", "5901", "id=\"3\"", "hostdev", "address=\"7\"", "fda"} {
 		require.NotContains(t, string(out), gone)
 	}
 	for _, kept := range []string{"<memory unit=\"KiB\">1048576</memory>", "<qemu:arg value=\"-foo\"/>", "xmlns:qemu=", "<serial>disk-1</serial>", "discard=\"unmap\"", "/iso", "org.qemu.guest_agent.0"} {
@@ -58,7 +62,7 @@ func TestNewIdentity(t *testing.T) {
 	vdb := doc.FindElement("//disk[target]/target[@dev='vdb']").Parent()
 	require.Equal(t, "/dev/vg/copy", vdb.SelectElement("source").SelectAttrValue("dev", ""))
 	require.Equal(t, "raw", vdb.SelectElement("driver").SelectAttrValue("type", ""))
-	require.Len(t, left, 2)
+	require.Len(t, left, 5, "%q", left)
 
 	out, left, err = NewIdentity([]byte(web01), Identity{Name: "other", Disks: map[string]string{"vda": "/r/a", "vdb": ""}})
 	require.NoError(t, err)
@@ -74,14 +78,15 @@ func TestIdentitiesThatCanNotBe(t *testing.T) {
 		id   Identity
 		want string
 	}{
-		{"boot: order=scsi0\ncores: 2\n", Identity{}, "not a libvirt domain's"},
+		{"boot: order=scsi0\ncores: 2\n", Identity{Name: "x"}, "not a libvirt domain's"},
 		{"<domain><name>", Identity{}, "not XML"},
 		{"<network/>", Identity{}, "not a libvirt domain's"},
 		{"", Identity{}, "not a libvirt domain's"},
 		{web01, Identity{Name: "web01", Disks: disks}, "choose another name"},
-		{web01, Identity{Disks: map[string]string{"vda": "/r/a"}}, "no copy is named of disk vdb"},
-		{web01, Identity{Disks: map[string]string{"vda": "/r/a", "vdb": "", "vdz": "/z"}}, "has no disk vdz"},
-		{strings.Replace(web01, "<target type='virtio' name='org.tidemark.0'/>", "", 1), Identity{Disks: disks}, ""},
+		{web01, Identity{Name: "x", Disks: map[string]string{"vda": "/r/a"}}, "no copy is named of disk vdb"},
+		{web01, Identity{Name: "x", Disks: map[string]string{"vda": "/r/a", "vdb": "", "vdz": "/z"}}, "has no disk vdz"},
+		{strings.Replace(web01, "<target type='virtio' name='org.tidemark.0'/>", "", 1), Identity{Name: "x", Disks: disks}, ""},
+		{web01, Identity{Disks: disks}, "choose another name"},
 	} {
 		_, _, err := NewIdentity([]byte(c.xml), c.id)
 		if c.want == "" {

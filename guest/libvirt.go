@@ -29,7 +29,7 @@ type domain struct {
 }
 
 func newLibvirt(s Spec) *domain {
-	d := &domain{name: s.Libvirt, socket: s.URI, mounts: s.Mounts}
+	d := &domain{name: s.Libvirt, socket: s.Socket, mounts: s.Mounts}
 	if d.socket == "" {
 		d.socket = DefaultLibvirt
 	}
@@ -120,10 +120,9 @@ func (d *domain) ask(ctx context.Context, command string, answer any) error {
 }
 
 func (d *domain) Freeze(ctx context.Context) (int, error) {
-	var pong struct{}
-	// One that does not answer would keep libvirt waiting for its freeze for ever.
-	if err := d.ask(ctx, "guest-ping", &pong); err != nil {
-		return 0, fmt.Errorf("%w: %w", ErrNotAsked, err)
+	// An agent that does not answer would keep libvirt waiting for its freeze for ever.
+	if err := notFrozen(ctx, d); err != nil {
+		return 0, err
 	}
 	l := d.l
 	var n int32

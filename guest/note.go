@@ -15,11 +15,12 @@ import (
 // Note is what must be undone of a cut: guests to thaw, and hooks to run after it. It has all that is
 // needed for that, though the configuration may be another by then.
 type Note struct {
-	Group  string          `json:"group"`
-	Label  string          `json:"label"`
-	Time   time.Time       `json:"time"`
-	Guests map[string]Spec `json:"guests,omitempty"`
-	After  []Hook          `json:"after,omitempty"`
+	Version int             `json:"version"` // 1
+	Group   string          `json:"group"`
+	Label   string          `json:"label"`
+	Time    time.Time       `json:"time"`
+	Guests  map[string]Spec `json:"guests,omitempty"`
+	After   []Hook          `json:"after,omitempty"`
 }
 
 // Notes are the notes of all groups in a directory, a file each. They outlive the process; a host that
@@ -28,7 +29,10 @@ type Notes struct {
 	dir string
 }
 
-const noteSuffix = ".json"
+const (
+	noteSuffix  = ".json"
+	noteVersion = 1
+)
 
 // NewNotes makes the directory.
 func NewNotes(dir string) (*Notes, error) {
@@ -49,6 +53,7 @@ func (n *Notes) put(note Note) error {
 		}
 		return nil
 	}
+	note.Version = noteVersion
 	b, err := json.Marshal(note)
 	if err != nil {
 		return err
@@ -73,7 +78,11 @@ func (n *Notes) Get(group string) (note Note, ok bool, err error) {
 	if err == nil {
 		err = json.Unmarshal(b, &note)
 	}
-	if err == nil && note.Group != group {
+	switch {
+	case err != nil:
+	case note.Version != noteVersion:
+		err = fmt.Errorf("it has version %d: this program knows %d", note.Version, noteVersion)
+	case note.Group != group:
 		err = fmt.Errorf("it is of group %q", note.Group)
 	}
 	if err != nil {
@@ -103,9 +112,9 @@ func (n *Notes) Left() ([]Note, error) {
 	return notes, errors.Join(errs...)
 }
 
-// Wake undoes what a note has: it thaws the guests, sees to it that they are, and runs the hooks. What
-// it could not do is noted again, and in the error.
-func (n *Notes) Wake(ctx context.Context, note Note) error {
+// Wake undoes what a note has: it thaws the guests, sees to it that they are, and runs the hooks. Guests that
+// it could not thaw are noted again.
+func (n *Notes) Wake(ctx context.Context, note Note) Report {
 	c := Cut{Group: note.Group, Label: note.Label, Hooks: note.After, Notes: n}
 	for name, spec := range note.Guests {
 		c.Guests = append(c.Guests, Named{name, spec})
@@ -117,5 +126,6 @@ func (n *Notes) Wake(ctx context.Context, note Note) error {
 	r.hooksRun = len(c.Hooks)
 	r.thaw()
 	r.after(0)
-	return errors.Join(r.finish(), r.report.Problem())
+	r.finish()
+	return r.report
 }

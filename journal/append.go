@@ -205,7 +205,7 @@ func (g *Group) admitted(fn func() error) error { return g.admit(g.waitRoomLocke
 
 // admittedNote is admitted for what takes no memory to speak of: it waits for no room.
 func (g *Group) admittedNote(fn func() error) error {
-	return g.admit(func() error { return g.append.err }, fn)
+	return g.admit(g.closedLocked, fn)
 }
 
 func (g *Group) admit(wait, fn func() error) error {
@@ -231,8 +231,8 @@ func (g *Group) admit(wait, fn func() error) error {
 func (g *Group) waitRoomLocked() error {
 	for {
 		switch {
-		case g.append.err != nil:
-			return g.append.err
+		case g.closedLocked() != nil:
+			return g.closedLocked()
 		case g.roomLocked():
 			return nil
 		case g.append.full != nil:

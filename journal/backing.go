@@ -77,6 +77,10 @@ func (g *Group) sign(d *disk.Disk, head record.LSN) error {
 			zap.String("disk", d.Name), zap.String("backing", d.Path()))
 		return g.setState(stateChanged(d.ID), []byte{1})
 	}
+	// A sync of its data alone need not make the time durable.
+	if err := d.Sync(); err != nil {
+		return g.fail(err)
+	}
 	fp, err := g.fingerprint(d, head)
 	if err != nil {
 		return err

@@ -47,15 +47,33 @@ func (t definitions) inForce(at record.LSN) map[string]definition {
 	return found
 }
 
-// superseded are those that no LSN from the horizon on finds in force.
+// heldBehind reports whether a record behind the horizon holds a definition of a name that is older
+// than an LSN: an index that is made again will find it.
+func (t definitions) heldBehind(horizon record.LSN, name string, before record.LSN) bool {
+	return slices.ContainsFunc(t, func(d definition) bool { return d.name == name && d.since < before && d.at > horizon })
+}
+
+// superseded are those that no LSN from the horizon on finds in force, and no record behind it holds.
 func (t definitions) superseded(horizon record.LSN) (old []definition) {
 	newest := t.inForce(horizon)
 	for _, d := range t {
-		if d.since <= horizon && (newest[d.name].since != d.since || d.gone) {
+		inForce := newest[d.name].since == d.since
+		if d.at <= horizon && (!inForce || d.gone && !t.heldBehind(horizon, d.name, d.since)) {
 			old = append(old, d)
 		}
 	}
 	return old
+}
+
+// carried are those that must be journaled again before the records up to a horizon expire.
+func (t definitions) carried(horizon record.LSN) (all []definition) {
+	for _, d := range t.inForce(horizon) {
+		// That there is none must be said for as long as something says that there is one.
+		if d.at <= horizon && (!d.gone || t.heldBehind(horizon, d.name, d.since)) {
+			all = append(all, d)
+		}
+	}
+	return all
 }
 
 // Define journals what a guest is defined as from now on, unless it is that already; it reports
@@ -141,12 +159,7 @@ func (g *Group) Definitions(at record.LSN) ([]record.Definition, error) {
 // expire. g.apply is held, so that nothing else expires meanwhile.
 func (g *Group) carryDefinitions(horizon record.LSN) error {
 	g.append.Lock()
-	var carry []definition
-	for _, d := range g.append.definitions.inForce(horizon) {
-		if d.at <= horizon && !d.gone {
-			carry = append(carry, d)
-		}
-	}
+	carry := g.append.definitions.carried(horizon)
 	g.append.Unlock()
 	var last record.LSN
 	for _, d := range carry {
@@ -169,10 +182,14 @@ func (g *Group) carryDefinitions(horizon record.LSN) error {
 func (g *Group) appendReserved(d record.Definition) (record.LSN, error) {
 	g.append.Lock()
 	defer g.append.Unlock()
-	if g.append.err != nil {
-		return 0, g.append.err
+	if err := g.closedLocked(); err != nil {
+		return 0, err
 	}
-	g.append.log.Keep(g.o.keepExpire())
-	defer g.append.log.Keep(g.o.keepLog())
+	h := record.Header{Payload: len(d.Append(nil))}
+	if log := g.append.log; !log.Fits(h.Size()) {
+		if err := log.RollReserved(g.header(g.append.next), h.Size(), g.o.keepExpire()); err != nil {
+			return 0, err
+		}
+	}
 	return g.defineLocked(d)
 }

@@ -112,10 +112,11 @@ func (g *Group) discontinuity(d *disk.Disk) error {
 		return err
 	}
 	// From the first record on, the head tells no more that this is not done.
-	if err := g.setState(stateChanged(d.ID), []byte{1}); err != nil {
+	b := g.ix.NewBatch()
+	if err := b.SetState(stateChanged(d.ID), []byte{1}); err != nil {
 		return err
 	}
-	if err := g.store.ix.Flush(); err != nil {
+	if err := g.commitApart(b); err != nil {
 		return err
 	}
 	// Whatever is kept as an original from now on is what the outsider left.
@@ -145,19 +146,27 @@ func (g *Group) discontinuity(d *disk.Disk) error {
 	if err := g.indexTo(m.LSN); err != nil {
 		return err
 	}
-	b := g.ix.NewBatch()
+	b = g.ix.NewBatch()
 	err := errors.Join(setStateLSN(b, stateKnown(d.ID), m.LSN), b.SetState(stateChanged(d.ID), nil))
-	if err == nil {
-		err = g.commit(b)
-	}
 	if err == nil {
 		// Before anybody writes the disk: found unfinished, what the backing lacks then would be taken for
 		// what an outsider did.
-		err = g.store.ix.Flush()
+		err = g.commitApart(b)
 	}
 	g.log.Warn("discontinuity journaled", zap.String("disk", d.Name), zap.Int64("bytes", bytes),
 		zap.Uint64("lsn", uint64(m.LSN)), zap.String("label", m.Label), zap.Time("time", m.Time.Truncate(time.Second)))
 	return err
+}
+
+// commitApart commits a batch durably beside rounds of Apply.
+func (g *Group) commitApart(b *index.Batch) error {
+	g.apply.Lock()
+	err := g.commit(b)
+	g.apply.Unlock()
+	if err != nil {
+		return err
+	}
+	return g.store.ix.Flush()
 }
 
 // relieve does what Run does while Run has not begun: without it, admission

@@ -37,9 +37,9 @@ var (
 	ErrWouldBlock = osfile.ErrWouldBlock
 )
 
-// errPinned is wrapped when an expiry gives way to a view that was opened
-// meanwhile.
-var errPinned = errors.New("a view was opened meanwhile")
+// errHeld is wrapped when an expiry gives way to a view that was opened, or a marker
+// that was pinned, meanwhile.
+var errHeld = errors.New("history that is to expire is held")
 
 // PointError says why a point can not be viewed, and what can be.
 type PointError struct {

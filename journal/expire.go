@@ -3,6 +3,7 @@ package journal
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 
@@ -75,7 +76,7 @@ func (g *Group) Expire(excess int64) (freed int64, err error) {
 		return 0, err
 	}
 	err = g.expireUpTo(closed[n-1].Last, files[:n])
-	if errors.Is(err, errPinned) {
+	if errors.Is(err, errHeld) {
 		return 0, nil // the next look finds the pin
 	}
 	if errors.Is(err, segment.ErrFull) {
@@ -97,8 +98,8 @@ func (g *Group) closeLog() error {
 	g.append.Lock()
 	defer g.append.Unlock()
 	log := g.append.log
-	if g.append.err != nil || log.Current() == nil || log.Tail() == log.Current().Start() {
-		return g.append.err
+	if err := g.closedLocked(); err != nil || log.Current() == nil || log.Tail() == log.Current().Start() {
+		return err
 	}
 	err := log.Roll(g.header(g.append.next), 0)
 	if errors.Is(err, segment.ErrFull) {
@@ -130,12 +131,12 @@ func (g *Group) raiseHorizon(to record.LSN) error {
 	defer g.pins.Unlock()
 	for lsn := range g.pins.views {
 		if lsn < to {
-			return fmt.Errorf("%w: LSN %d", errPinned, lsn)
+			return fmt.Errorf("%w: LSN %d", errHeld, lsn)
 		}
 	}
 	for lsn := range g.pins.markers {
 		if lsn <= to {
-			return fmt.Errorf("%w: marker LSN %d", errPinned, lsn)
+			return fmt.Errorf("%w: marker LSN %d", errHeld, lsn)
 		}
 	}
 	g.horizon.Store(uint64(max(to, g.Horizon())))
@@ -339,6 +340,9 @@ func (e *expiry) finish(files []*segment.File) error {
 	}
 	g.append.Lock()
 	g.append.markers.expire(e.horizon)
+	g.pins.Lock()
+	maps.DeleteFunc(g.pins.markers, func(lsn record.LSN, _ bool) bool { return lsn <= e.horizon })
+	g.pins.Unlock()
 	g.append.definitions = slices.DeleteFunc(g.append.definitions, func(d definition) bool { return slices.Contains(defined, d) })
 	g.append.Unlock()
 	// The files go when nothing durable refers to them any more, and the log

@@ -646,7 +646,7 @@ func TestSlowReadersHoldUpNoWrite(t *testing.T) {
 	})
 	wg.Go(func() {
 		_, err := r.g.Expire(1)
-		require.True(t, err == nil || errors.Is(err, errPinned), err)
+		require.True(t, err == nil || errors.Is(err, errHeld), err)
 	})
 	require.Eventually(t, func() bool { return hanging.Load() == 2 }, 10*time.Second, time.Millisecond)
 

@@ -74,6 +74,7 @@ type Group struct {
 		weight   int        // of the overlays, see maxWeight
 		oldest   time.Time  // when the first unapplied record was appended; zero: none
 		err      error      // sticky; wraps ErrFailed
+		closed   error      // why nothing is taken any more though the group has not failed; nil: it is
 		busy     bool       // the guest wrote much between the last two looks of applyDue
 		lastLook int64      // of bytes
 		lookedAt time.Time
@@ -186,6 +187,22 @@ func (g *Group) failLocked(err error) error {
 		g.append.room.Broadcast()
 	}
 	return g.append.err
+}
+
+// closedLocked is why the group takes no records.
+func (g *Group) closedLocked() error {
+	if g.append.err != nil {
+		return g.append.err
+	}
+	return g.append.closed
+}
+
+// setClosed has the group take no records for a reason, or take them again.
+func (g *Group) setClosed(why error) {
+	g.append.Lock()
+	defer g.append.Unlock()
+	g.append.closed = why
+	g.append.room.Broadcast()
 }
 
 // Acquire implements disk.Journal.

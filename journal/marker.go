@@ -74,11 +74,11 @@ func (t *markers) amend(a record.Amendment) (c index.MarkerChange, ok bool) {
 }
 
 // Mark journals a crash-consistent marker, and returns when it is durable. Of m, Label,
-// Description, By and Pinned count, and Asked and Note if more was asked for and is not to be had.
+// Description, By and Pinned count, and Asked, Note and Frozen if more was asked for and was not to be had.
 // Its cut is one LSN of all disks: every write acknowledged before the call lies before it.
 // ErrLabelInUse if the group has the label already.
 func (g *Group) Mark(m record.Marker) (record.Marker, error) {
-	m.Consistency, m.Pending, m.Frozen = record.Crash, false, 0
+	m.Consistency, m.Pending = record.Crash, false
 	m.Asked = max(m.Asked, record.Crash)
 	return m, g.take(&m)
 }
@@ -129,8 +129,8 @@ func (g *Group) appendMarker(m *record.Marker, flags uint8, disk record.DiskID) 
 		m.LSN, m.Time = h.LSN, time.Unix(0, h.Time).UTC()
 		a.markers.set(*m)
 		a.pend.markers = append(a.pend.markers, index.MarkerChange{Marker: *m})
-		if m.Pinned {
-			g.pinMarker(m.LSN)
+		if m.Pinned && !m.Pending {
+			g.pinMarker(m.LSN) // it is the head: the horizon is below
 		}
 		return nil
 	})
@@ -218,12 +218,13 @@ func (g *Group) amend(label string, change func(*record.Marker) (remove bool, er
 			return err
 		}
 		am.Marker = m
-		if m.Pinned && !was.Pinned {
-			g.pinMarker(lsn)
+		pinned := was.Pinned && !was.Pending
+		if m.Pinned && !pinned && !g.pinMarker(lsn) {
+			return &PointError{Group: g.name, Point: label, Why: "its history has expired", Horizon: g.Horizon(), Head: g.Head()}
 		}
 		h, err := g.appendNoteLocked(record.KindAmend, 0, 0, func(record.LSN, time.Time) []byte { return am.Append(nil) })
 		if err != nil {
-			if !was.Pinned {
+			if !pinned {
 				g.unpinMarker(lsn)
 			}
 			return err
@@ -256,12 +257,30 @@ func (g *Group) Markers() ([]record.Marker, error) {
 	return all, g.syncTo(head)
 }
 
+// LastMarker is the newest marker behind the horizon, which may not be durable yet; ok is false if there is none.
+func (g *Group) LastMarker() (m record.Marker, ok bool) {
+	g.append.Lock()
+	defer g.append.Unlock()
+	all := g.append.markers.all
+	for i := len(all) - 1; i >= 0 && all[i].LSN > g.Horizon(); i-- {
+		if !all[i].Pending {
+			return all[i], true
+		}
+	}
+	return m, false
+}
+
 // pinMarker and unpinMarker keep the horizon below a marker's record, or no more. They are called
-// with the append lock held, and the marker above the horizon.
-func (g *Group) pinMarker(lsn record.LSN) {
+// with the append lock held. pinMarker reports whether the horizon is below the marker still: an expiry
+// raises it under the pins' lock.
+func (g *Group) pinMarker(lsn record.LSN) bool {
 	g.pins.Lock()
 	defer g.pins.Unlock()
+	if lsn <= g.Horizon() {
+		return false
+	}
 	g.pins.markers[lsn] = true
+	return true
 }
 
 func (g *Group) unpinMarker(lsn record.LSN) {
@@ -270,19 +289,19 @@ func (g *Group) unpinMarker(lsn record.LSN) {
 	delete(g.pins.markers, lsn)
 }
 
-// concludeLeft concludes the markers of cuts that a stop came between: whether the guests were
-// frozen is not known.
-func (g *Group) concludeLeft() error {
+// ConcludeLeft concludes the markers of cuts that were not: a stop came between, or there was no room.
+// Whether guests were frozen is not known. No cut may be under way.
+func (g *Group) ConcludeLeft() error {
 	g.append.Lock()
 	left := slices.DeleteFunc(slices.Clone(g.append.markers.all), func(m record.Marker) bool { return !m.Pending })
 	g.append.Unlock()
 	for _, m := range left {
-		m.Consistency, m.Note = record.Crash, "the daemon stopped before it was known whether the guest was frozen"
+		m.Consistency, m.Note = record.Crash, "whether the guests were frozen is not known: the cut was not brought to its end"
 		kept, err := g.Conclude(m)
 		if err != nil {
 			return fmt.Errorf("conclude marker %q: %w", m.Label, err)
 		}
-		g.log.Warn("a marker was being taken when the daemon stopped", zap.String("label", m.Label), zap.Bool("kept_as_crash_consistent", kept))
+		g.log.Warn("a marker was not brought to its end", zap.String("label", m.Label), zap.Bool("kept_as_crash_consistent", kept))
 	}
 	return nil
 }

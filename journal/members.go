@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -121,6 +122,9 @@ func (g *Group) open(c DiskConfig, d *disk.Disk) (newcomer *disk.Disk, err error
 		return nil, errors.Join(fmt.Errorf("backing %s: %w", c.Backing, err), f.Close())
 	}
 	if d == nil {
+		if n := len(g.disks.Load().table); n >= segment.MaxDisks {
+			return nil, errors.Join(fmt.Errorf("group %s has had %d disks, and can have no more: begin another group", g.name, n), f.Close())
+		}
 		id := record.DiskID(1)
 		for _, t := range g.disks.Load().table {
 			id = max(id, t.ID+1)
@@ -163,7 +167,7 @@ func (g *Group) membersAt(last record.LSN, added []*disk.Disk) {
 	for i, d := range m.all {
 		t := m.table[i]
 		switch {
-		case slices.Contains(added, d):
+		case slices.Contains(added, d) || t.Added > last: // a crash may have taken what was older than the disk
 			t.Added, d.Added = last, last
 		case !d.Attached() && t.Removed == 0:
 			t.Removed = max(last, 1)
@@ -206,8 +210,9 @@ func (g *Group) changedSince(d *disk.Disk, left record.LSN) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if !signedAt(was, left) {
-		return true, nil // it left without being signed
+	if !signedAt(was, left) || binary.LittleEndian.Uint64(was[8:]) == 0 {
+		// It left without being signed, or is a device: what was written meanwhile does not show.
+		return true, nil
 	}
 	return g.changed(d, left)
 }
@@ -247,23 +252,42 @@ func (g *Group) AddDisk(c DiskConfig) error {
 	g.joining.Lock()
 	defer g.joining.Unlock()
 	known := g.disks.Load().named(c.Name)
-	if known != nil && known.Attached() {
+	d := known
+	switch {
+	case known == nil || !known.Attached():
+		var err error
+		if d, err = g.open(c, known); err != nil {
+			return err
+		}
+	case g.disks.Load().entry(known).Removed == 0:
 		return fmt.Errorf("disk %s is in group %s already", c.Name, g.name)
+	case known.Path() != c.Backing:
+		return fmt.Errorf("disk %s of group %s still has the backing %s of an attempt to add it: add it with that one", c.Name, g.name, known.Path())
 	}
-	d, err := g.open(c, known)
-	if err != nil {
-		return err
-	}
+	var err error
 	if known != nil {
 		err = g.welcome([]*disk.Disk{d}, false)
 	} else {
 		err = g.become(d, segment.Disk{ID: d.ID, Name: d.Name, Size: d.Size})
 	}
 	if err != nil {
-		return errors.Join(err, g.detach(d))
+		return errors.Join(err, g.letGo(d))
 	}
 	g.log.Info("disk is in the group", zap.String("disk", d.Name), zap.String("backing", c.Backing), zap.Uint64("added", uint64(d.Added)))
 	return nil
+}
+
+// letGo detaches a disk that did not get into the group. What was journaled of it is applied first: as
+// long as it can not be, the disk stays attached, and nobody sees it.
+func (g *Group) letGo(d *disk.Disk) error {
+	err := g.applyTo(g.Head())
+	if err == nil {
+		err = g.Checkpoint()
+	}
+	if err != nil {
+		return fmt.Errorf("disk %s keeps its backing until what was journaled of it is applied; add it again then: %w", d.Name, err)
+	}
+	return g.detach(d)
 }
 
 // RemoveDisk takes a disk out of the group: what is journaled of it is applied, and its backing closed.

@@ -4,13 +4,19 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 	"github.com/stretchr/testify/require"
 
+	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
 // scribble writes a file past everything, as somebody else would.
@@ -245,4 +251,272 @@ func TestAMarkerWaitsForNoRoom(t *testing.T) {
 	require.NoError(t, err, "its label is free")
 	_, err = r.g.Verify(context.Background(), func(f Finding) { t.Errorf("%+v", f) })
 	require.NoError(t, err)
+}
+
+// writeTo writes one block of any disk.
+func writeTo(g *Group, d *disk.Disk, block int64, fill byte) error {
+	return g.Append([]Op{{Kind: record.KindWrite, Disk: d, Ext: record.Extent{Off: block * record.BlockSize, Len: record.BlockSize},
+		Data: bytes.Repeat([]byte{fill}, record.BlockSize)}})
+}
+
+// more adds a disk of so many blocks of zeroes to the rig's group.
+func (r *rig) more(blocks int) *disk.Disk {
+	r.t.Helper()
+	r.scribble("more.raw", 0, make([]byte, blocks*record.BlockSize))
+	require.NoError(r.t, r.g.AddDisk(DiskConfig{"more", "more.raw"}))
+	d, err := r.g.Disk("more")
+	require.NoError(r.t, err)
+	return d
+}
+
+// TestADiskThatDoesNotGetIn: it returns changed, and the journal has no room for all that differs. The group goes
+// on, and so does an attempt when there is room.
+func TestADiskThatDoesNotGetIn(t *testing.T) {
+	r := newRig(t, Options{})
+	more := r.more(64)
+	for i := range int64(64) {
+		require.NoError(t, writeTo(r.g, more, i, 1))
+	}
+	require.NoError(t, r.g.RemoveDisk("more"))
+	for i := int64(0); i < 64; i += 2 {
+		r.scribble("more.raw", i*record.BlockSize, bytes.Repeat([]byte{9}, record.BlockSize))
+	}
+	full := r.inject(errorfs.OpCreate, "log", syscall.ENOSPC)
+	require.ErrorIs(t, r.g.AddDisk(DiskConfig{"more", "more.raw"}), ErrNoSpace)
+	require.Positive(t, full.fired.Load())
+	r.fault.Store(nil)
+	_, err := r.g.Disk("more")
+	require.ErrorIs(t, err, ErrNotFound)
+	require.NoError(t, r.write(1, 1), "the other disk goes on")
+	require.NoError(t, r.g.Apply())
+	require.NoError(t, r.g.AddDisk(DiskConfig{"more", "more.raw"}))
+	b := make([]byte, 1)
+	require.NoError(t, more.ReadAt(b, 0, false))
+	require.EqualValues(t, 9, b[0])
+	require.NoError(t, more.ReadAt(b, record.BlockSize, false))
+	require.EqualValues(t, 1, b[0])
+	require.NoError(t, r.s.Close())
+	r.open() // without it
+}
+
+// TestAGroupThatWasRemovedTakesNothing: not from one who still has it, though it came back meanwhile.
+func TestAGroupThatWasRemovedTakesNothing(t *testing.T) {
+	r := newRig(t, Options{})
+	r.scribble("other.raw", 0, make([]byte, 8*record.BlockSize))
+	other := GroupConfig{Name: "other", Disks: []DiskConfig{{"d", "other.raw"}}}
+	require.NoError(t, r.s.AddGroup(other))
+	old, err := r.s.Group("other")
+	require.NoError(t, err)
+	require.NoError(t, writeTo(old, old.Disks()[0], 0, 1))
+	require.NoError(t, r.s.RemoveGroup("other"))
+	require.NoError(t, r.s.AddGroup(other))
+	g, err := r.s.Group("other")
+	require.NoError(t, err)
+	require.NoError(t, writeTo(g, g.Disks()[0], 0, 7))
+	require.NoError(t, g.Sync())
+	_, err = old.Cut(record.Marker{Label: "x", By: "test", Asked: record.Application})
+	require.ErrorIs(t, err, ErrNotFound)
+	_, err = old.Define("vm", []byte("x"))
+	require.ErrorIs(t, err, ErrNotFound)
+	require.NoError(t, r.s.Abandon())
+	s, err := Open("state", []GroupConfig{other}, Options{FS: r.fs, SegmentSize: 64 << 10})
+	require.NoError(t, err)
+	r.s = s
+	require.EqualValues(t, 2, s.Groups()[0].Head())
+	b := make([]byte, 1)
+	require.NoError(t, s.Groups()[0].Disks()[0].ReadAt(b, 0, false))
+	require.EqualValues(t, 7, b[0])
+}
+
+// TestWhatIsUndefinedStaysUndefined: the definition was journaled again before, and its record outlives the
+// one that undefined it. An index that is made again must not find it in force.
+func TestWhatIsUndefinedStaysUndefined(t *testing.T) {
+	r := newRig(t, Options{})
+	fill := func(n int64) {
+		for i := range n {
+			require.NoError(t, r.write(i%7, byte(i)))
+		}
+		require.NoError(t, r.g.Apply())
+	}
+	_, err := r.g.Define("vm", []byte("first"))
+	require.NoError(t, err)
+	fill(40)
+	_, err = r.g.Undefine("vm")
+	require.NoError(t, err)
+	gone := r.g.Head()
+	fill(40)
+	n, err := r.g.Expire(1) // the oldest file alone
+	require.NoError(t, err)
+	require.Positive(t, n)
+	require.Less(t, r.g.Horizon(), gone)
+	again := r.g.Head()
+	for r.g.Horizon() < gone {
+		fill(5)
+		_, err := r.g.Expire(1)
+		require.NoError(t, err)
+	}
+	require.Less(t, r.g.Horizon(), again)
+	for range 2 {
+		defs, err := r.g.Definitions(r.g.Head())
+		require.NoError(t, err)
+		require.Empty(t, defs)
+		require.NoError(t, r.s.Close())
+		require.NoError(t, r.mem.RemoveAll("state/index"))
+		r.open()
+	}
+}
+
+// TestADiskIsNotOlderThanTheHead: a crash keeps the segment that says when it came, and takes records
+// that stood in the one before.
+func TestADiskIsNotOlderThanTheHead(t *testing.T) {
+	r := newRig(t, Options{})
+	require.NoError(t, r.write(1, 1))
+	require.NoError(t, r.g.Sync())
+	for i := range int64(5) {
+		require.NoError(t, r.write(i, 2))
+	}
+	r.more(8)
+	files := r.g.set.Files(segment.Log)
+	require.Len(t, files, 2)
+	var second int64
+	_, err := files[0].Scan(files[0].Start(), func(at int64, h record.Header) error {
+		if h.LSN == 2 {
+			second = at
+		}
+		return nil
+	})
+	require.NoError(t, err)
+	require.NoError(t, r.s.Abandon())
+	r.scribble(files[0].Path, second, make([]byte, 25000))
+	o := r.o
+	o.FS, o.SegmentSize = r.fs, 64<<10
+	r.s, err = Open("state", []GroupConfig{{Name: "g", Disks: []DiskConfig{{"d", "disk.raw"}, {"more", "more.raw"}}}}, o)
+	require.NoError(t, err)
+	r.g = r.s.Groups()[0]
+	require.EqualValues(t, 1, r.g.Head())
+	more, err := r.g.Disk("more")
+	require.NoError(t, err)
+	require.NoError(t, writeTo(r.g, more, 0, 3))
+	v, err := r.g.View(more, r.g.Head())
+	require.NoError(t, err)
+	v.Close()
+}
+
+// deviceFS has more.raw as a block device, whose time tells nothing.
+type deviceFS struct{ vfs.FS }
+
+type deviceInfo struct{ vfs.FileInfo }
+
+func (deviceInfo) ModTime() time.Time { return time.Unix(0, 0) }
+
+func (d deviceFS) Stat(path string) (vfs.FileInfo, error) {
+	info, err := d.FS.Stat(path)
+	if err == nil && path == "more.raw" {
+		info = deviceInfo{info}
+	}
+	return info, err
+}
+
+// TestADeviceReturns: whether it was written meanwhile does not show, and none of its records is left to compare with.
+func TestADeviceReturns(t *testing.T) {
+	r := newRig(t, Options{})
+	require.NoError(t, r.s.Close())
+	r.fs = deviceFS{r.fs}
+	r.open()
+	more := r.more(8)
+	require.NoError(t, writeTo(r.g, more, 0, 1))
+	fill := func() {
+		for i := range int64(40) {
+			require.NoError(t, r.write(i%7, byte(i)))
+		}
+		require.NoError(t, r.g.Apply())
+	}
+	fill()
+	require.NoError(t, r.g.RemoveDisk("more"))
+	left := r.g.Head()
+	fill()
+	for r.g.Horizon() < 10 {
+		_, err := r.g.Expire(1)
+		require.NoError(t, err)
+	}
+	require.Less(t, r.g.Horizon(), left)
+	r.scribble("more.raw", 0, bytes.Repeat([]byte{9}, 8*record.BlockSize))
+	require.NoError(t, r.g.AddDisk(DiskConfig{"more", "more.raw"}))
+	v, err := r.g.View(more, left)
+	require.NoError(t, err)
+	defer v.Close()
+	require.ErrorContains(t, v.ReadAt(make([]byte, 1), 0, false), "is not known")
+}
+
+// TestACutIsConcludedLater: there was no room for its end, and its pin must not be why.
+func TestACutIsConcludedLater(t *testing.T) {
+	r := newRig(t, Options{})
+	m, err := r.g.Cut(record.Marker{Label: "c", By: "test", Asked: record.Application, Pinned: true, OrCrash: true})
+	require.NoError(t, err)
+	require.Empty(t, r.g.pins.markers)
+	r.inject(errorfs.OpCreate, "log", syscall.ENOSPC)
+	for i := int64(0); err == nil; i++ {
+		err = r.write(i%7, 1)
+	}
+	for n := 0; ; n++ { // small records fill what is left
+		if _, err = r.g.Mark(record.Marker{Label: fmt.Sprint("m", n), By: "test"}); err != nil {
+			break
+		}
+	}
+	_, err = r.g.Conclude(m)
+	require.ErrorIs(t, err, ErrNoSpace)
+	r.fault.Store(nil)
+	require.NoError(t, r.g.ConcludeLeft())
+	_, err = r.g.Resolve(record.Point{Form: record.FormLabel, Label: "c"})
+	require.NoError(t, err)
+	require.Len(t, r.g.pins.markers, 1)
+	r.g.append.Lock()
+	require.True(t, r.g.pinMarker(m.LSN))
+	r.g.horizon.Store(uint64(m.LSN))
+	require.False(t, r.g.pinMarker(m.LSN), "an expiry was faster")
+	r.g.append.Unlock()
+}
+
+// TestDisksComeAndGoBesideApply is for the race detector.
+func TestDisksComeAndGoBesideApply(t *testing.T) {
+	r := newRig(t, Options{})
+	require.NoError(t, writeTo(r.g, r.more(8), 0, 1))
+	r.running(func() error {
+		for i := range byte(10) {
+			require.NoError(t, r.g.RemoveDisk("more"))
+			r.scribble("more.raw", 0, bytes.Repeat([]byte{9 + i}, record.BlockSize))
+			for n := range int64(20) {
+				require.NoError(t, r.write(n, i))
+			}
+			if err := r.g.AddDisk(DiskConfig{"more", "more.raw"}); err != nil {
+				return err
+			}
+			require.NoError(t, r.g.Apply())
+		}
+		return nil
+	})
+}
+
+// TestDefinitionsExpireBesideSpares is for the race detector: files are allocated ahead on a real file system only.
+func TestDefinitionsExpireBesideSpares(t *testing.T) {
+	dir := t.TempDir()
+	backing := filepath.Join(dir, "d.raw")
+	require.NoError(t, os.WriteFile(backing, make([]byte, 1<<20), 0o600))
+	s, err := Open(filepath.Join(dir, "state"), []GroupConfig{{"g", []DiskConfig{{"d", backing}}}}, Options{SegmentSize: 64 << 10, Reserve: 1 << 20})
+	require.NoError(t, err)
+	g := s.Groups()[0]
+	_, err = g.Define("vm", bytes.Repeat([]byte{1}, 62<<10))
+	require.NoError(t, err)
+	for range 10 {
+		for i := range int64(60) {
+			require.NoError(t, writeTo(g, g.Disks()[0], i%7, byte(i)))
+		}
+		require.NoError(t, g.Apply())
+		_, err = g.Expire(1)
+		require.NoError(t, err)
+	}
+	defs, err := g.Definitions(g.Head())
+	require.NoError(t, err)
+	require.Len(t, defs, 1)
+	require.NoError(t, s.Close())
 }

@@ -418,7 +418,7 @@ func (m *model) conclude(mk record.Marker) {
 	require.ErrorIs(m.t, err, ErrNoPoint)
 	end, left := mk, mk
 	end.Pending, left.Pending = false, false
-	left.Note = "the daemon stopped before it was known whether the guest was frozen"
+	left.Note = "whether the guests were frozen is not known: the cut was not brought to its end"
 	end.Consistency, end.Frozen = record.Consistency(1+m.rng.IntN(3)), 5
 	kept, err := m.g.Conclude(end)
 	require.NoError(m.t, err)

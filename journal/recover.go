@@ -124,7 +124,7 @@ func (g *Group) recover(disks []DiskConfig) error {
 	if err := g.welcome(r.returning, r.fresh); err != nil {
 		return err
 	}
-	if err := g.concludeLeft(); err != nil {
+	if err := g.ConcludeLeft(); err != nil {
 		g.log.Warn("markers that were being taken when the daemon stopped name no point until the next start", zap.Error(err))
 	}
 	return nil
@@ -399,7 +399,7 @@ func (g *Group) start(r *recovery) error {
 	}
 	g.append.markers.expire(g.Horizon())
 	for _, m := range g.append.markers.all {
-		if m.Pinned {
+		if m.Pinned && !m.Pending {
 			g.pins.markers[m.LSN] = true
 		}
 	}

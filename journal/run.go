@@ -23,6 +23,9 @@ type loops struct {
 func (g *Group) startLoops(ctx context.Context) {
 	g.loops.Lock()
 	defer g.loops.Unlock()
+	if g.loops.cancel != nil {
+		return // they run
+	}
 	ctx, g.loops.cancel = context.WithCancel(ctx)
 	g.loops.wg.Go(func() { g.runCommits(ctx) })
 	g.loops.wg.Go(func() { g.runApplies(ctx) })
@@ -34,6 +37,7 @@ func (g *Group) stopLoops() {
 	if g.loops.cancel != nil {
 		g.loops.cancel()
 		g.loops.wg.Wait()
+		g.loops.cancel = nil
 	}
 }
 

@@ -159,10 +159,21 @@ func (s *Store) addGroup(gc GroupConfig) (*Group, error) {
 	if g.id == s.nextID {
 		s.nextID++
 	}
+	if err := s.syncGroups(); err != nil {
+		return nil, errors.Join(err, g.closeFiles())
+	}
 	s.open.Lock()
 	defer s.open.Unlock()
 	s.setGroupsLocked(append(slices.Clone(s.open.groups), g))
 	return g, nil
+}
+
+// syncGroups makes the names of the groups' directories durable.
+func (s *Store) syncGroups() error {
+	if s.o.ReadOnly {
+		return nil
+	}
+	return syncDirs(s.o.FS, s.o.FS.PathJoin(s.dir, groupsName))
 }
 
 func (s *Store) setGroupsLocked(groups []*Group) {
@@ -185,15 +196,17 @@ func (s *Store) AddGroup(gc GroupConfig) error {
 	if err != nil {
 		return err
 	}
-	if err := syncDirs(s.o.FS, s.o.FS.PathJoin(s.dir, groupsName)); err != nil {
-		return err
-	}
+	s.runGroup(g)
+	return nil
+}
+
+// runGroup begins a group's background work, if Run is under way.
+func (s *Store) runGroup(g *Group) {
 	s.open.Lock()
 	defer s.open.Unlock()
 	if s.open.run != nil {
 		s.open.run(g)
 	}
-	return nil
 }
 
 // RemoveGroup applies and closes a group. Its journal stays where it is. ErrInUse while anybody
@@ -210,7 +223,9 @@ func (s *Store) RemoveGroup(name string) (err error) {
 	var left []*disk.Disk
 	defer func() {
 		if err != nil {
+			g.setClosed(nil)
 			g.stay(left)
+			s.runGroup(g)
 		}
 	}()
 	for _, d := range g.Disks() {
@@ -219,13 +234,15 @@ func (s *Store) RemoveGroup(name string) (err error) {
 		}
 		left = append(left, d)
 	}
+	// From here on nothing moves the head: not a marker, not an expiry.
+	g.stopLoops()
+	g.setClosed(fmt.Errorf("group %q: %w: it was removed", name, ErrNotFound))
 	if err := g.settle(); err != nil {
 		return fmt.Errorf("close group %s: %w", name, err)
 	}
 	s.open.Lock()
 	s.setGroupsLocked(slices.DeleteFunc(slices.Clone(s.open.groups), func(o *Group) bool { return o == g }))
 	s.open.Unlock()
-	g.stopLoops()
 	for _, d := range left {
 		s.release(g.name + "/" + d.Name)
 	}

@@ -1,7 +1,7 @@
 // Command tidemark-guest asks, from inside a guest, for a marker of the guest's group.
 //
 // It promises that, when it ends with 0, the marker is durable, and that what the guest had written before
-// lies before it: it has the kernel write what it holds (sync) first. It needs nothing but the virtio-serial port, and is
+// lies before it: it has the kernel write what it holds (sync) first, unless told not to. It needs nothing but the virtio-serial port, and is
 // built static. One program at a time can have the port open. Limits: Linux guests; markers are crash-consistent.
 package main
 
@@ -93,6 +93,9 @@ func (f *flags) ask(ctx context.Context, label string) (a port.Answer, err error
 	b, err := json.Marshal(q)
 	if err != nil {
 		return a, err
+	}
+	if len(b)+1 > port.MaxLine {
+		return a, fmt.Errorf("label and description take %d bytes: %d are sent at most", len(b)+1, port.MaxLine)
 	}
 	// A line end first: whoever had the port before may have left half a line.
 	if _, err := p.Write(append(append([]byte{'\n'}, b...), '\n')); err != nil {

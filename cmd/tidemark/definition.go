@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 
@@ -41,7 +42,10 @@ UUID, VM generation id and MAC addresses, and disks where --disk says.`,
 			if err != nil {
 				return err
 			}
-			if a.json && id == nil {
+			if a.json {
+				if id != nil {
+					return usage(errors.New("--json shows what was journaled: it does not go with --new-identity"))
+				}
 				return printJSON(cmd, all)
 			}
 			d, err := choose(all, name)
@@ -99,7 +103,9 @@ func printDefinition(cmd *cobra.Command, content []byte, id *guest.Identity) err
 	if id != nil {
 		var left []string
 		var err error
-		if content, left, err = guest.NewIdentity(content, *id); err != nil {
+		if content, left, err = guest.NewIdentity(content, *id); errors.Is(err, guest.ErrIdentity) {
+			return usage(err)
+		} else if err != nil {
 			return err
 		}
 		for _, l := range left {

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -109,8 +111,12 @@ func (a *app) reload() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			var failed error
+			if len(r.Errors) > 0 {
+				failed = errors.New(strings.Join(r.Errors, "\n"))
+			}
 			if a.json {
-				return printJSON(cmd, r)
+				return errors.Join(printJSON(cmd, r), failed)
 			}
 			out := cmd.OutOrStdout()
 			for _, change := range r.Changes {
@@ -119,10 +125,10 @@ func (a *app) reload() *cobra.Command {
 			for _, name := range r.Restart {
 				fmt.Fprintf(out, "%s has changed: that takes a restart\n", name)
 			}
-			if len(r.Changes)+len(r.Restart) == 0 {
+			if len(r.Changes)+len(r.Restart)+len(r.Errors) == 0 {
 				fmt.Fprintln(out, "nothing has changed")
 			}
-			return nil
+			return failed
 		},
 	}
 }

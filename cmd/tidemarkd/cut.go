@@ -41,7 +41,7 @@ func (k *keeper) mark(ctx context.Context, want record.Marker) (marked, error) {
 	} else {
 		m, err = k.cut(ctx, want)
 	}
-	k.metrics.marked(k.g.Name(), want, m, err)
+	k.metrics.marked(k.g.Name(), m, err)
 	if err != nil {
 		return m, err
 	}
@@ -52,15 +52,9 @@ func (k *keeper) mark(ctx context.Context, want record.Marker) (marked, error) {
 
 // cut takes a marker with the guests at rest.
 func (k *keeper) cut(ctx context.Context, want record.Marker) (marked, error) {
-	c := guest.Cut{Group: k.g.Name(), Label: want.Label, Guests: k.guests(), Wait: k.conf.FreezeWait, Limit: k.conf.FreezeLimit, Notes: k.notes}
-	if want.Asked == record.Application {
-		for _, h := range k.conf.Hooks {
-			c.Hooks = append(c.Hooks, guest.Hook(h))
-		}
-	}
-	if len(c.Guests)+len(c.Hooks) == 0 {
-		return marked{}, fmt.Errorf("%w: group %s has no guest that could be frozen: configure groups.%s.guests (--guest %s=agent:PATH), or ask for a crash-consistent marker",
-			errBadRequest, c.Group, c.Group, c.Group)
+	c, err := k.plan(want)
+	if err != nil {
+		return marked{}, err
 	}
 	release, err := k.admit(ctx, int64(len(c.Guests)))
 	if err != nil {
@@ -68,7 +62,7 @@ func (k *keeper) cut(ctx context.Context, want record.Marker) (marked, error) {
 	}
 	defer release()
 	if _, left, err := k.notes.Get(c.Group); left {
-		return k.lesser(want, errors.Join(fmt.Errorf("%w from an earlier marker: see status, and tidemark thaw %s", errFrozen, c.Group), err))
+		return k.lesser(want, errors.Join(fmt.Errorf("%w from an earlier marker: see status, and tidemark thaw %s", errFrozen, c.Group), err), guest.Report{})
 	}
 	k.define(ctx)
 	// What was written so far is made durable before the guests wait for what they write now.
@@ -80,60 +74,92 @@ func (k *keeper) cut(ctx context.Context, want record.Marker) (marked, error) {
 		m, err = k.g.Cut(want)
 		return m.LSN, err
 	})
-	k.metrics.cut(c.Group, report)
-	problem := report.Problem()
-	if problem != nil {
-		k.log.Error("A GUEST MAY BE FROZEN, OR A HOOK IS NOT UNDONE", zap.String("marker", want.Label), zap.Error(problem))
-		k.metrics.notThawed.WithLabelValues(c.Group).Set(float64(len(report.NotThawed)))
+	k.tell(c, report)
+	if err != nil {
+		return marked{}, errors.Join(err, stillFrozen(report))
+	}
+	if !report.Taken {
+		return k.lesser(want, errors.New(report.Reason()), report)
+	}
+	return k.conclude(m, report)
+}
+
+// plan is what is to be at rest for a marker.
+func (k *keeper) plan(want record.Marker) (guest.Cut, error) {
+	c := guest.Cut{Group: k.g.Name(), Label: want.Label, Guests: k.guests(), Wait: k.conf.FreezeWait, Limit: k.conf.FreezeLimit, Notes: k.notes}
+	if want.Asked == record.Application {
+		for _, h := range k.conf.Hooks {
+			c.Hooks = append(c.Hooks, guest.Hook(h))
+		}
+	}
+	if len(c.Guests)+len(c.Hooks) == 0 {
+		return c, fmt.Errorf("%w: group %s has no guest that could be frozen: configure groups.%s.guests (--guest %s=agent:PATH), or ask for a crash-consistent marker",
+			errBadRequest, c.Group, c.Group, c.Group)
+	}
+	if len(c.Hooks) > 0 {
+		return c, nil // what they bring to rest is theirs to say
+	}
+	for name, g := range k.conf.Guests {
+		if !g.Freezes() {
+			return c, fmt.Errorf("%w: guest %s of group %s can not be frozen: give it an agent or a libvirt domain, or ask for a crash-consistent marker",
+				errBadRequest, name, c.Group)
+		}
+	}
+	return c, nil
+}
+
+// tell tells everybody what was seen of a cut.
+func (k *keeper) tell(c guest.Cut, r guest.Report) {
+	k.metrics.cut(c.Group, r)
+	k.metrics.notThawed.WithLabelValues(c.Group).Set(float64(len(r.NotThawed)))
+	if len(r.NotThawed) > 0 {
+		k.log.Error("A GUEST MAY BE FROZEN", zap.String("marker", c.Label), zap.Error(r.Problem()))
 		kick(k.rouse)
 	}
-	k.problem("hooks", hookProblem(report))
-	switch {
-	case err != nil:
-		return marked{}, errors.Join(err, frozen(report, problem))
-	case !report.Taken:
-		lesser, err := k.lesser(want, errors.New(report.Reason()))
-		lesser.problem = problem
-		return lesser, errors.Join(err, frozen(report, problem))
+	var undone error
+	if len(r.NotUndone) > 0 {
+		undone = errors.New(strings.Join(r.NotUndone, "; "))
 	}
-	m.Frozen, m.Note = report.Frozen, report.Reason()
-	if report.AtRest {
-		m.Consistency = want.Asked
+	k.problem("not undone after a marker", undone)
+}
+
+// conclude says what became of a record that was taken.
+func (k *keeper) conclude(m record.Marker, r guest.Report) (marked, error) {
+	m.Frozen, m.Note = r.Frozen, r.Reason()
+	if r.AtRest {
+		m.Consistency = m.Asked
 	}
 	kept, err := k.g.Conclude(m)
 	m.Pending = false
 	switch {
 	case err != nil:
-		return marked{}, errors.Join(err, frozen(report, problem))
+		// It names no point until it is concluded, see concludeLeft.
+		return marked{}, errors.Join(err, stillFrozen(r))
 	case !kept:
-		return marked{}, errors.Join(k.refused(want, errors.New(report.Reason())), frozen(report, problem))
+		return marked{}, errors.Join(k.refused(m, errors.New(r.Reason())), stillFrozen(r))
 	}
-	return marked{m, problem}, nil
+	return marked{m, r.Problem()}, nil
 }
 
-// frozen is the problem of guests that may still be frozen, as an error of the call.
-func frozen(r guest.Report, problem error) error {
+// stillFrozen is that guests may be frozen, as an error of the call.
+func stillFrozen(r guest.Report) error {
 	if len(r.NotThawed) == 0 {
 		return nil
 	}
-	return fmt.Errorf("%w: %w", errFrozen, problem)
-}
-
-func hookProblem(r guest.Report) error {
-	if len(r.Hooks) == 0 {
-		return nil
-	}
-	return errors.New(strings.Join(r.Hooks, "; "))
+	return fmt.Errorf("%w: %w", errFrozen, r.Problem())
 }
 
 // lesser takes a crash-consistent marker where more was asked for and can not be had, if that may be.
-func (k *keeper) lesser(want record.Marker, why error) (marked, error) {
+func (k *keeper) lesser(want record.Marker, why error, r guest.Report) (marked, error) {
 	if !want.OrCrash {
-		return marked{}, k.refused(want, why)
+		return marked{}, errors.Join(k.refused(want, why), stillFrozen(r))
 	}
-	want.Note = why.Error()
+	want.Note, want.Frozen = why.Error(), r.Frozen
 	m, err := k.g.Mark(want)
-	return marked{Marker: m}, err
+	if err != nil {
+		return marked{}, errors.Join(err, stillFrozen(r))
+	}
+	return marked{m, r.Problem()}, nil
 }
 
 func (k *keeper) refused(want record.Marker, why error) error {
@@ -143,21 +169,32 @@ func (k *keeper) refused(want record.Marker, why error) error {
 // admit waits until the group's guests may be frozen: one cut of a group at a time, and only so
 // many guests of the host.
 func (k *keeper) admit(ctx context.Context, guests int64) (release func(), err error) {
+	n := min(guests, k.most) // a group with more guests has them all to itself
+	if err := k.frozen.Acquire(ctx, n); err != nil {
+		return nil, err
+	}
 	quiet := k.quiet(k.g.Name())
 	select {
 	case <-quiet:
 	case <-ctx.Done():
+		k.frozen.Release(n)
 		return nil, ctx.Err()
-	}
-	n := min(guests, k.most) // a group with more guests has them all to itself
-	if err := k.frozen.Acquire(ctx, n); err != nil {
-		quiet <- struct{}{}
-		return nil, err
 	}
 	return func() {
 		k.frozen.Release(n)
 		quiet <- struct{}{}
 	}, nil
+}
+
+// concludeLeft concludes a marker whose cut could not, for want of room.
+func (k *keeper) concludeLeft() {
+	quiet := k.quiet(k.g.Name())
+	select {
+	case <-quiet:
+		defer func() { quiet <- struct{}{} }()
+		k.problem("conclude markers", k.g.ConcludeLeft())
+	default: // a cut is under way
+	}
 }
 
 // definitionWait bounds what a marker waits for the definition of its guests.

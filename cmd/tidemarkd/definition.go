@@ -49,6 +49,7 @@ func (k *keeper) watchDefinitions(ctx context.Context) {
 	defer t.Stop()
 	for {
 		k.define(ctx)
+		k.concludeLeft()
 		select {
 		case <-ctx.Done():
 			return

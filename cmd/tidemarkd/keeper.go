@@ -25,26 +25,25 @@ type keepers struct {
 	metrics *metrics
 	log     *zap.Logger
 
+	socketGroup string // who may connect to ports, beside root
+
 	frozen *semaphore.Weighted // guests that may be frozen at once
 	most   int64               // its size
 
 	rouse chan struct{} // kicks the loop that thaws what is left frozen
 
-	mu     sync.Mutex
+	mu     sync.Mutex // guards what follows
 	all    map[string]*keeper
+	missed map[string]uint64        // by group: markers of the schedule, since the daemon started
 	quiets map[string]chan struct{} // by group: holds one token while nobody cuts or thaws
 	start  func(*keeper)            // nil while they do not run
 }
 
-func newKeepers(store *journal.Store, c config.Config, m *metrics, log *zap.Logger) (*keepers, error) {
-	notes, err := guest.NewNotes(c.StateDir + "/frozen")
-	if err != nil {
-		return nil, err
-	}
+func newKeepers(store *journal.Store, c config.Config, notes *guest.Notes, m *metrics, log *zap.Logger) (*keepers, error) {
 	k := &keepers{
 		store: store, notes: notes, metrics: m, log: log, rouse: make(chan struct{}, 1),
-		most: int64(c.Guests.MaxFrozen), frozen: semaphore.NewWeighted(int64(c.Guests.MaxFrozen)),
-		all: map[string]*keeper{}, quiets: map[string]chan struct{}{},
+		socketGroup: c.SocketGroup, most: int64(c.Guests.MaxFrozen), frozen: semaphore.NewWeighted(int64(c.Guests.MaxFrozen)),
+		all: map[string]*keeper{}, missed: map[string]uint64{}, quiets: map[string]chan struct{}{},
 	}
 	for name, g := range c.Groups {
 		if err := k.put(name, g); err != nil {
@@ -105,14 +104,15 @@ func (k *keepers) quiet(group string) chan struct{} {
 	return c
 }
 
-// run looks after the groups until ctx ends.
-func (k *keepers) run(ctx context.Context) error {
+// run looks after the groups until ctx ends. woken is closed when nobody else thaws what was left.
+func (k *keepers) run(ctx context.Context, woken <-chan struct{}) error {
 	k.mu.Lock()
 	k.start = func(one *keeper) { one.begin(ctx) }
 	for _, one := range k.all {
 		k.start(one)
 	}
 	k.mu.Unlock()
+	<-woken
 	k.thawLeft(ctx) // until ctx ends
 	k.mu.Lock()
 	k.start = nil
@@ -124,9 +124,40 @@ func (k *keepers) run(ctx context.Context) error {
 	return nil
 }
 
+// wakeLeft thaws once what a daemon before this one left frozen: before anything that may keep this one from
+// starting, and beside it. What it can not thaw now is tried again when the groups are served.
+func wakeLeft(notes *guest.Notes, log *zap.Logger) (done <-chan struct{}) {
+	woken := make(chan struct{})
+	go func() {
+		defer close(woken)
+		left, err := notes.Left()
+		if err != nil {
+			log.Error("guests may be frozen", zap.Error(err))
+		}
+		for _, note := range left {
+			r := notes.Wake(context.Background(), note)
+			logWoken(log, note, r)
+		}
+	}()
+	return woken
+}
+
+// logWoken tells what became of a note.
+func logWoken(log *zap.Logger, note guest.Note, r guest.Report) {
+	log = log.With(zap.String("group", note.Group), zap.String("marker", note.Label), zap.Time("since", note.Time))
+	switch {
+	case len(r.NotThawed) > 0:
+		log.Error("A GUEST MAY BE FROZEN: trying again", zap.Error(r.Problem()))
+	case r.Problem() != nil:
+		log.Error("guests that were left frozen are thawed, and not all is undone", zap.Error(r.Problem()))
+	default:
+		log.Warn("guests that were left frozen are thawed")
+	}
+}
+
 const (
 	rouseFirst = time.Second
-	rouseLast  = 30 * time.Second
+	rouseLast  = 5 * time.Second
 )
 
 // thawLeft thaws what cuts left frozen, those of a daemon before this one too, until it is thawed.
@@ -170,16 +201,10 @@ func (k *keepers) thawNote(ctx context.Context, group string) (left bool) {
 	if err != nil || !ok {
 		return false
 	}
-	log := k.log.With(zap.String("group", group), zap.String("marker", note.Label), zap.Time("since", note.Time))
-	if err := k.notes.Wake(ctx, note); err != nil {
-		log.Error("A GUEST MAY BE FROZEN: trying again", zap.Error(err))
-		k.metrics.notThawed.WithLabelValues(group).Set(float64(len(note.Guests)))
-		_, left, _ = k.notes.Get(group) // a hook that failed is not run again
-		return left
-	}
-	k.metrics.notThawed.WithLabelValues(group).Set(0)
-	log.Warn("guests that were left frozen are thawed")
-	return false
+	r := k.notes.Wake(ctx, note)
+	logWoken(k.log, note, r)
+	k.metrics.notThawed.WithLabelValues(group).Set(float64(len(r.NotThawed)))
+	return len(r.NotThawed) > 0
 }
 
 // thaw thaws the guests of a group now, and says which those are.
@@ -214,12 +239,30 @@ func (k *keepers) thaw(ctx context.Context, group string) ([]string, error) {
 	if len(names) == 0 {
 		return nil, fmt.Errorf("%w: group %s has no guests that can be frozen", errBadRequest, group)
 	}
-	if err := k.notes.Wake(ctx, note); err != nil {
+	r := k.notes.Wake(ctx, note)
+	k.metrics.notThawed.WithLabelValues(group).Set(float64(len(r.NotThawed)))
+	if len(r.NotThawed) > 0 {
 		kick(k.rouse)
-		return nil, fmt.Errorf("%w: %w", errFrozen, err)
+		return nil, fmt.Errorf("%w: %w", errFrozen, r.Problem())
 	}
-	k.metrics.notThawed.WithLabelValues(group).Set(0)
-	return names, nil
+	return names, r.Problem()
+}
+
+// mayBeFrozen says which guests of a group may be frozen though no cut is under way; nil if none is.
+func (k *keepers) mayBeFrozen(group string) error {
+	quiet := k.quiet(group)
+	select {
+	case <-quiet:
+		defer func() { quiet <- struct{}{} }()
+	default:
+		return nil // a cut or a thaw is under way
+	}
+	note, ok, err := k.notes.Get(group)
+	if err != nil || !ok {
+		return err
+	}
+	return fmt.Errorf("%v since %s, for marker %q: the daemon tries to thaw them; tidemark thaw %s tries now",
+		slices.Sorted(maps.Keys(note.Guests)), note.Time.Format(time.RFC3339), note.Label, group)
 }
 
 func kick(c chan struct{}) {
@@ -227,6 +270,14 @@ func kick(c chan struct{}) {
 	case c <- struct{}{}:
 	default:
 	}
+}
+
+// missedSoFar adds to the markers of a group's schedule that were missed, and returns how many that are.
+func (k *keepers) missedSoFar(group string, more uint64) uint64 {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.missed[group] += more
+	return k.missed[group]
 }
 
 // keeper looks after one group, by one configuration.
@@ -303,10 +354,14 @@ func (k *keeper) status(a *api.Group) {
 		}
 		a.Guests = append(a.Guests, g)
 	}
+	if err := k.mayBeFrozen(k.g.Name()); err != nil {
+		a.Problems = append(a.Problems, "GUESTS MAY BE FROZEN: "+err.Error())
+	}
 	k.state.Lock()
 	defer k.state.Unlock()
 	if k.conf.Markers.Every > 0 {
 		s := k.state.schedule
+		s.Missed = k.missedSoFar(k.g.Name(), 0)
 		s.Every, s.Consistency = k.conf.Markers.Every.Seconds(), k.conf.Markers.Consistency
 		a.Schedule = &s
 	}

@@ -19,20 +19,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 )
-
-// configured is a tidemarkd of whatever groups a configuration has. %DIR is its directory.
-func configured(t *testing.T, yaml string) *served {
-	t.Helper()
-	d := &served{t: t, dir: t.TempDir()}
-	d.configure(yaml)
-	d.start()
-	return d
-}
 
 func (d *served) configure(yaml string) {
 	d.t.Helper()
@@ -91,7 +83,7 @@ func TestMarkersSayWhatWasReached(t *testing.T) {
 	a.set(func() {
 		a.during = func() {
 			_, err := os.Stat(d.path("state/frozen/web01.json"))
-			require.NoError(t, err, "noted before it is frozen")
+			assert.NoError(t, err, "noted before it is frozen")
 		}
 	})
 	out := d.ok("mark", "web01", "plain")
@@ -152,7 +144,7 @@ func (d *served) metrics() string {
 
 // TestMarkersThatCanNotBe: clear errors that name the remedy, and no marker.
 func TestMarkersThatCanNotBe(t *testing.T) {
-	d := configured2(t)
+	d := oneDisk(t)
 	long := strings.Repeat("x", 256)
 	for _, c := range []struct {
 		code int
@@ -165,7 +157,7 @@ func TestMarkersThatCanNotBe(t *testing.T) {
 		{2, "not allowed", []string{"mark", "web01", "a/b"}},
 		{2, "not allowed", []string{"mark", "web01", "a\x1b[31m"}},
 		{2, "not allowed", []string{"mark", "web01", "a\xff"}},
-		{2, "another form", []string{"mark", "web01", "-15m"[0:]}},
+		{2, "another form", []string{"mark", "web01", "--", "-15m"}},
 		{2, "not allowed", []string{"mark", "web01", "m", "--description", "a\nb"}},
 		{4, "not found", []string{"mark", "web02", "m"}},
 		{2, "no guests", []string{"thaw", "web01"}},
@@ -180,20 +172,16 @@ func TestMarkersThatCanNotBe(t *testing.T) {
 		{2, "pattern", []string{"points", "web01", "--label", "["}},
 		{2, "unknown consistency", []string{"points", "web01", "--consistency", "x"}},
 	} {
-		args := c.args
-		if args[2-1] == "web01" && len(args) > 2 && strings.HasPrefix(args[2], "-1") {
-			args = []string{"mark", "web01", "--", args[2]}
-		}
-		out, code := d.tidemark(args...)
-		require.Equal(t, c.code, code, "%q: %s", args, out)
-		require.Contains(t, out, c.want, "%q", args)
+		out, code := d.tidemark(c.args...)
+		require.Equal(t, c.code, code, "%q: %s", c.args, out)
+		require.Contains(t, out, c.want, "%q", c.args)
 	}
 	p, err := d.api().Points(t.Context(), "web01", api.Filter{})
 	require.NoError(t, err)
 	require.Empty(t, p.Markers)
 }
 
-func configured2(t *testing.T) *served {
+func oneDisk(t *testing.T) *served {
 	t.Helper()
 	d := &served{t: t, dir: t.TempDir()}
 	d.raw("vda.raw", 16<<20)
@@ -211,8 +199,11 @@ func TestAGuestThatDoesNotThaw(t *testing.T) {
 	require.Contains(t, out, "may still be frozen")
 	require.Contains(t, d.metrics(), `tidemark_guests_not_thawed{group="web01"} 1`)
 	out, code = d.tidemark("mark", "web01", "second", "--consistency", "application")
-	require.Contains(t, []int{7, 8}, code, out)
+	require.Equal(t, 8, code, out)
 	require.Equal(t, 1, a.freezes, "a guest that may be frozen is not frozen again")
+	require.Eventually(t, func() bool { // but while the daemon is trying to thaw it
+		return strings.Contains(d.ok("status"), "GUESTS MAY BE FROZEN: [web01]")
+	}, 30*time.Second, 50*time.Millisecond)
 	d.ok("mark", "web01", "lesser", "--consistency", "application", "--or-crash")
 	require.Equal(t, "crash", d.marker("lesser").Consistency)
 	log, err := os.ReadFile(d.path("log"))
@@ -233,6 +224,9 @@ func TestADaemonThatDiesWhileAGuestIsFrozen(t *testing.T) {
 			asked := make(chan struct{})
 			a.set(func() {
 				a.instead["guest-fsfreeze-status"] = func() string {
+					if !a.frozen {
+						return `{"return": "thawed"}`
+					}
 					delete(a.instead, "guest-fsfreeze-status")
 					close(asked)
 					return "" // no answer: the record is durable by now, and the daemon waits
@@ -255,7 +249,7 @@ func TestADaemonThatDiesWhileAGuestIsFrozen(t *testing.T) {
 			if orCrash {
 				require.Len(t, p.Markers, 1)
 				require.Equal(t, "crash", p.Markers[0].Consistency)
-				require.Contains(t, p.Markers[0].Note, "the daemon stopped")
+				require.Contains(t, p.Markers[0].Note, "not brought to its end")
 			} else {
 				require.Empty(t, p.Markers)
 			}
@@ -265,6 +259,55 @@ func TestADaemonThatDiesWhileAGuestIsFrozen(t *testing.T) {
 			}, 20*time.Second, 100*time.Millisecond)
 		})
 	}
+}
+
+// TestAGuestIsThawedThoughTheStoreDoesNotOpen: a backing is missing, and the daemon does not start.
+func TestAGuestIsThawedThoughTheStoreDoesNotOpen(t *testing.T) {
+	d, a := withAgent(t, oneGuest)
+	d.stop()
+	a.set(func() { a.frozen = true })
+	note := fmt.Sprintf(`{"version": 1, "group": "web01", "label": "x", "guests": {"web01": {"agent": %q}}}`, d.path("agent"))
+	require.NoError(t, os.WriteFile(d.path("state/frozen/web01.json"), []byte(note), 0o600))
+	require.NoError(t, os.Rename(d.path("vda.raw"), d.path("away.raw")))
+	out, err := exec.Command(filepath.Join(binDir, "tidemarkd"), d.args()...).CombinedOutput()
+	require.Error(t, err)
+	require.Contains(t, string(out), "does not exist")
+	require.False(t, a.isFrozen())
+	require.NoFileExists(t, d.path("state/frozen/web01.json"))
+}
+
+// TestAGroupIsRemovedUnderACut: the removal waits for it, and the guest is thawed.
+func TestAGroupIsRemovedUnderACut(t *testing.T) {
+	d, a := withAgent(t, oneGuest)
+	d.raw("other.raw", 1<<20)
+	frozen := make(chan struct{})
+	a.set(func() {
+		a.during = func() {
+			close(frozen)
+			time.Sleep(500 * time.Millisecond) // in which the reload comes
+		}
+	})
+	cmd := exec.Command(filepath.Join(binDir, "tidemark"), "mark", "web01", "m", "--consistency", "application", "--api", "unix:"+d.path("api.sock"))
+	require.NoError(t, cmd.Start())
+	<-frozen
+	d.configure("groups: {other: {disks: {vda: {backing: %DIR/other.raw}}}}")
+	require.Contains(t, d.ok("reload"), "group web01 removed")
+	require.NoError(t, cmd.Wait(), "it had its marker")
+	require.False(t, a.isFrozen())
+	d.stop()
+}
+
+func TestAPortIsNoFile(t *testing.T) {
+	d := &served{t: t, dir: t.TempDir()}
+	d.raw("vda.raw", 1<<20)
+	d.raw("precious", 4096)
+	d.configure("groups:\n  web01:\n    disks: {vda: {backing: %DIR/vda.raw}}\n    guests: {web01: {port: %DIR/precious}}\n")
+	d.start()
+	require.Eventually(t, func() bool { return len(d.group("web01").Problems) == 1 }, 10*time.Second, 10*time.Millisecond)
+	require.Contains(t, d.group("web01").Problems[0], "something else than a socket")
+	require.FileExists(t, d.path("precious"))
+	out, code := d.tidemark("mark", "web01", "m", "--consistency", "filesystem")
+	require.Equal(t, 2, code, out)
 }
 
 func TestABusyAgentIsNamed(t *testing.T) {
@@ -353,6 +396,10 @@ func TestTimetable(t *testing.T) {
 	q := timetable{every: 15 * time.Minute, jitter: time.Minute}
 	require.Equal(t, at("10:15:00"), q.next(at("10:00:00"), 0))
 	require.Equal(t, at("10:15:30"), q.next(at("10:14:59"), 0.5))
+	require.Equal(t, at("10:19:00"), q.first(at("10:02:00"), at("10:19:00"), 0.5), "10:15 was not served")
+	require.Equal(t, at("10:15:30"), q.first(at("10:02:00"), at("10:15:10"), 0.5))
+	require.Equal(t, at("10:30:00"), q.first(at("10:15:20"), at("10:19:00"), 0))
+	require.Equal(t, at("10:19:00"), q.first(time.Time{}, at("10:19:00"), 0))
 	for _, c := range []struct {
 		last, now string
 		missed    uint64
@@ -363,7 +410,7 @@ func TestTimetable(t *testing.T) {
 }
 
 func TestMarkersAreAmended(t *testing.T) {
-	d := configured2(t)
+	d := oneDisk(t)
 	for _, l := range []string{"a-1", "a-2", "before migration 42", "b%2F ü"} {
 		d.ok("mark", "web01", l)
 	}
@@ -475,6 +522,7 @@ func TestMarkersFromInside(t *testing.T) {
 		`nonsense`:                                      "not a question",
 		`{"id": 5}`:                                     "not a question",
 		`{"id": "` + strings.Repeat("x", 65) + `"}`:     "64 bytes",
+		`{"id": "6", "mark": "auto-2026"}`:              "the host calls its own",
 		`{"mark": "` + strings.Repeat("x", 9000) + `"}`: "4096 bytes",
 	} {
 		require.Contains(t, ask(line)["error"], want, line)
@@ -518,9 +566,10 @@ func TestReload(t *testing.T) {
 	d.ok("mark", "other", "m")
 
 	d.configure(groups(vda))
-	out, code := d.tidemark("reload")
-	require.Equal(t, 9, code, out)
-	require.Contains(t, out, "vdb")
+	out, code := d.tidemark("reload") // vdb is in use
+	require.Equal(t, 1, code, out)
+	require.Contains(t, out, "disk is in use")
+	require.Contains(t, out, "group other removed", "what can be done is")
 	require.NoError(t, c2.WriteAt(bytes.Repeat([]byte{4}, 4096), 0, false), "what is in use stays")
 	require.NoError(t, c2.Close())
 	require.Eventually(t, func() bool {

@@ -11,7 +11,6 @@ import (
 	"github.com/tidemark-cdp/tidemark/cmd/internal/build"
 	"github.com/tidemark-cdp/tidemark/guest"
 	"github.com/tidemark-cdp/tidemark/journal"
-	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
 // metrics are what the daemon exports to Prometheus; docs/operating.md has the list.
@@ -58,7 +57,7 @@ func (m *metrics) handler() http.Handler {
 }
 
 // marked counts a marker that was asked for.
-func (m *metrics) marked(group string, want record.Marker, got marked, err error) {
+func (m *metrics) marked(group string, got marked, err error) {
 	if err != nil {
 		m.refused.WithLabelValues(group).Inc()
 		return
@@ -68,11 +67,25 @@ func (m *metrics) marked(group string, want record.Marker, got marked, err error
 
 // cut notes how long guests stood still.
 func (m *metrics) cut(group string, r guest.Report) {
-	if r.Frozen > 0 {
+	if r.Rested > 0 { // all of them came to rest
 		m.rested.WithLabelValues(group).Observe(r.Rested.Seconds())
-		m.frozen.WithLabelValues(group).Observe(r.Frozen.Seconds())
 		m.own.WithLabelValues(group).Observe(r.Own.Seconds())
 	}
+	if r.Frozen > 0 {
+		m.frozen.WithLabelValues(group).Observe(r.Frozen.Seconds())
+	}
+}
+
+// forget drops what was counted of a group that is gone.
+func (m *metrics) forget(group string) {
+	of := prometheus.Labels{"group": group}
+	for _, h := range []*prometheus.HistogramVec{m.rested, m.frozen, m.own} {
+		h.DeletePartialMatch(of)
+	}
+	for _, c := range []*prometheus.CounterVec{m.markers, m.refused, m.missed} {
+		c.DeletePartialMatch(of)
+	}
+	m.notThawed.DeletePartialMatch(of)
 }
 
 // groupCollector reads the groups' state when it is asked.
@@ -94,12 +107,12 @@ var groupGauges = []struct {
 		}
 		return 0
 	}},
-	{desc("tidemark_group_last_marker_seconds", "When the newest marker was taken, Unix seconds; 0: there is none."), func(g *journal.Group) float64 {
-		markers, err := g.Markers()
-		if err != nil || len(markers) == 0 {
+	{desc("tidemark_group_last_marker_timestamp_seconds", "When the newest marker was taken, Unix seconds; 0: there is none."), func(g *journal.Group) float64 {
+		m, ok := g.LastMarker()
+		if !ok {
 			return 0
 		}
-		return float64(markers[len(markers)-1].Time.UnixNano()) / float64(time.Second)
+		return float64(m.Time.UnixNano()) / float64(time.Second)
 	}},
 }
 

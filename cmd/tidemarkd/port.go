@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -30,27 +31,43 @@ const (
 	portWait = 10 * time.Second
 )
 
+// portRetry is how long a port that can not be served is left alone.
+const portRetry = 5 * time.Second
+
 // servePort takes markers from inside a guest until ctx ends: QEMU connects the guest's virtio-serial
 // port to the socket. Who reaches it reaches this group and nothing else.
 func (k *keeper) servePort(ctx context.Context, name, path string) {
-	l, err := listenOn("unix:" + path)
-	if err != nil {
-		k.problem("port of guest "+name, err)
-		return
+	limiter := rate.NewLimiter(portRate, portBurst)
+	what := "port of guest " + name
+	for ctx.Err() == nil {
+		l, err := listenOn("unix:"+path, k.socketGroup)
+		if err == nil {
+			k.problem(what, nil)
+			err = k.acceptPort(ctx, l, name, limiter)
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		k.problem(what, err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(portRetry):
+		}
 	}
+}
+
+// acceptPort serves the connections to a port until it can accept no more.
+func (k *keeper) acceptPort(ctx context.Context, l net.Listener, name string, limiter *rate.Limiter) error {
 	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
 	defer stop()
+	defer l.Close()
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	limiter := rate.NewLimiter(portRate, portBurst)
 	free := make(chan struct{}, portClients)
 	for {
 		c, err := l.Accept()
 		if err != nil {
-			if ctx.Err() == nil {
-				k.problem("port of guest "+name, err)
-			}
-			return
+			return err
 		}
 		select {
 		case free <- struct{}{}:
@@ -123,6 +140,11 @@ func (k *keeper) portMark(line []byte, name string, limiter *rate.Limiter) port.
 		return port.Answer{Error: fmt.Sprintf("an id of more than %d bytes", port.MaxID)}
 	}
 	refuse := func(err error) port.Answer { return port.Answer{ID: q.ID, Error: err.Error()} }
+	for _, taken := range []string{k.conf.Markers.Label + "-", "discontinuity-"} {
+		if strings.HasPrefix(q.Mark, taken) {
+			return refuse(fmt.Errorf("label %q: %s… is what the host calls its own: choose another", q.Mark, taken))
+		}
+	}
 	if !limiter.Allow() {
 		return refuse(fmt.Errorf("too many markers: %d at once, then one every %v", portBurst, time.Duration(float64(time.Second)/float64(portRate))))
 	}

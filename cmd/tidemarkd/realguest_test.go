@@ -254,7 +254,7 @@ const domainXML = `<domain type='qemu'>
 func TestAGuestOfLibvirt(t *testing.T) {
 	needGuest(t)
 	need(t, "libvirtd", "virsh")
-	d := withGuest(t, "libvirt: web01, uri: %DIR/lv/s/libvirt-sock")
+	d := withGuest(t, "libvirt: web01, socket: %DIR/lv/s/libvirt-sock")
 	libvirtd := exec.Command("../../testdata/libvirtd", d.path("lv"))
 	var log console
 	libvirtd.Stdout, libvirtd.Stderr = &log, &log
@@ -310,7 +310,7 @@ func TestAGuestOfLibvirt(t *testing.T) {
 	out, err = virsh("domfsfreeze", "web01")
 	require.NoError(t, err, out)
 	d.kill()
-	note := fmt.Sprintf(`{"group":"web01","label":"x","guests":{"web01":{"libvirt":"web01","uri":%q}}}`, sock)
+	note := fmt.Sprintf(`{"version":1,"group":"web01","label":"x","guests":{"web01":{"libvirt":"web01","socket":%q}}}`, sock)
 	require.NoError(t, os.WriteFile(d.path("state/frozen/web01.json"), []byte(note), 0o600))
 	d.start()
 	require.Eventually(t, func() bool {

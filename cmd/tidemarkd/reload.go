@@ -28,21 +28,21 @@ type reloader struct {
 }
 
 // reload reads the configuration again and takes up what it says of groups. Everything that can be
-// done is; what can not is in the error, and stays as it was.
+// done is; what can not be is among the answer's errors, and stays as it was.
 func (r *reloader) reload() (api.Reloaded, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	done := api.Reloaded{Changes: []string{}, Restart: []string{}}
+	done := api.Reloaded{Changes: []string{}, Restart: []string{}, Errors: []string{}}
 	want, err := r.read()
 	if err != nil {
 		return done, fmt.Errorf("%w: the configuration stays as it was: %w", errBadRequest, err)
 	}
 	done.Restart = append(done.Restart, fixed(r.now, want)...)
-	var errs []error
 	did := func(err error, format string, args ...any) bool {
 		what := fmt.Sprintf(format, args...)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", what, err))
+			done.Errors = append(done.Errors, fmt.Sprintf("not %s: %v", what, err))
+			r.log.Error("reload", zap.String("change", what), zap.Error(err))
 			return false
 		}
 		done.Changes = append(done.Changes, what)
@@ -73,7 +73,7 @@ func (r *reloader) reload() (api.Reloaded, error) {
 		groups[name] = r.keep(name, groups[name], next, did)
 	}
 	r.now.Groups = groups
-	return done, errors.Join(errs...)
+	return done, nil
 }
 
 // fixed are the settings that differ and take a restart.
@@ -88,13 +88,18 @@ func fixed(now, want config.Config) (all []string) {
 	return all
 }
 
+// removeGroup waits for a cut that is under way.
 func (r *reloader) removeGroup(name string, conf config.Group) error {
 	r.keepers.remove(name)
+	quiet := r.keepers.quiet(name)
+	<-quiet
 	err := r.store.RemoveGroup(name)
+	quiet <- struct{}{}
 	if err != nil {
-		err = errors.Join(err, r.keepers.put(name, conf))
+		return errors.Join(err, r.keepers.put(name, conf))
 	}
-	return err
+	r.keepers.metrics.forget(name)
+	return nil
 }
 
 func (r *reloader) addGroup(name string, conf config.Group) error {

@@ -9,8 +9,10 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/user"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -21,6 +23,7 @@ import (
 
 	"github.com/tidemark-cdp/tidemark/cmd/internal/build"
 	"github.com/tidemark-cdp/tidemark/cmd/internal/config"
+	"github.com/tidemark-cdp/tidemark/guest"
 	"github.com/tidemark-cdp/tidemark/journal"
 	"github.com/tidemark-cdp/tidemark/nbd"
 )
@@ -37,12 +40,17 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	if err != nil {
 		return err
 	}
+	notes, err := guest.NewNotes(filepath.Join(c.StateDir, "frozen"))
+	if err != nil {
+		return err
+	}
+	woken := wakeLeft(notes, log)
+	defer func() { <-woken }()
 	store, err := openStore(c, log)
 	if err != nil {
 		return err
 	}
-	metrics := newMetrics(store)
-	keepers, err := newKeepers(store, c, metrics, log)
+	keepers, err := newKeepers(store, c, notes, newMetrics(store), log)
 	if err != nil {
 		return errors.Join(err, store.Close())
 	}
@@ -64,7 +72,7 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	eg, serving := errgroup.WithContext(stopping)
 	re := &reloader{read: read, store: store, keepers: keepers, log: log, now: c}
 	ls.serve(serving, eg, &control{store: store, keepers: keepers, reloader: re, stateDir: c.StateDir, nbd: ls.names, log: log}, tlsConf)
-	eg.Go(func() error { return keepers.run(serving) })
+	eg.Go(func() error { return keepers.run(serving, woken) })
 	eg.Go(func() error { return reloadOn(serving, hup, re) })
 	notify(log, daemon.SdNotifyReady)
 	served := make(chan error, 1)
@@ -125,7 +133,7 @@ func reloadOn(ctx context.Context, hup <-chan os.Signal, re *reloader) error {
 		case <-hup:
 			if _, err := re.reload(); err != nil {
 				re.log.Error("reload", zap.Error(err))
-			}
+			} // each change was logged where it was made
 		}
 	}
 }
@@ -157,7 +165,7 @@ func listen(c config.Config) (*listeners, error) {
 		}
 	}
 	if ls.api == nil {
-		if ls.api, err = listenOn(c.API); err != nil {
+		if ls.api, err = listenOn(c.API, ""); err != nil {
 			return nil, err
 		}
 	}
@@ -166,14 +174,14 @@ func listen(c config.Config) (*listeners, error) {
 		if network, _, _ := config.ParseListen(spec); fromSystemd && network == "unix" {
 			continue
 		}
-		l, err := listenOn(spec)
+		l, err := listenOn(spec, c.SocketGroup)
 		if err != nil {
 			return nil, errors.Join(err, ls.close())
 		}
 		ls.nbd = append(ls.nbd, l)
 	}
 	if c.Metrics != "" {
-		if ls.metrics, err = listenOn(c.Metrics); err != nil {
+		if ls.metrics, err = listenOn(c.Metrics, ""); err != nil {
 			return nil, errors.Join(err, ls.close())
 		}
 	}
@@ -191,8 +199,9 @@ func (ls *listeners) close() error {
 	return errors.Join(errs...)
 }
 
-// listenOn opens one socket. A unix socket that nobody serves any more is replaced.
-func listenOn(spec string) (net.Listener, error) {
+// listenOn opens one socket. A unix socket that nobody serves any more is replaced; a group that is given may
+// connect to it too.
+func listenOn(spec, group string) (net.Listener, error) {
 	network, addr, err := config.ParseListen(spec)
 	if err != nil {
 		return nil, err
@@ -205,7 +214,7 @@ func listenOn(spec string) (net.Listener, error) {
 			_ = c.Close()
 			return nil, fmt.Errorf("listen on %s: another process serves it", spec)
 		}
-		if err := os.Remove(addr); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := removeSocket(addr); err != nil {
 			return nil, fmt.Errorf("listen on %s: %w", spec, err)
 		}
 	}
@@ -215,11 +224,42 @@ func listenOn(spec string) (net.Listener, error) {
 	}
 	if network == "unix" {
 		// Whoever opens these sockets has the disks.
-		if err := os.Chmod(addr, 0o660); err != nil {
+		if err := errors.Join(os.Chmod(addr, 0o660), giveTo(addr, group)); err != nil {
 			return nil, errors.Join(err, l.Close())
 		}
 	}
 	return l, nil
+}
+
+// removeSocket removes what is left of a socket, and nothing else.
+func removeSocket(path string) error {
+	info, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if info.Mode()&fs.ModeSocket == 0 {
+		return errors.New("there is something else than a socket: name another path")
+	}
+	return os.Remove(path)
+}
+
+// giveTo gives a socket to a group of the system's; none if its name is empty.
+func giveTo(path, group string) error {
+	if group == "" {
+		return nil
+	}
+	g, err := user.LookupGroup(group)
+	if err != nil {
+		return fmt.Errorf("socket_group: %w", err)
+	}
+	gid, err := strconv.Atoi(g.Gid)
+	if err != nil {
+		return fmt.Errorf("socket_group %s: %w", group, err)
+	}
+	return os.Chown(path, -1, gid)
 }
 
 func (ls *listeners) serve(ctx context.Context, eg *errgroup.Group, c *control, tlsConf tlsConfig) {

@@ -24,6 +24,20 @@ func (t timetable) next(now time.Time, draw float64) time.Time {
 	return now.Truncate(t.every).Add(t.every + time.Duration(draw*float64(t.jitter)))
 }
 
+// first is when the first one is due after a start, if the last one was taken then: the slot that now is
+// in may not have been served.
+func (t timetable) first(last, now time.Time, draw float64) time.Time {
+	slot := now.Truncate(t.every)
+	if !last.IsZero() && !last.Before(slot) {
+		return t.next(now, draw)
+	}
+	due := slot.Add(time.Duration(draw * float64(t.jitter)))
+	if due.Before(now) {
+		return now
+	}
+	return due
+}
+
 // missed is how many were due between the last one that was taken and now, and were not. It is none
 // before the first.
 func (t timetable) missed(last, now time.Time) uint64 {
@@ -44,12 +58,9 @@ func (k *keeper) schedule(ctx context.Context) {
 		k.problem("markers", err)
 	}
 	now := time.Now()
-	due := table.next(now, rand.Float64())
-	if n := table.missed(last, now); n > 0 || last.IsZero() {
-		due = now
-		if n > 0 {
-			k.miss(n, fmt.Errorf("the daemon did not run: the last one is of %s", last.Format(time.RFC3339)))
-		}
+	due := table.first(last, now, rand.Float64())
+	if n := table.missed(last, now); n > 0 {
+		k.miss(n, fmt.Errorf("the daemon did not run: the last one is of %s", last.Format(time.RFC3339)))
 	}
 	for {
 		k.setSchedule(due, last)
@@ -110,8 +121,8 @@ func (k *keeper) takeScheduled(ctx context.Context, at time.Time) bool {
 // miss notes markers that were not taken, or were less than was asked for.
 func (k *keeper) miss(n uint64, why error) {
 	k.metrics.missed.WithLabelValues(k.g.Name()).Add(float64(n))
+	k.missedSoFar(k.g.Name(), n)
 	k.state.Lock()
-	k.state.schedule.Missed += n
 	k.state.schedule.Why = why.Error()
 	k.state.Unlock()
 	k.log.Warn("a marker was missed", zap.Uint64("missed", n), zap.Error(why))

@@ -390,5 +390,17 @@ func (d *Disk) SyncBacking() error {
 	return nil
 }
 
+// Sync is SyncBacking with what the file system keeps of the file beside its data.
+func (d *Disk) Sync() error {
+	b, err := d.attached()
+	if err != nil {
+		return err
+	}
+	if err := b.File.Sync(); err != nil {
+		return fmt.Errorf("sync backing %s of disk %s: %w", b.path, d.Name, err)
+	}
+	return nil
+}
+
 // errNoFrozen is a misuse of Apply.
 var errNoFrozen = errors.New("apply without freeze")

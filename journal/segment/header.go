@@ -59,9 +59,11 @@ const (
 	headerUnit     = 4096
 	headerFixed    = 88
 	maxHeaderSize  = 1 << 20
-	maxDisks       = 4096
 	diskFixedBytes = 4 + 8 + 8 + 8 + 1
 )
+
+// MaxDisks is how many disks a group can ever have had.
+const MaxDisks = 4096
 
 // encode makes the head of a file, a multiple of 4096 bytes:
 //
@@ -162,7 +164,7 @@ func DecodeHeader(b []byte) (Header, error) {
 		Applied: record.LSN(le.Uint64(b[72:])),
 	}
 	disks := le.Uint32(b[36:])
-	if h.Kind != Log && h.Kind != Originals || h.Number == 0 || disks > maxDisks {
+	if h.Kind != Log && h.Kind != Originals || h.Number == 0 || disks > MaxDisks {
 		return Header{}, fmt.Errorf("%w: segment header: kind %d, number %d, %d disks", record.ErrCorrupt, h.Kind, h.Number, disks)
 	}
 	rest, nameLen := b[headerFixed:], int(b[80])

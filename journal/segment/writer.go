@@ -75,6 +75,18 @@ func (w *Writer) Fits(n int64) bool { return w.cur != nil && w.tail+n <= w.cur.A
 // Salt and Kind of h are filled in. When space runs out it is an [ErrFull], the writer is as it was
 // before, and a later Roll may succeed.
 func (w *Writer) Roll(h Header, n int64) (err error) {
+	if err := w.roll(h, n, w.keep); err != nil {
+		return err
+	}
+	w.prepareSpare()
+	return nil
+}
+
+// RollReserved is Roll into room that Roll leaves free: but for keep bytes. No file is allocated
+// ahead behind it.
+func (w *Writer) RollReserved(h Header, n, keep int64) error { return w.roll(h, n, keep) }
+
+func (w *Writer) roll(h Header, n, keep int64) (err error) {
 	defer func() {
 		if osfile.IsNoSpace(err) {
 			err = fmt.Errorf("%w: %w", ErrFull, err)
@@ -87,17 +99,17 @@ func (w *Writer) Roll(h Header, n int64) (err error) {
 	}
 	h.Salt = binary.LittleEndian.Uint32(salt[:])
 	head := h.encode()
-	if len(h.Name) > 255 || len(head) > maxHeaderSize {
+	if len(h.Name) > 255 || len(head) > maxHeaderSize || len(h.Disks) > MaxDisks {
 		return fmt.Errorf("group %q with %d disks does not fit a segment's header", h.Name, len(h.Disks))
 	}
 	least := int64(len(head)) + n
 	alloc := max(w.size, least)
-	vf, err := w.takeSpare(alloc)
+	vf, err := w.takeSpare(alloc, keep)
 	// Originals are what a full journal must write before it can forget
 	// anything: a small file will do.
 	for w.kind == Originals && osfile.IsNoSpace(err) && alloc > least {
 		alloc = max(alloc/4, least)
-		vf, err = w.create(alloc)
+		vf, err = w.create(alloc, keep)
 	}
 	if err != nil {
 		return fmt.Errorf("begin a segment of %d bytes in %s: %w", alloc, w.set.dir, err)
@@ -123,7 +135,6 @@ func (w *Writer) Roll(h Header, n int64) (err error) {
 	w.mu.newName = true
 	w.markDirtyLocked(f)
 	w.mu.Unlock()
-	w.prepareSpare()
 	return nil
 }
 
@@ -132,7 +143,7 @@ func (w *Writer) tmpPath() string {
 }
 
 // takeSpare returns an empty file of alloc bytes at tmpPath.
-func (w *Writer) takeSpare(alloc int64) (vfs.File, error) {
+func (w *Writer) takeSpare(alloc, keep int64) (vfs.File, error) {
 	w.spare.wg.Wait()
 	w.spare.mu.Lock()
 	vf := w.spare.file
@@ -144,12 +155,12 @@ func (w *Writer) takeSpare(alloc int64) (vfs.File, error) {
 	if vf != nil {
 		_ = vf.Close() // unused, and replaced by the file made below
 	}
-	return w.create(alloc)
+	return w.create(alloc, keep)
 }
 
-func (w *Writer) create(alloc int64) (vfs.File, error) {
-	if u, err := w.set.fs.GetDiskUsage(w.set.dir); err == nil && u.AvailBytes < uint64(alloc+w.keep) {
-		return nil, fmt.Errorf("%d bytes are free, %d are kept in reserve: %w", u.AvailBytes, w.keep, syscall.ENOSPC)
+func (w *Writer) create(alloc, keep int64) (vfs.File, error) {
+	if u, err := w.set.fs.GetDiskUsage(w.set.dir); err == nil && u.AvailBytes < uint64(alloc+keep) {
+		return nil, fmt.Errorf("%d bytes are free, %d are kept in reserve: %w", u.AvailBytes, keep, syscall.ENOSPC)
 	}
 	vf, err := w.set.fs.Create(w.tmpPath(), vfs.WriteCategoryUnspecified)
 	if err != nil {
@@ -174,8 +185,9 @@ func (w *Writer) prepareSpare() {
 	if w.cur.f.Fd() == vfs.InvalidFd || w.kind != Log {
 		return
 	}
+	keep := w.keep
 	w.spare.wg.Go(func() {
-		vf, err := w.create(w.size)
+		vf, err := w.create(w.size, keep)
 		if err != nil {
 			return
 		}

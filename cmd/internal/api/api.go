@@ -172,6 +172,7 @@ type Thawed struct {
 type Reloaded struct {
 	Changes []string `json:"changes"`
 	Restart []string `json:"restart"` // changed settings that take a restart
+	Errors  []string `json:"errors"`  // changes that could not be made
 }
 
 // Points is the answer to GET /v1/groups/GROUP/points.

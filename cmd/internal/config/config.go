@@ -17,6 +17,7 @@ import (
 	"maps"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -38,15 +39,18 @@ const (
 
 // Config is the daemon's configuration.
 type Config struct {
-	StateDir string           `yaml:"state_dir"`
-	NBD      []string         `yaml:"nbd"`
-	API      string           `yaml:"api"`
-	Log      Log              `yaml:"log"`
-	TLS      TLS              `yaml:"tls"`
-	Journal  Journal          `yaml:"journal"`
-	Metrics  string           `yaml:"metrics"` // tcp:HOST:PORT; they are on the control socket too
-	Guests   Guests           `yaml:"guests"`
-	Groups   map[string]Group `yaml:"groups"`
+	StateDir string   `yaml:"state_dir"`
+	NBD      []string `yaml:"nbd"`
+	API      string   `yaml:"api"`
+	Log      Log      `yaml:"log"`
+	TLS      TLS      `yaml:"tls"`
+	Journal  Journal  `yaml:"journal"`
+	// SocketGroup may connect to the unix sockets of NBD and of guests' ports; root's own group by default.
+	SocketGroup string `yaml:"socket_group"`
+
+	Metrics string           `yaml:"metrics"` // tcp:HOST:PORT; they are on the control socket too
+	Guests  Guests           `yaml:"guests"`
+	Groups  map[string]Group `yaml:"groups"`
 }
 
 // Guests is what holds of the guests of all groups.
@@ -91,14 +95,14 @@ type Group struct {
 type Guest struct {
 	Agent   string   `yaml:"agent"`   // the socket of its QEMU guest agent; or
 	Libvirt string   `yaml:"libvirt"` // its domain, which is its definition too
-	URI     string   `yaml:"uri"`     // libvirt's socket
+	Socket  string   `yaml:"socket"`  // libvirt's; /run/libvirt/libvirt-sock by default
 	Mounts  []string `yaml:"mounts"`  // freeze these only
 	Port    string   `yaml:"port"`    // socket to listen on for markers from inside
 }
 
 // Spec is how the guest is frozen.
 func (g Guest) Spec() guest.Spec {
-	return guest.Spec{Agent: g.Agent, Libvirt: g.Libvirt, URI: g.URI, Mounts: g.Mounts}
+	return guest.Spec{Agent: g.Agent, Libvirt: g.Libvirt, Socket: g.Socket, Mounts: g.Mounts}
 }
 
 // Freezes reports whether the guest can be frozen, or has a port only.
@@ -284,8 +288,19 @@ func (c *Config) Validate() error {
 	if len(c.Groups) == 0 {
 		add("groups", errors.New("no disk is given: use --disk GROUP/DISK=BACKING or a configuration file"))
 	}
+	ports := map[string]string{}
 	for _, name := range slices.Sorted(maps.Keys(c.Groups)) {
 		g := c.Groups[name]
+		for _, one := range slices.Sorted(maps.Keys(g.Guests)) {
+			place, port := fmt.Sprintf("groups.%s.guests.%s", name, one), g.Guests[one].Port
+			if other, ok := ports[port]; ok && port != "" {
+				add(place, fmt.Errorf("its port %s is that of %s too", port, other))
+			}
+			if port != "" && !filepath.IsAbs(port) {
+				add(place, fmt.Errorf("port %q: give the socket's full path", port))
+			}
+			ports[port] = place
+		}
 		add("groups."+name, record.CheckName(name))
 		if len(g.Disks) == 0 {
 			add("groups."+name, errors.New("it has no disks"))

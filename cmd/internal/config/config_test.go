@@ -87,7 +87,7 @@ func TestFaultsOfGuests(t *testing.T) {
 	c := Config{Metrics: "unix:/x", Guests: Guests{MaxFrozen: -1}, Groups: map[string]Group{
 		"g": {
 			Disks:  map[string]Disk{"d": {Backing: "/x"}},
-			Guests: map[string]Guest{"a/b": {Agent: "x"}, "none": {}, "both": {Agent: "x", Libvirt: "y"}, "vm": {Libvirt: "vm"}},
+			Guests: map[string]Guest{"a/b": {Agent: "x"}, "none": {}, "p": {Port: "x"}, "q": {Port: "x"}, "both": {Agent: "x", Libvirt: "y"}, "vm": {Libvirt: "vm"}},
 			Hooks:  []Hook{{}, {Before: []string{"true"}}}, FreezeLimit: -1,
 			Markers:     Markers{Every: time.Millisecond, Consistency: "total", Label: "a@b"},
 			Definitions: map[string]Definition{"vm": {File: "/x"}, "f": {}},
@@ -96,7 +96,7 @@ func TestFaultsOfGuests(t *testing.T) {
 	}}
 	c.Default()
 	err := c.Validate()
-	for _, want := range []string{"metrics:", "guests.max_frozen", "guests.a/b", "guests.none", "guests.both", "hooks[0]", "hooks[1]", "full path",
+	for _, want := range []string{"metrics:", "guests.max_frozen", "guests.a/b", "guests.none", "is that of groups.g.guests.p too", "full path", "guests.both", "hooks[0]", "hooks[1]", "full path",
 		"freeze_limit", "every 1ms", "unknown consistency", "'@' is not allowed", "definitions.vm", "definitions.f: file is missing",
 		"jitter of 1h0m0s", "application markers need guests"} {
 		require.ErrorContains(t, err, want)
