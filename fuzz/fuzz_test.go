@@ -12,6 +12,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"go.uber.org/zap"
 
+	"github.com/tidemark-cdp/tidemark/guest"
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 	"github.com/tidemark-cdp/tidemark/journal/segment"
@@ -185,6 +186,60 @@ func FuzzPoint(f *testing.F) {
 			if e, err := record.ParseExportName("g/d@" + s); err != nil || e.Point.Label != s {
 				t.Fatalf("label %q can not be named: %v", s, err)
 			}
+		}
+	})
+}
+
+// FuzzNotes reads the payloads of records that change no disk: what is taken is written again as the same.
+func FuzzNotes(f *testing.F) {
+	m := record.Marker{LSN: 5, Label: "nightly", Asked: record.Application, Consistency: record.Crash, By: "user:root", Note: "why", Pinned: true}
+	f.Add(uint8(0), m.Append(nil))
+	f.Add(uint8(1), (&record.Amendment{Target: 5, Marker: m}).Append(nil))
+	f.Add(uint8(2), (&record.Definition{Name: "vm", Since: 3, Time: time.Unix(1, 2).UTC(), Content: []byte("<domain/>")}).Append(nil))
+	f.Fuzz(func(t *testing.T, kind uint8, b []byte) {
+		var again []byte
+		switch kind % 3 {
+		case 0:
+			m, err := record.DecodeMarker(5, 6, b)
+			if err != nil {
+				return
+			}
+			again = m.Append(nil)
+			if m2, err := record.DecodeMarker(5, 6, again); err != nil || len(m.Note) < 1000 && len(m.Label)+len(m.By) < 256 && len(m.Description) < 1000 && m2 != m {
+				t.Fatalf("%+v is written and read as %+v, %v", m, m2, err)
+			}
+		case 1:
+			a, err := record.DecodeAmendment(b)
+			if err != nil {
+				return
+			}
+			if _, err := record.DecodeAmendment(a.Append(nil)); err != nil {
+				t.Fatalf("%+v is written, and then %v", a, err)
+			}
+		case 2:
+			d, err := record.DecodeDefinition(5, b)
+			if err != nil {
+				return
+			}
+			d2, err := record.DecodeDefinition(5, d.Append(nil))
+			if err != nil || d2.Name != d.Name || d2.Since != d.Since || !bytes.Equal(d2.Content, d.Content) {
+				t.Fatalf("%+v is written and read as %+v, %v", d, d2, err)
+			}
+		}
+	})
+}
+
+// FuzzIdentity gives hostile XML a new identity.
+func FuzzIdentity(f *testing.F) {
+	f.Add([]byte("<domain><name>vm</name><devices><disk device='disk'><target dev='vda'/></disk><interface/><channel><source mode='connect'/></channel></devices></domain>"))
+	f.Add([]byte("<domain xmlns:q='x'><name/><sysinfo><system><entry name='uuid'/></system></sysinfo></domain>"))
+	f.Fuzz(func(t *testing.T, xml []byte) {
+		out, _, err := guest.NewIdentity(xml, guest.Identity{Name: "copy", Disks: map[string]string{"vda": "/x"}})
+		if err != nil {
+			return
+		}
+		if _, _, err := guest.NewIdentity(out, guest.Identity{Name: "again", Disks: map[string]string{"vda": "/y"}}); err != nil {
+			t.Fatalf("what was made can not be read: %v\n%s", err, out)
 		}
 	})
 }

@@ -48,6 +48,18 @@
 //	9 expire: carry over, index, flush segments that nothing refers to: log files are removed by the next open, originals by the next expiry
 //	10 remove the segments             –
 //
+// A note (marker, amendment, definition) is a record like any other. Of those that belong together:
+//
+//	cut, then what became of it        the cut alone: the next open concludes it as crash-consistent, or deletes it
+//	a definition journaled again, sync, then its first record expires   both: the same, since the same LSN
+//
+// The disks of a group are in the table at the head of the log's newest segment:
+//
+//	a disk comes: new segment with it, sync    the disk is not in the table, and nobody has written it
+//	a disk leaves: apply, sync its backing, sign it, new segment without it, sync
+//	                                           it is in the table still: the next open has it, or notes that it left
+//	a disk returns: journal what differs, new segment with it, sync   compared again
+//
 // A backing that was changed by others is journaled while the group opens:
 //
 //	1 note in the index that it goes on, flush  taken up again by the next open
@@ -56,12 +68,12 @@
 //
 // # Concurrency
 //
-// A Group is safe for concurrent use. Locks are taken in this order: apply,
-// syncing, index, append, and pins under any of them (the fields of Group say
-// what each guards).
+// A Store and a Group are safe for concurrent use. Locks are taken in this order: the Store's joining, the Group's
+// joining, apply, syncing, index, append, and pins, claims and the Store's open under any of them (the fields
+// say what each guards).
 //
 // # Limits
 //
-// Disks can be added to a group at Open only, and keep their size. History is
+// Disks keep their size. A disk that left its group can be viewed when it is in it again only. History is
 // forgotten from its oldest end only.
 package journal

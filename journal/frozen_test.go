@@ -14,7 +14,9 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -73,6 +75,13 @@ func openFrozen(t *testing.T, sample string) {
 			require.Len(t, markers, 2)
 			require.Equal(t, "before", markers[0].Label)
 			require.Equal(t, "after", markers[1].Label)
+			if defs, err := g.Definitions(g.Head()); !strings.Contains(sample, "state-1") && !strings.Contains(sample, "state-2") {
+				require.NoError(t, err)
+				require.Len(t, defs, 1)
+				require.Equal(t, "<domain/>", string(defs[0].Content))
+				require.Equal(t, record.Application, markers[1].Consistency)
+				require.Equal(t, "described", markers[0].Description)
+			}
 			_, err = g.Verify(context.Background(), func(f Finding) { t.Errorf("%+v", f) })
 			require.NoError(t, err)
 			require.NoError(t, s.Close())
@@ -158,7 +167,18 @@ func writeFrozen(t *testing.T, path string) {
 	require.NoError(t, err)
 	change(10)
 	require.NoError(t, g.Apply())
-	_, err = g.Mark(record.Marker{Label: "after", By: "test"})
+	m, err := g.Cut(record.Marker{Label: "after", By: "test", Asked: record.Application})
+	require.NoError(t, err)
+	m.Consistency, m.Frozen = record.Application, time.Millisecond
+	_, err = g.Conclude(m)
+	require.NoError(t, err)
+	_, err = g.Describe("before", "described")
+	require.NoError(t, err)
+	_, err = g.Define("vm", []byte("<domain/>"))
+	require.NoError(t, err)
+	_, err = g.Mark(record.Marker{Label: "deleted", By: "test"})
+	require.NoError(t, err)
+	_, err = g.Delete("deleted")
 	require.NoError(t, err)
 	change(10)
 	require.NoError(t, g.Checkpoint())

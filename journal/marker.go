@@ -95,6 +95,7 @@ func (g *Group) take(m *record.Marker) error {
 	if err := errors.Join(record.CheckLabel(m.Label), record.CheckDescription(m.Description)); err != nil {
 		return err
 	}
+	m.Trim()
 	if err := g.appendMarker(m, 0, 0); err != nil {
 		return err
 	}
@@ -141,6 +142,7 @@ func (g *Group) appendMarker(m *record.Marker, flags uint8, disk record.DiskID) 
 // reports which. What it says is durable when it returns.
 func (g *Group) Conclude(m record.Marker) (kept bool, err error) {
 	m.Pending = false
+	m.Trim()
 	kept = m.Consistency >= m.Asked || m.OrCrash
 	_, err = g.amend(m.Label, func(now *record.Marker) (bool, error) {
 		if now.LSN != m.LSN || !now.Pending {

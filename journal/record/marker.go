@@ -3,6 +3,7 @@ package record
 import (
 	"encoding/binary"
 	"fmt"
+	"strings"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -106,6 +107,24 @@ func CheckDescription(text string) error {
 		}
 	}
 	return nil
+}
+
+// Trim cuts the marker's texts to what is journaled of them, and makes a line of its note.
+func (m *Marker) Trim() {
+	m.Note = strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, m.Note)
+	for _, t := range []struct {
+		text *string
+		most int
+	}{{&m.Label, maxLabel}, {&m.By, maxBy}, {&m.Description, maxDescription}, {&m.Note, maxNote}} {
+		if len(*t.text) > t.most {
+			*t.text = strings.ToValidUTF8((*t.text)[:t.most], "")
+		}
+	}
 }
 
 // The flags of a marker. Values are on disk: never renumber.

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/stretchr/testify/require"
 )
@@ -94,6 +95,19 @@ func TestMarkerRoundTrip(t *testing.T) {
 	got, err = DecodeMarker(4, 5, old)
 	require.NoError(t, err)
 	require.Equal(t, Marker{LSN: 4, Time: time.Unix(0, 5).UTC(), Label: "m1", Asked: Filesystem, Consistency: Filesystem, By: "user"}, got)
+}
+
+func TestTrim(t *testing.T) {
+	m := Marker{Label: strings.Repeat("ü", 200), Note: "two\nlines\x1b[31m" + strings.Repeat("ü", 600)}
+	m.Trim()
+	require.Equal(t, strings.Repeat("ü", 127), m.Label)
+	require.True(t, strings.HasPrefix(m.Note, "two lines [31mü"))
+	require.LessOrEqual(t, len(m.Note), maxNote)
+	require.True(t, utf8.ValidString(m.Note))
+	m.Asked, m.Consistency = Crash, Crash
+	got, err := DecodeMarker(1, 0, m.Append(nil))
+	require.NoError(t, err)
+	require.Equal(t, m.Note, got.Note)
 }
 
 func TestAmendmentRoundTrip(t *testing.T) {
