@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -11,7 +12,9 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sync/errgroup"
 
+	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
@@ -109,4 +112,68 @@ func checkBlock(t *testing.T, b []byte, want record.LSN, format string, args ...
 		want = 0xb0b0b0b0b0b0b0b0 // as the rig made the disk
 	}
 	require.Equal(t, want, got, append([]any{format}, args...)...)
+}
+
+// TestAMarkerIsOneCutUnderLoad: on each of three pairs of disks a writer writes a number to the first, waits for the
+// answer, and writes it to the second. At every marker the second is what the first is, or one behind.
+func TestAMarkerIsOneCutUnderLoad(t *testing.T) {
+	r := newRig(t, Options{})
+	const pairs = 3
+	var disks [][2]*disk.Disk
+	for i := range pairs {
+		var pair [2]*disk.Disk
+		for k := range pair {
+			name := fmt.Sprintf("p%d%d", i, k)
+			r.scribble(name, 0, make([]byte, 8*record.BlockSize))
+			require.NoError(t, r.g.AddDisk(DiskConfig{name, name}))
+			d, err := r.g.Disk(name)
+			require.NoError(t, err)
+			pair[k] = d
+		}
+		disks = append(disks, pair)
+	}
+	var marked []record.Marker
+	r.running(func() error {
+		ctx, cancel := context.WithCancel(context.Background())
+		var eg errgroup.Group
+		for _, pair := range disks {
+			eg.Go(func() error {
+				for n := uint64(1); ctx.Err() == nil; n++ {
+					for _, d := range pair {
+						data := binary.LittleEndian.AppendUint64(make([]byte, 0, record.BlockSize), n)[:record.BlockSize]
+						if err := r.g.Append([]Op{{Kind: record.KindWrite, Disk: d, Ext: record.Extent{Len: record.BlockSize}, Data: data}}); err != nil {
+							return err
+						}
+					}
+				}
+				return nil
+			})
+		}
+		var err error
+		for i := 0; i < 50 && err == nil; i++ {
+			var m record.Marker
+			m, err = r.g.Mark(record.Marker{Label: fmt.Sprint("m", i), By: "test"})
+			marked = append(marked, m)
+		}
+		cancel()
+		return errors.Join(err, eg.Wait())
+	})
+	moved := false
+	for _, m := range marked {
+		for _, pair := range disks {
+			var n [2]uint64
+			for k, d := range pair {
+				v, err := r.g.View(d, m.LSN)
+				require.NoError(t, err)
+				b := make([]byte, 8)
+				require.NoError(t, v.ReadAt(b, 0, false))
+				v.Close()
+				n[k] = binary.LittleEndian.Uint64(b)
+			}
+			require.LessOrEqual(t, n[1], n[0], "marker %s", m.Label)
+			require.LessOrEqual(t, n[0]-n[1], uint64(1), "marker %s", m.Label)
+			moved = moved || n[1] > 1
+		}
+	}
+	require.True(t, moved, "nothing was written meanwhile")
 }

@@ -153,14 +153,19 @@ func (s *Store) openAll(groups []GroupConfig) error {
 // addGroup opens a group and lists it.
 func (s *Store) addGroup(gc GroupConfig) (*Group, error) {
 	g, err := s.openGroup(gc, s.nextID)
+	if err == nil {
+		if err = s.syncGroups(); err != nil {
+			err = errors.Join(err, g.closeFiles())
+		}
+	}
 	if err != nil {
+		for _, d := range gc.Disks {
+			s.release(gc.Name + "/" + d.Name)
+		}
 		return nil, fmt.Errorf("open group %s: %w", gc.Name, err)
 	}
 	if g.id == s.nextID {
 		s.nextID++
-	}
-	if err := s.syncGroups(); err != nil {
-		return nil, errors.Join(err, g.closeFiles())
 	}
 	s.open.Lock()
 	defer s.open.Unlock()

@@ -13,74 +13,79 @@ import (
 
 func (a *app) pin() *cobra.Command {
 	yes := true
-	return a.amendment("pin GROUP LABEL", "Keep a marker, and the history behind it, from expiring",
-		"Keep a marker, and all history behind it, from expiring until it is unpinned. When a journal is full of what is pinned, its guests' writes fail.",
-		func(ctx context.Context, c *api.Client, group, label string) (api.Marker, error) {
-			return c.Amend(ctx, group, label, api.Amendment{Pinned: &yes})
-		}, "pinned")
+	return a.amendment(amendment{
+		use: "pin GROUP LABEL", args: 2, is: "pinned",
+		short: "Keep a marker, and the history behind it, from expiring",
+		long: `Keep a marker, and all history behind it, from expiring until it is unpinned. When a journal is full of
+what is pinned, its guests' writes fail.`,
+		do: func(ctx context.Context, c *api.Client, args []string) (api.Marker, error) {
+			return c.Amend(ctx, args[0], args[1], api.Amendment{Pinned: &yes})
+		},
+	})
 }
 
 func (a *app) unpin() *cobra.Command {
 	no := false
-	return a.amendment("unpin GROUP LABEL", "Let a pinned marker expire with its history", "",
-		func(ctx context.Context, c *api.Client, group, label string) (api.Marker, error) {
-			return c.Amend(ctx, group, label, api.Amendment{Pinned: &no})
-		}, "not pinned")
-}
-
-func (a *app) delete() *cobra.Command {
-	return a.amendment("delete GROUP LABEL", "Have a label name nothing any more",
-		"Have a label name nothing any more. What was written stays, and can be viewed by LSN or time while the window covers it.",
-		func(ctx context.Context, c *api.Client, group, label string) (api.Marker, error) {
-			return c.Delete(ctx, group, label)
-		}, "deleted")
-}
-
-func (a *app) amendment(use, short, long string, do func(context.Context, *api.Client, string, string) (api.Marker, error), is string) *cobra.Command {
-	return &cobra.Command{
-		Use:               use,
-		Short:             short,
-		Long:              long,
-		Args:              args(cobra.ExactArgs(2)),
-		ValidArgsFunction: a.completeGroups,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
-			m, err := do(cmd.Context(), c, args[0], args[1])
-			if err != nil {
-				return err
-			}
-			return a.printAmended(cmd, m, is)
+	return a.amendment(amendment{
+		use: "unpin GROUP LABEL", args: 2, is: "not pinned",
+		short: "Let a pinned marker expire with its history",
+		do: func(ctx context.Context, c *api.Client, args []string) (api.Marker, error) {
+			return c.Amend(ctx, args[0], args[1], api.Amendment{Pinned: &no})
 		},
-	}
-}
-
-func (a *app) printAmended(cmd *cobra.Command, m api.Marker, is string) error {
-	if a.json {
-		return printJSON(cmd, m)
-	}
-	_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s: %s, LSN %d, is %s\n", m.Group, m.Label, m.LSN, is)
-	return err
+	})
 }
 
 func (a *app) describe() *cobra.Command {
+	return a.amendment(amendment{
+		use: "describe GROUP LABEL TEXT", args: 3, is: "described",
+		short: "Set a marker's description",
+		do: func(ctx context.Context, c *api.Client, args []string) (api.Marker, error) {
+			return c.Amend(ctx, args[0], args[1], api.Amendment{Description: &args[2]})
+		},
+	})
+}
+
+func (a *app) delete() *cobra.Command {
+	return a.amendment(amendment{
+		use: "delete GROUP LABEL", args: 2, is: "deleted",
+		short: "Have a label name nothing any more",
+		long: `Have a label name nothing any more. What was written stays, and can be viewed by LSN or time while the
+window covers it.`,
+		do: func(ctx context.Context, c *api.Client, args []string) (api.Marker, error) {
+			return c.Delete(ctx, args[0], args[1])
+		},
+	})
+}
+
+// amendment is a verb that changes a marker: its first two arguments are the group and the label.
+type amendment struct {
+	use, short, long string
+	args             int
+	is               string // what the marker is then
+	do               func(ctx context.Context, c *api.Client, args []string) (api.Marker, error)
+}
+
+func (a *app) amendment(v amendment) *cobra.Command {
 	return &cobra.Command{
-		Use:               "describe GROUP LABEL TEXT",
-		Short:             "Set a marker's description",
-		Args:              args(cobra.ExactArgs(3)),
+		Use:               v.use,
+		Short:             v.short,
+		Long:              v.long,
+		Args:              args(cobra.ExactArgs(v.args)),
 		ValidArgsFunction: a.completeGroups,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {
 				return err
 			}
-			m, err := c.Amend(cmd.Context(), args[0], args[1], api.Amendment{Description: &args[2]})
+			m, err := v.do(cmd.Context(), c, args)
 			if err != nil {
 				return err
 			}
-			return a.printAmended(cmd, m, "described")
+			if a.json {
+				return printJSON(cmd, m)
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: %s, LSN %d, is %s\n", m.Group, m.Label, m.LSN, v.is)
+			return err
 		},
 	}
 }

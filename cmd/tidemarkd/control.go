@@ -124,17 +124,24 @@ func (c *control) status(*http.Request) (any, error) {
 	return s, nil
 }
 
+// point finds the group and the LSN that a call is about.
+func (c *control) point(r *http.Request) (g *journal.Group, p record.Point, lsn record.LSN, err error) {
+	if g, err = c.store.Group(r.PathValue("group")); err != nil {
+		return nil, p, 0, err
+	}
+	if p, err = record.ParsePoint(r.URL.Query().Get("point")); err != nil {
+		return nil, p, 0, fmt.Errorf("%w: %w", errBadRequest, err)
+	}
+	lsn, err = g.Resolve(p)
+	return g, p, lsn, err
+}
+
 func (c *control) resolve(r *http.Request) (any, error) {
-	g, err := c.store.Group(r.PathValue("group"))
+	g, p, lsn, err := c.point(r)
 	if err != nil {
 		return nil, err
 	}
-	point, err := record.ParsePoint(r.URL.Query().Get("point"))
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
-	}
-	lsn, err := g.Resolve(point)
-	return api.Resolved{Group: g.Name(), Point: point.String(), LSN: uint64(lsn)}, err
+	return api.Resolved{Group: g.Name(), Point: p.String(), LSN: uint64(lsn)}, nil
 }
 
 func (c *control) verify(r *http.Request) (any, error) {

@@ -209,15 +209,7 @@ func filterTime(s string, now time.Time) (time.Time, error) {
 
 // definitions answers what the guests of a group were defined as at a point.
 func (c *control) definitions(r *http.Request) (any, error) {
-	g, err := c.store.Group(r.PathValue("group"))
-	if err != nil {
-		return nil, err
-	}
-	point, err := record.ParsePoint(r.URL.Query().Get("point"))
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
-	}
-	lsn, err := g.Resolve(point)
+	g, point, lsn, err := c.point(r)
 	if err != nil {
 		return nil, err
 	}

@@ -155,6 +155,7 @@ func TestMarkersThatCanNotBe(t *testing.T) {
 		{2, "unknown consistency", []string{"mark", "web01", "m", "--consistency", "total"}},
 		{2, "at most 255", []string{"mark", "web01", long}},
 		{2, "not allowed", []string{"mark", "web01", "a/b"}},
+		{2, "choose another", []string{"mark", "web01", ".."}},
 		{2, "not allowed", []string{"mark", "web01", "a\x1b[31m"}},
 		{2, "not allowed", []string{"mark", "web01", "a\xff"}},
 		{2, "another form", []string{"mark", "web01", "--", "-15m"}},

@@ -79,6 +79,8 @@ func CheckLabel(label string) error {
 		return fmt.Errorf("label of %d bytes: at most %d are allowed", len(label), maxLabel)
 	case !utf8.ValidString(label):
 		return fmt.Errorf("label %q is not valid UTF-8", label)
+	case label == "." || label == "..":
+		return fmt.Errorf("label %q means something else in a path: choose another", label)
 	}
 	for i, r := range label {
 		edge := i == 0 || i+utf8.RuneLen(r) == len(label)
