@@ -34,7 +34,8 @@ groups:
 `
 
 // hooksConf is the guest's /etc/tidemark/hooks.conf.
-const hooksConf = `POSTGRESQL_PSQL="psql -h /run/postgresql -d postgres"
+const hooksConf = `POSTGRESQL_TIMEOUT=25 # under emulation
+POSTGRESQL_PSQL="psql -h /run/postgresql -d postgres"
 [ ! -e /run/stop-mode ] || POSTGRESQL_MODE=stop
 POSTGRESQL_STOP="tm-pg stop"
 POSTGRESQL_START="tm-pg start"
@@ -80,7 +81,7 @@ func withGuest(t *testing.T, reached string) *served {
 func (d *served) boot(run string, disks ...string) (said *console, stop func()) {
 	d.t.Helper()
 	args := []string{"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "768", "-nographic", "-nodefaults", "-no-reboot", "-serial", "stdio",
-		"-kernel", filepath.Join(debianImage, "vmlinuz"), "-initrd", d.path("initrd"), "-append", "console=ttyS0 panic=-1 mitigations=off tidemark.run=" + run,
+		"-kernel", filepath.Join(debianImage, "vmlinuz"), "-initrd", d.path("initrd"), "-append", "console=ttyS0 quiet panic=-1 mitigations=off tidemark.run=" + run,
 		"-device", "virtio-serial", "-chardev", "socket,id=ga,server=on,wait=off,path=" + d.path("ga"),
 		"-device", "virtserialport,chardev=ga,name=org.qemu.guest_agent.0",
 		"-chardev", "socket,id=port,reconnect=1,path=" + d.path("port"), "-device", "virtserialport,chardev=port,name=org.tidemark.0"}
@@ -235,7 +236,7 @@ const domainXML = `<domain type='qemu'>
   <name>web01</name><uuid>c0a80101-1111-4222-8333-444444444444</uuid>
   <memory unit='MiB'>768</memory><vcpu>2</vcpu>
   <os><type arch='x86_64' machine='q35'>hvm</type><kernel>%IMAGE/vmlinuz</kernel><initrd>%DIR/initrd</initrd>
-    <cmdline>console=ttyS0 panic=-1 mitigations=off tidemark.run=bench</cmdline></os>
+    <cmdline>console=ttyS0 quiet panic=-1 mitigations=off tidemark.run=bench</cmdline></os>
   <features><acpi/></features><cpu mode='maximum'/><on_reboot>destroy</on_reboot><on_crash>destroy</on_crash>
   <devices>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>

@@ -77,7 +77,7 @@ func run(ctx context.Context, dir, out string, markers bool, rounds, minute, ove
 	}
 	b := &bench{ctx: ctx, dir: dir, disk: filepath.Join(dir, "disk.raw")}
 	if markers {
-		rows, err := b.markers(rounds, max(minute/3, 1))
+		rows, err := b.markers(rounds, max(minute/6, 1))
 		if err != nil {
 			return fmt.Errorf("markers: %w", err)
 		}
