@@ -350,6 +350,10 @@ func (e *expiry) finish(files []*segment.File) error {
 	if err := g.store.ix.Flush(); err != nil {
 		return g.fail(err)
 	}
+	// The file behind them may be new and empty: with its name, the head would be lost.
+	if err := g.syncLog(); err != nil {
+		return err
+	}
 	g.log.Info("expired the oldest history", zap.Uint64("horizon", uint64(e.horizon)), zap.Int("segments", len(files)))
 	if err := errors.Join(g.set.Remove(files...), g.set.Remove(gone...)); err != nil {
 		return g.fail(err)

@@ -238,6 +238,16 @@ func (g *Group) syncTo(lsn record.LSN) error {
 	return nil
 }
 
+// syncLog makes the log's files durable, one that no record stands in yet too: its name and its head.
+func (g *Group) syncLog() error {
+	g.syncing.Lock() // whoever finds nothing to sync must not pass one who is at it
+	defer g.syncing.Unlock()
+	if err := g.append.log.Sync(); err != nil {
+		return g.fail(err)
+	}
+	return nil
+}
+
 func (g *Group) syncLocked() error {
 	g.append.Lock()
 	if err := g.append.err; err != nil {

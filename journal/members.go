@@ -237,10 +237,7 @@ func (g *Group) become(d *disk.Disk, t segment.Disk) error {
 	if err != nil {
 		return err
 	}
-	if err := g.append.log.Sync(); err != nil {
-		return g.fail(err)
-	}
-	return nil
+	return g.syncLog()
 }
 
 // AddDisk takes a disk into the group, a new one or one that was removed. Its history begins, or

@@ -520,3 +520,21 @@ func TestDefinitionsExpireBesideSpares(t *testing.T) {
 	require.Len(t, defs, 1)
 	require.NoError(t, s.Close())
 }
+
+// TestAnExpiryOfEverythingKeepsTheHead: the file that is left is new and empty, and its name must outlive the host.
+func TestAnExpiryOfEverythingKeepsTheHead(t *testing.T) {
+	r := newRig(t, Options{})
+	for i := range int64(5) {
+		require.NoError(t, r.write(i, 1))
+	}
+	require.NoError(t, r.g.Apply())
+	for r.g.Horizon() < 5 {
+		_, err := r.g.Expire(1)
+		require.NoError(t, err)
+	}
+	crashed := r.mem.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 0})
+	s, err := Open("state", []GroupConfig{{Name: "g", Disks: []DiskConfig{{"d", "disk.raw"}}}}, Options{FS: crashed, SegmentSize: 64 << 10})
+	require.NoError(t, err)
+	require.EqualValues(t, 5, s.Groups()[0].Head())
+	require.NoError(t, s.Abandon())
+}

@@ -795,7 +795,7 @@ func (m *model) settleNotes(head record.LSN) {
 	for _, mk := range got {
 		d := -1
 		_, _ = fmt.Sscanf(mk.Label, "discontinuity-d%d-", &d)
-		if _, known := m.markers()[mk.LSN]; d < 0 || known {
+		if d < 0 || m.markers()[mk.LSN].Label == mk.Label {
 			continue
 		}
 		m.note("crash: disk %d came with a discontinuity at %d", d, mk.LSN)
