@@ -276,7 +276,7 @@ func (c *conn) check(req request) uint32 {
 	switch {
 	case (req.typ == proto.CmdRead || req.typ == proto.CmdWrite) && req.n > MaxRequest:
 		return proto.ErrEINVAL
-	case req.typ == proto.CmdBlockStatus && (!c.sess.meta || req.n == 0):
+	case req.typ == proto.CmdBlockStatus && (len(c.sess.maps) == 0 || req.n == 0):
 		return proto.ErrEINVAL
 	}
 	return 0

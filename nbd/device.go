@@ -47,6 +47,21 @@ type Device interface {
 	Close() error
 }
 
+// Mapper is what a Device implements that tells more of its runs than holes, by the metadata
+// contexts that it knows.
+type Mapper interface {
+	// Map opens a metadata context by its name; nil if the device knows no such. Its error is
+	// told to the client.
+	Map(context string) (Map, error)
+}
+
+// Map tells the runs of one metadata context. It is closed before its device is.
+type Map interface {
+	// Extents calls fn with runs that together fill the range, and their flags.
+	Extents(off, n int64, fn func(n int64, flags uint32)) error
+	Close() error
+}
+
 // Exports finds devices by export name.
 type Exports interface {
 	// Open returns the device of a name. Its error is told to the client.

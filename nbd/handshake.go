@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 
 	"github.com/pojntfx/go-nbd/pkg/protocol"
 
@@ -22,7 +23,48 @@ type session struct {
 	name       string
 	dev        Device
 	structured bool
-	meta       bool // base:allocation was chosen for this export
+	maps       []chosenMap
+}
+
+// chosenMap is a metadata context that was chosen for a session's export.
+type chosenMap struct {
+	id uint32
+	Map
+}
+
+// close closes what the session has open.
+func (s *session) close() error {
+	var errs []error
+	for _, m := range s.maps {
+		errs = append(errs, m.Close())
+	}
+	return errors.Join(append(errs, s.dev.Close())...)
+}
+
+// allocation is base:allocation, which every device has.
+type allocation struct{ Device }
+
+func (a allocation) Extents(off, n int64, fn func(int64, uint32)) error {
+	return a.Device.Extents(off, n, func(n int64, zero bool) {
+		if zero {
+			fn(n, proto.StateHole|proto.StateZero)
+		} else {
+			fn(n, 0)
+		}
+	})
+}
+
+func (a allocation) Close() error { return nil }
+
+// openMap opens a metadata context of a device; nil if it knows no such.
+func openMap(dev Device, name string) (Map, error) {
+	if name == proto.MetaAllocation {
+		return allocation{dev}, nil
+	}
+	if m, ok := dev.(Mapper); ok {
+		return m.Map(name)
+	}
+	return nil, nil
 }
 
 type handshake struct {
@@ -32,8 +74,8 @@ type handshake struct {
 	tls        bool
 	noZeroes   bool
 	structured bool
-	meta       string // export that base:allocation was chosen for
-	metaSet    bool
+	metaOf     string   // export that metadata contexts were chosen for
+	meta       []string // and which; the number of each is its place, from 1 on
 }
 
 // run negotiates. On success the session's device is open.
@@ -164,12 +206,31 @@ func (h *handshake) startTLS(ctx context.Context, data []byte) error {
 		return fmt.Errorf("TLS: %w", err)
 	}
 	h.c, h.tls = tc, true
-	h.structured, h.meta, h.metaSet = false, "", false
+	h.structured, h.metaOf, h.meta = false, "", nil
 	return nil
 }
 
-func (h *handshake) session(name string, dev Device) *session {
-	return &session{name: name, dev: dev, structured: h.structured, meta: h.metaSet && h.meta == name}
+// open opens an export and the metadata contexts that were chosen for it.
+func (h *handshake) open(name string) (*session, error) {
+	dev, err := h.s.Exports.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	s := &session{name: name, dev: dev, structured: h.structured}
+	if h.metaOf != name {
+		return s, nil
+	}
+	for i, context := range h.meta {
+		m, err := openMap(dev, context)
+		if err == nil && m == nil {
+			err = fmt.Errorf("metadata context %q is gone", context)
+		}
+		if err != nil {
+			return nil, errors.Join(err, s.close())
+		}
+		s.maps = append(s.maps, chosenMap{uint32(i + 1), m})
+	}
+	return s, nil
 }
 
 func (h *handshake) flags(dev Device) uint16 {
@@ -185,19 +246,19 @@ func (h *handshake) flags(dev Device) uint16 {
 
 // exportName is the old way to choose an export: it has no way to say no but to hang up.
 func (h *handshake) exportName(name string) (*session, error) {
-	dev, err := h.s.Exports.Open(name)
+	s, err := h.open(name)
 	if err != nil {
 		return nil, fmt.Errorf("export %q: %w", name, err)
 	}
-	b := binary.BigEndian.AppendUint64(nil, uint64(dev.Size()))
-	b = binary.BigEndian.AppendUint16(b, h.flags(dev))
+	b := binary.BigEndian.AppendUint64(nil, uint64(s.dev.Size()))
+	b = binary.BigEndian.AppendUint16(b, h.flags(s.dev))
 	if !h.noZeroes {
 		b = append(b, make([]byte, 124)...)
 	}
 	if _, err := h.c.Write(b); err != nil {
-		return nil, errors.Join(err, dev.Close())
+		return nil, errors.Join(err, s.close())
 	}
-	return h.session(name, dev), nil
+	return s, nil
 }
 
 // cutString takes a length and a string of that length off b.
@@ -218,17 +279,17 @@ func (h *handshake) info(opt uint32, data []byte) (*session, error) {
 	if !ok || len(rest) < 2 || len(rest) != 2+2*int(binary.BigEndian.Uint16(rest)) {
 		return nil, h.refuse(opt, proto.RepErrInvalid, "malformed option")
 	}
-	dev, err := h.s.Exports.Open(name)
+	s, err := h.open(name)
 	if err != nil {
 		return nil, h.refuse(opt, protocol.NEGOTIATION_TYPE_REPLY_ERR_UNKNOWN, err.Error())
 	}
-	if err := h.sendInfo(opt, name, dev, rest[2:]); err != nil {
-		return nil, errors.Join(err, dev.Close())
+	if err := h.sendInfo(opt, name, s.dev, rest[2:]); err != nil {
+		return nil, errors.Join(err, s.close())
 	}
 	if opt == protocol.NEGOTIATION_ID_OPTION_INFO {
-		return nil, dev.Close()
+		return nil, s.close()
 	}
-	return h.session(name, dev), nil
+	return s, nil
 }
 
 func (h *handshake) sendInfo(opt uint32, name string, dev Device, asked []byte) error {
@@ -261,43 +322,74 @@ func (h *handshake) sendInfo(opt uint32, name string, dev Device, asked []byte) 
 // metaContext answers LIST_META_CONTEXT and SET_META_CONTEXT.
 func (h *handshake) metaContext(opt uint32, data []byte) error {
 	if opt == proto.OptSetMeta {
-		h.meta, h.metaSet = "", false
+		h.metaOf, h.meta = "", nil
 	}
 	name, rest, ok := cutString(data)
 	if !ok || len(rest) < 4 || !h.structured {
 		return h.refuse(opt, proto.RepErrInvalid, "malformed option, or structured replies were not agreed on")
 	}
 	count, rest := binary.BigEndian.Uint32(rest), rest[4:]
-	match := opt == proto.OptListMeta && count == 0
+	var asked []string
+	if opt == proto.OptListMeta && count == 0 {
+		asked = []string{proto.MetaAllocation}
+	}
 	for range count {
 		var q string
 		if q, rest, ok = cutString(rest); !ok {
 			return h.refuse(opt, proto.RepErrInvalid, "malformed query")
 		}
-		match = match || q == proto.MetaAllocation || opt == proto.OptListMeta && q == "base:"
+		if opt == proto.OptListMeta && q == "base:" {
+			q = proto.MetaAllocation
+		}
+		if !slices.Contains(asked, q) {
+			asked = append(asked, q)
+		}
 	}
 	if len(rest) != 0 {
 		return h.refuse(opt, proto.RepErrInvalid, "data behind the queries")
 	}
-	dev, err := h.s.Exports.Open(name)
+	if len(asked) > maxContexts {
+		return h.refuse(opt, proto.RepErrTooBig, fmt.Sprintf("%d metadata contexts: at most %d are taken", len(asked), maxContexts))
+	}
+	known, err := h.contexts(name, asked)
 	if err != nil {
 		return h.refuse(opt, protocol.NEGOTIATION_TYPE_REPLY_ERR_UNKNOWN, err.Error())
 	}
-	if err := dev.Close(); err != nil {
-		return err
-	}
-	if match {
-		id := metaAllocationID
+	for i, context := range known {
+		id := uint32(i + 1)
 		if opt == proto.OptListMeta {
 			id = 0
 		}
-		b := append(binary.BigEndian.AppendUint32(nil, id), proto.MetaAllocation...)
+		b := append(binary.BigEndian.AppendUint32(nil, id), context...)
 		if err := h.reply(opt, proto.RepMetaContext, b); err != nil {
 			return err
 		}
-		if opt == proto.OptSetMeta {
-			h.meta, h.metaSet = name, true
-		}
+	}
+	if opt == proto.OptSetMeta {
+		h.metaOf, h.meta = name, known
 	}
 	return h.reply(opt, protocol.NEGOTIATION_TYPE_REPLY_ACK, nil)
+}
+
+// contexts are those of the contexts asked for that an export knows.
+func (h *handshake) contexts(export string, asked []string) (known []string, err error) {
+	dev, err := h.s.Exports.Open(export)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, dev.Close()) }()
+	for _, context := range asked {
+		m, err := openMap(dev, context)
+		if err != nil {
+			return nil, err
+		}
+		if m == nil {
+			continue
+		}
+		if err := m.Close(); err != nil {
+			return nil, err
+		}
+		known = append(known, context)
+	}
+	return known, nil
 }

@@ -16,10 +16,8 @@ const (
 
 	maxString    = 4096  // the protocol's bound of names and strings
 	maxOptionLen = 65536 // of an option's payload: names, queries
+	maxContexts  = 8     // metadata contexts of a connection
 )
-
-// metaAllocationID is the number of the metadata context base:allocation here.
-const metaAllocationID = uint32(1)
 
 // errnoOf is the protocol's error for what a device answered.
 func errnoOf(err error) uint32 {

@@ -141,48 +141,63 @@ const (
 	maxExtents = 16384
 )
 
+// blockStatus replies with a chunk for each metadata context that was chosen.
 func (c *conn) blockStatus(req request) []byte {
-	type extent struct {
-		n    int64
-		zero bool
+	var out []byte
+	for i, m := range c.sess.maps {
+		exts, err := statusOf(m, req)
+		if err != nil {
+			return c.appendDone(nil, req.cookie, err)
+		}
+		var flags uint16
+		if i == len(c.sess.maps)-1 {
+			flags = proto.ReplyFlagDone
+		}
+		out = appendChunk(out, flags, proto.ReplyBlockStatus, req.cookie, uint32(4+8*len(exts)))
+		out = binary.BigEndian.AppendUint32(out, m.id)
+		for _, e := range exts {
+			out = binary.BigEndian.AppendUint32(out, uint32(e.n))
+			out = binary.BigEndian.AppendUint32(out, e.flags)
+		}
 	}
-	var exts []extent
+	return out
+}
+
+// statusExtent is a descriptor of a BLOCK_STATUS reply.
+type statusExtent struct {
+	n     int64
+	flags uint32
+}
+
+// statusOf is what a metadata context tells of a range, from its start on.
+func statusOf(m Map, req request) ([]statusExtent, error) {
+	var exts []statusExtent
 	full := false
-	note := func(n int64, zero bool) {
+	note := func(n int64, flags uint32) {
 		k := len(exts)
 		switch {
 		case full:
-		case k > 0 && exts[k-1].zero == zero:
+		case k > 0 && exts[k-1].flags == flags:
 			exts[k-1].n += n
 		case k == maxExtents:
 			full = true
 		default:
-			exts = append(exts, extent{n, zero})
+			exts = append(exts, statusExtent{n, flags})
 		}
 	}
 	// Step by step: who asks for one extent is not made to wait for the rest.
 	off, left := int64(req.off), min(int64(req.n), statusRange)
 	for step := int64(1 << 20); left > 0 && !full && (len(exts) < 2 || req.flags&proto.CmdFlagReqOne == 0); step = min(2*step, 64<<20) {
 		n := min(step, left)
-		if err := c.sess.dev.Extents(off, n, note); err != nil {
-			return c.appendDone(nil, req.cookie, err)
+		if err := m.Extents(off, n, note); err != nil {
+			return nil, err
 		}
 		off, left = off+n, left-n
 	}
 	if req.flags&proto.CmdFlagReqOne != 0 {
 		exts = exts[:1]
 	}
-	out := appendChunk(nil, proto.ReplyFlagDone, proto.ReplyBlockStatus, req.cookie, uint32(4+8*len(exts)))
-	out = binary.BigEndian.AppendUint32(out, metaAllocationID)
-	for _, e := range exts {
-		var flags uint32
-		if e.zero {
-			flags = proto.StateHole | proto.StateZero
-		}
-		out = binary.BigEndian.AppendUint32(out, uint32(e.n))
-		out = binary.BigEndian.AppendUint32(out, flags)
-	}
-	return out
+	return exts, nil
 }
 
 // Buffers of long READs come in three sizes, out of one of the server's budgets.

@@ -112,7 +112,7 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) {
 	_ = h.c.SetDeadline(time.Time{})
 	log.Info("client attached", zap.Bool("tls", h.tls), zap.Bool("structured", sess.structured))
 	err = newConn(s, h.c, sess, log).serve(ctx)
-	if cerr := sess.dev.Close(); cerr != nil {
+	if cerr := sess.close(); cerr != nil {
 		log.Error("close the export", zap.Error(cerr))
 	}
 	if err != nil && !errors.Is(err, errNoDisc) {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -397,4 +398,82 @@ func (e two) Open(name string) (Device, error) {
 		return e.past, nil
 	}
 	return e.d, nil
+}
+
+// mapped is a device with a metadata context that tells in which blocks of 64 KiB the first byte is odd.
+type mapped struct {
+	*memory
+	open atomic.Int32 // maps
+}
+
+func (m *mapped) Map(context string) (Map, error) {
+	switch context {
+	case "test:odd":
+		m.open.Add(1)
+		return oddMap{m}, nil
+	case "test:broken":
+		return nil, errors.New("it is broken")
+	}
+	return nil, nil
+}
+
+type oddMap struct{ m *mapped }
+
+func (o oddMap) Close() error {
+	o.m.open.Add(-1)
+	return nil
+}
+
+func (o oddMap) Extents(off, n int64, fn func(int64, uint32)) error {
+	for n > 0 {
+		k := min(n, 65536-off%65536)
+		fn(k, uint32(o.m.b[off&^65535]&1))
+		off, n = off+k, n-k
+	}
+	return nil
+}
+
+// TestContextsOfADevice asks for holes and for a context of the device's own on one connection.
+func TestContextsOfADevice(t *testing.T) {
+	dev := &mapped{memory: &memory{b: make([]byte, 1<<20+5)}}
+	for _, block := range []int{1, 2, 7, 16} {
+		dev.b[block<<16] = byte(block)
+	}
+	path := start(t, &Server{Exports: one{dev}})
+	_, err := client.Dial(context.Background(), "unix", path, "disk", nil, "test:none")
+	require.ErrorContains(t, err, `no metadata context "test:none"`)
+	_, err = client.Dial(context.Background(), "unix", path, "disk", nil, "test:broken")
+	require.ErrorContains(t, err, "it is broken")
+	c, err := client.Dial(context.Background(), "unix", path, "disk", nil, "test:odd")
+	require.NoError(t, err)
+	var odd []int64
+	off := int64(0)
+	require.NoError(t, c.Status("test:odd", off, c.Size(), func(n int64, flags uint32) {
+		if flags == 1 {
+			odd = append(odd, off>>16)
+		}
+		off += n
+	}))
+	require.Equal(t, []int64{1, 7}, odd)
+	require.Equal(t, c.Size(), off)
+	var data int64
+	require.NoError(t, c.Extents(0, c.Size(), func(n int64, zero bool) {
+		if !zero {
+			data += n
+		}
+	}))
+	require.EqualValues(t, 3*4096+5, data)
+	require.ErrorContains(t, c.Status("test:even", 0, 1, nil), "was not asked for")
+	require.NoError(t, c.Close())
+	require.Eventually(t, func() bool { return dev.open.Load() == 0 }, 10*time.Second, time.Millisecond, "maps are closed")
+}
+
+func TestContextsAreBounded(t *testing.T) {
+	r := dialRaw(t, start(t, &Server{Exports: one{&memory{b: make([]byte, 1<<20)}}}))
+	require.Equal(t, protocol.NEGOTIATION_TYPE_REPLY_ACK, r.option(proto.OptStructuredReply, nil))
+	q := binary.BigEndian.AppendUint32([]byte{0, 0, 0, 4, 'd', 'i', 's', 'k'}, maxContexts+1)
+	for i := range maxContexts + 1 {
+		q = append(q, 0, 0, 0, 1, byte('a'+i))
+	}
+	require.Equal(t, proto.RepErrTooBig, r.option(proto.OptSetMeta, q))
 }

@@ -42,8 +42,7 @@ type Client struct {
 	r        *bufio.Reader
 	size     int64
 	flags    uint16
-	metaID   uint32
-	hasMeta  bool
+	contexts map[string]uint32 // the number of each metadata context that was agreed on
 	readerWG sync.WaitGroup
 
 	wmu sync.Mutex // held while a request is sent
@@ -58,31 +57,33 @@ type Client struct {
 
 type call struct {
 	off  uint64
-	buf  []byte // of a read
-	got  int    // bytes of buf that have been filled
-	exts *[]Extent
+	buf  []byte    // of a read
+	got  int       // bytes of buf that have been filled
+	exts *[]Extent // of a BLOCK_STATUS
+	meta uint32    // the metadata context whose extents they are
 	err  error
 	done chan struct{}
 }
 
-// Extent is a run of an export.
+// Extent is a run of an export, and what a metadata context says of it.
 type Extent struct {
-	Len  int64
-	Zero bool // a hole that reads as zeroes
+	Len   int64
+	Flags uint32
 }
 
-// Dial connects to an export. With a TLS configuration the connection is upgraded first.
-func Dial(ctx context.Context, network, addr, export string, tlsConf *tls.Config) (*Client, error) {
+// Dial connects to an export. With a TLS configuration the connection is upgraded first. The
+// metadata contexts named can be asked for by Status; the server must have them.
+func Dial(ctx context.Context, network, addr, export string, tlsConf *tls.Config, contexts ...string) (*Client, error) {
 	var d net.Dialer
 	nc, err := d.DialContext(ctx, network, addr)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the NBD server: %w", err)
 	}
-	c := &Client{c: nc}
+	c := &Client{c: nc, contexts: map[string]uint32{}}
 	c.mu.waiting = map[uint64]*call{}
 	stop := context.AfterFunc(ctx, func() { _ = nc.Close() })
 	defer stop()
-	if err := c.negotiate(ctx, export, tlsConf); err != nil {
+	if err := c.negotiate(ctx, export, tlsConf, contexts); err != nil {
 		return nil, errors.Join(fmt.Errorf("export %q: %w", export, err), nc.Close())
 	}
 	c.readerWG.Go(c.receive)
@@ -95,7 +96,7 @@ func (c *Client) Size() int64 { return c.size }
 // ReadOnly reports whether the export refuses writes.
 func (c *Client) ReadOnly() bool { return c.flags&proto.FlagReadOnly != 0 }
 
-func (c *Client) negotiate(ctx context.Context, export string, tlsConf *tls.Config) error {
+func (c *Client) negotiate(ctx context.Context, export string, tlsConf *tls.Config, contexts []string) error {
 	c.r = bufio.NewReaderSize(c.c, 256<<10)
 	var b [18]byte
 	if _, err := io.ReadFull(c.r, b[:]); err != nil {
@@ -126,14 +127,21 @@ func (c *Client) negotiate(ctx context.Context, export string, tlsConf *tls.Conf
 		return fmt.Errorf("structured replies: %w", err)
 	}
 	name := append(be.AppendUint32(nil, uint32(len(export))), export...)
-	q := be.AppendUint32(append([]byte(nil), name...), 1)
-	q = append(be.AppendUint32(q, uint32(len(proto.MetaAllocation))), proto.MetaAllocation...)
-	// A server without metadata contexts is one without extents, no more.
-	_, _ = c.option(proto.OptSetMeta, q, func(typ uint32, data []byte) {
-		if typ == proto.RepMetaContext && len(data) >= 4 && string(data[4:]) == proto.MetaAllocation {
-			c.metaID, c.hasMeta = be.Uint32(data), true
+	q := be.AppendUint32(append([]byte(nil), name...), uint32(1+len(contexts)))
+	for _, context := range append([]string{proto.MetaAllocation}, contexts...) {
+		q = append(be.AppendUint32(q, uint32(len(context))), context...)
+	}
+	_, metaErr := c.option(proto.OptSetMeta, q, func(typ uint32, data []byte) {
+		if typ == proto.RepMetaContext && len(data) >= 4 {
+			c.contexts[string(data[4:])] = be.Uint32(data)
 		}
 	})
+	for _, context := range contexts {
+		if _, ok := c.contexts[context]; !ok {
+			return errors.Join(fmt.Errorf("the server has no metadata context %q for it", context), metaErr)
+		}
+	}
+	// A server without base:allocation is one without extents, no more.
 	found, err := c.option(protocol.NEGOTIATION_ID_OPTION_GO, append(name, 0, 0), func(typ uint32, data []byte) {
 		if typ == protocol.NEGOTIATION_TYPE_REPLY_INFO && len(data) == 12 && be.Uint16(data) == protocol.NEGOTIATION_TYPE_INFO_EXPORT {
 			c.size, c.flags = int64(be.Uint64(data[2:])), be.Uint16(data[10:])
@@ -309,11 +317,14 @@ func (c *Client) content(cl *call, typ uint16, n uint32) error {
 		cl.got += int(k)
 		clear(cl.buf[at : at+k])
 	case typ == proto.ReplyBlockStatus:
-		if n < 12 || n%8 != 4 || cl.exts == nil || be.Uint32(data) != c.metaID {
+		if n < 12 || n%8 != 4 || cl.exts == nil {
 			return bad()
 		}
+		if be.Uint32(data) != cl.meta {
+			return nil // another's: all that were agreed on are told
+		}
 		for d := data[4:]; len(d) > 0; d = d[8:] {
-			*cl.exts = append(*cl.exts, Extent{int64(be.Uint32(d)), be.Uint32(d[4:])&2 != 0})
+			*cl.exts = append(*cl.exts, Extent{int64(be.Uint32(d)), be.Uint32(d[4:])})
 		}
 	case typ&proto.ReplyErrorBit != 0:
 		if n < 6 || int(be.Uint16(data[4:])) > len(data)-6 {
@@ -380,24 +391,34 @@ func (c *Client) Zero(off int64, n uint32, keep bool) error {
 	return c.send(flags, proto.CmdWriteZeroes, uint64(off), n, nil, &call{})
 }
 
-// Extents calls fn with runs that together fill the range. Without the
-// server's knowledge, all of it is data.
+// Extents calls fn with runs that together fill the range, and whether each is known to be a hole that
+// reads as zeroes. Without the server's knowledge, all of it is data.
 func (c *Client) Extents(off, n int64, fn func(n int64, zero bool)) error {
+	if _, ok := c.contexts[proto.MetaAllocation]; !ok {
+		fn(n, false)
+		return nil
+	}
+	return c.Status(proto.MetaAllocation, off, n, func(n int64, flags uint32) { fn(n, flags&proto.StateZero != 0) })
+}
+
+// Status calls fn with runs that together fill the range, and what a metadata context that was named to
+// Dial says of each.
+func (c *Client) Status(context string, off, n int64, fn func(n int64, flags uint32)) error {
+	id, ok := c.contexts[context]
+	if !ok {
+		return fmt.Errorf("metadata context %q was not asked for", context)
+	}
 	for n > 0 {
-		if !c.hasMeta {
-			fn(n, false)
-			return nil
-		}
 		var exts []Extent
 		ask := min(n, 1<<30)
-		if err := c.send(0, proto.CmdBlockStatus, uint64(off), uint32(ask), nil, &call{exts: &exts}); err != nil {
+		if err := c.send(0, proto.CmdBlockStatus, uint64(off), uint32(ask), nil, &call{exts: &exts, meta: id}); err != nil {
 			return err
 		}
 		before := n
 		for _, e := range exts {
 			k := min(e.Len, n)
 			if k > 0 {
-				fn(k, e.Zero)
+				fn(k, e.Flags)
 			}
 			off, n = off+k, n-k
 		}
