@@ -20,6 +20,7 @@ import (
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/restore"
 )
 
 var (
@@ -228,7 +229,11 @@ func (m *model) step() {
 	case n < 60:
 		m.define()
 	case n < 61:
-		m.checkNotes()
+		if m.rng.IntN(2) == 0 {
+			m.rollBack()
+		} else {
+			m.checkNotes()
+		}
 	case n < 62:
 		m.join()
 	case n < 70:
@@ -658,6 +663,122 @@ func (m *model) compareView(v *View, d int) {
 		m.equal(want[e.Off:e.End()], got, e.Off, "view at %d of disk %d", v.LSN(), d)
 	}
 	m.checkExtents(v, exts[1], want, m.since[d] > v.LSN())
+	m.checkChanges(v, d, exts[1])
+}
+
+// checkChanges compares what a view says has changed since an older one with what was written between them.
+func (m *model) checkChanges(v *View, d int, e record.Extent) {
+	first := max(m.g.Horizon(), m.addedAt[d])
+	if first > v.LSN() {
+		return // its view is what holds the horizon
+	}
+	old, err := m.g.View(m.disk(d), first+record.LSN(m.rng.Uint64N(uint64(v.LSN()-first)+1)))
+	require.NoError(m.t, err)
+	defer old.Close()
+	touched := make([]bool, m.sizes[d]/record.BlockSize+1)
+	for _, c := range m.changes[old.LSN():v.LSN()] {
+		if c.data != nil && c.disk == d {
+			for b := c.off / record.BlockSize; b <= (c.off+int64(len(c.data))-1)/record.BlockSize; b++ {
+				touched[b] = true
+			}
+		}
+	}
+	off := e.Off
+	require.NoError(m.t, v.Changes(old, e, func(n int64, changed bool) {
+		for end := off + n; off < end; off = min(end, (off/record.BlockSize+1)*record.BlockSize) {
+			if m.since[d] <= old.LSN() || !changed {
+				require.Equal(m.t, touched[off/record.BlockSize], changed, "disk %d, block %d, from %d to %d", d, off/record.BlockSize, old.LSN(), v.LSN())
+			}
+		}
+	}))
+	require.Equal(m.t, e.End(), off)
+	if old.LSN() < v.LSN() {
+		require.ErrorContains(m.t, old.Changes(v, e, nil), "not an older view")
+	}
+}
+
+// past is a disk as it was, for a rollback.
+type past struct {
+	old, now *View
+}
+
+func (p past) Size() int64                      { return p.old.Size() }
+func (p past) ReadAt(b []byte, off int64) error { return p.old.ReadAt(b, off, false) }
+func (p past) Extents(off, n int64, fn func(int64, bool)) error {
+	return p.old.Extents(record.Extent{Off: off, Len: n}, fn)
+}
+func (p past) Changed(off, n int64, fn func(int64, bool)) error {
+	return p.now.Changes(p.old, record.Extent{Off: off, Len: n}, fn)
+}
+
+// rolled is a disk of the model that is rolled back.
+type rolled struct {
+	m *model
+	d int
+}
+
+func (r rolled) ReadAt(p []byte, off int64) error { return r.m.disk(r.d).ReadAt(p, off, false) }
+
+func (r rolled) Write(p []byte, off int64) error {
+	return r.do(Op{Kind: record.KindWrite, Ext: record.Extent{Off: off, Len: int64(len(p))}, Data: p}, bytes.Clone(p))
+}
+
+func (r rolled) Zero(off, n int64) error {
+	return r.do(Op{Kind: record.KindTrim, Ext: record.Extent{Off: off, Len: n}}, make([]byte, n))
+}
+
+func (r rolled) do(op Op, data []byte) error {
+	before := r.m.g.Head()
+	op.Disk = r.m.disk(r.d)
+	if err := r.m.g.Append([]Op{op}); err != nil {
+		return err
+	}
+	r.m.record(before, r.d, op, data)
+	return nil
+}
+
+// rollBack takes every disk back to some LSN, and sometimes forth again.
+func (m *model) rollBack() {
+	present := record.LSN(len(m.changes))
+	lsn := m.anyLSN()
+	m.note("roll back to %d", lsn)
+	if !m.rollBackTo(lsn) || m.rng.IntN(2) == 0 {
+		return
+	}
+	m.note("return to %d", present)
+	require.True(m.t, m.rollBackTo(present))
+}
+
+// rollBackTo reports whether all disks could be taken there.
+func (m *model) rollBackTo(lsn record.LSN) bool {
+	all := true
+	head := record.LSN(len(m.changes))
+	for d := range m.sizes {
+		if m.out[d] || m.addedAt[d] > lsn || m.since[d] > lsn {
+			all = false
+			continue
+		}
+		old, err := m.g.View(m.disk(d), lsn)
+		require.NoError(m.t, err)
+		now, err := m.g.View(m.disk(d), head)
+		require.NoError(m.t, err)
+		want, live := m.image(d, lsn), m.image(d, head)
+		n, err := restore.Rollback(m.t.Context(), past{old, now}, rolled{m, d}, nil)
+		require.NoError(m.t, err)
+		var differ int64
+		for off := int64(0); off < m.sizes[d]; off += record.BlockSize {
+			end := min(m.sizes[d], off+record.BlockSize)
+			if !bytes.Equal(want[off:end], live[off:end]) {
+				differ += end - off
+			}
+		}
+		require.Equal(m.t, differ, n, "bytes written")
+		m.equal(want, m.image(d, record.LSN(len(m.changes))), 0, "disk %d, rolled back to %d", d, lsn)
+		m.compareLive(m.disk(d), d)
+		old.Close()
+		now.Close()
+	}
+	return all
 }
 
 func (m *model) checkExtents(r interface {

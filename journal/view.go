@@ -44,6 +44,18 @@ func (g *Group) View(d *disk.Disk, lsn record.LSN) (*View, error) {
 	return &View{g: g, d: d, lsn: lsn, release: release}, nil
 }
 
+// Older opens the view's disk as of a point that is not newer.
+func (v *View) Older(p record.Point) (*View, error) {
+	lsn, err := v.g.Resolve(p)
+	if err != nil {
+		return nil, err
+	}
+	if lsn > v.lsn {
+		return nil, &PointError{Group: v.g.name, Point: p.String(), Why: fmt.Sprintf("it is LSN %d, newer than the LSN %d that is compared with it", lsn, v.lsn), Horizon: v.g.Horizon(), Head: v.g.Head()}
+	}
+	return v.g.View(v.d, lsn)
+}
+
 // pin keeps the history from lsn on.
 func (g *Group) pin(lsn record.LSN) error {
 	g.pins.Lock()
@@ -311,6 +323,46 @@ func (v *View) Extents(ext record.Extent, fn func(n int64, zero bool)) error {
 		ext.Off, ext.Len = part.End(), ext.Len-part.Len
 	}
 	return nil
+}
+
+// Changes calls fn with runs of the extent that together fill it, and whether each may differ from what
+// an older view of the disk shows. Where it says no, both read the same.
+func (v *View) Changes(old *View, ext record.Extent, fn func(n int64, changed bool)) error {
+	if old.d != v.d || old.lsn > v.lsn {
+		return fmt.Errorf("changes of disk %s/%s from LSN %d to %s/%s at LSN %d: not an older view of the same disk", v.g.name, old.d.Name, old.lsn, v.g.name, v.d.Name, v.lsn)
+	}
+	if !ext.In(v.d.Size) {
+		return fmt.Errorf("changes of %v of %s: its size is %d", ext, v.d.Name, v.d.Size)
+	}
+	// What the older view reads from the backing, the newer one may too, but what it was before is not known.
+	unknown := old.lsn < v.d.KnownSince()
+	picks := make([]index.Pick, viewStep)
+	for ext.Len > 0 {
+		first := ext.Off / record.BlockSize
+		n := min(viewStep, int((ext.End()-1)/record.BlockSize-first+1))
+		if err := v.find(picks[:n], first, false); err != nil {
+			return err
+		}
+		for i := 0; i < n; {
+			changed := changedSince(&picks[i], old.lsn, unknown)
+			j := i + 1
+			for j < n && changedSince(&picks[j], old.lsn, unknown) == changed {
+				j++
+			}
+			end := min(ext.End(), (first+int64(j))*record.BlockSize)
+			fn(end-ext.Off, changed)
+			ext.Off, ext.Len = end, ext.End()-end
+			i = j
+		}
+	}
+	return nil
+}
+
+func changedSince(p *index.Pick, lsn record.LSN, unknown bool) bool {
+	if !p.Found {
+		return unknown
+	}
+	return p.LSN > lsn
 }
 
 type zeroRun struct {
