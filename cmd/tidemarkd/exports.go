@@ -4,9 +4,11 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"syscall"
 
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
 	"github.com/tidemark-cdp/tidemark/journal"
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/record"
@@ -134,4 +136,40 @@ func (p *past) Change([]nbd.Change) error {
 
 func (p *past) Extents(off, n int64, fn func(int64, bool)) error {
 	return p.v.Extents(record.Extent{Off: off, Len: n}, fn)
+}
+
+// Map implements nbd.Mapper: tidemark:changed-since:POINT tells, in bit 0, which runs may
+// differ from what the disk was at an older point.
+func (p *past) Map(context string) (nbd.Map, error) {
+	s, ok := strings.CutPrefix(context, api.ChangedSince)
+	if !ok {
+		return nil, nil
+	}
+	point, err := record.ParsePoint(s)
+	if err != nil {
+		return nil, err
+	}
+	old, err := p.v.Older(point)
+	if err != nil {
+		return nil, err
+	}
+	return &changes{now: p.v, old: old}, nil
+}
+
+// changes is what became of a disk between two points.
+type changes struct{ now, old *journal.View }
+
+func (c *changes) Extents(off, n int64, fn func(int64, uint32)) error {
+	return c.now.Changes(c.old, record.Extent{Off: off, Len: n}, func(n int64, changed bool) {
+		if changed {
+			fn(n, 1)
+		} else {
+			fn(n, 0)
+		}
+	})
+}
+
+func (c *changes) Close() error {
+	c.old.Close()
+	return nil
 }

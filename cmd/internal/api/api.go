@@ -27,6 +27,10 @@ import (
 // ended early.
 const ErrorTrailer = "Tidemark-Error"
 
+// ChangedSince begins the name of an NBD metadata context of a past disk; a point follows. Bit 0 is set in
+// runs that may differ from what the disk was then.
+const ChangedSince = "tidemark:changed-since:"
+
 // Codes of errors.
 const (
 	CodeBadRequest = "bad_request"
