@@ -24,6 +24,7 @@ type control struct {
 	keepers  *keepers
 	reloader *reloader
 	stateDir string
+	storeID  string
 	nbd      []string
 	log      *zap.Logger
 }
@@ -98,7 +99,7 @@ func (c *control) answer(w http.ResponseWriter, r *http.Request, answer any, err
 }
 
 func (c *control) status(*http.Request) (any, error) {
-	s := api.Status{Version: build.Version(), NBD: c.nbd, StateDir: c.stateDir, IndexBytes: c.store.IndexBytes(), Groups: []api.Group{}}
+	s := api.Status{Version: build.Version(), Store: c.storeID, NBD: c.nbd, StateDir: c.stateDir, IndexBytes: c.store.IndexBytes(), Groups: []api.Group{}}
 	for _, g := range c.store.Groups() {
 		state, why := g.State()
 		a := api.Group{

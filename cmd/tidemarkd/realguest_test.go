@@ -239,7 +239,7 @@ const domainXML = `<domain type='qemu'>
     <cmdline>console=ttyS0 quiet panic=-1 mitigations=off tidemark.run=bench</cmdline></os>
   <features><acpi/></features><cpu mode='maximum'/><on_reboot>destroy</on_reboot><on_crash>destroy</on_crash>
   <devices>
-    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <emulator>%EMULATOR</emulator>
     <disk type='network' device='disk'><driver name='qemu' type='raw' discard='unmap'/>
       <source protocol='nbd' name='web01/vda'><host transport='unix' socket='%DIR/nbd.sock'/><reconnect delay='60'/></source><target dev='vda' bus='virtio'/></disk>
     <disk type='network' device='disk'><driver name='qemu' type='raw' discard='unmap'/>
@@ -282,7 +282,10 @@ func TestAGuestOfLibvirt(t *testing.T) {
 
 	image, err := filepath.Abs(debianImage)
 	require.NoError(t, err)
-	require.NoError(t, os.WriteFile(d.path("web01.xml"), []byte(strings.NewReplacer("%DIR", d.dir, "%IMAGE", image).Replace(domainXML)), 0o600))
+	emulator, err := filepath.Abs("../../testdata/qemu-reconnecting")
+	require.NoError(t, err)
+	fill := strings.NewReplacer("%DIR", d.dir, "%IMAGE", image, "%EMULATOR", emulator)
+	require.NoError(t, os.WriteFile(d.path("web01.xml"), []byte(fill.Replace(domainXML)), 0o600))
 	for _, args := range [][]string{{"define", d.path("web01.xml")}, {"start", "web01"}} {
 		out, err := virsh(args...)
 		require.NoError(t, err, out)
@@ -325,6 +328,7 @@ func TestAGuestOfLibvirt(t *testing.T) {
 	var p api.Points
 	require.NoError(t, json.Unmarshal([]byte(d.ok("points", "web01", "--json", "--consistency", "filesystem")), &p))
 	require.Len(t, p.Markers, 2)
+	require.NotContains(t, said(), "I/O error", "the guest waits for the daemon")
 }
 
 // xmlOf is a command's standard output without what it said on the other one.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -50,6 +52,10 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	if err != nil {
 		return err
 	}
+	id, err := storeID(c.StateDir)
+	if err != nil {
+		return errors.Join(err, store.Close())
+	}
 	keepers, err := newKeepers(store, c, notes, newMetrics(store), log)
 	if err != nil {
 		return errors.Join(err, store.Close())
@@ -71,7 +77,7 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	defer stopServing()
 	eg, serving := errgroup.WithContext(stopping)
 	re := &reloader{read: read, store: store, keepers: keepers, log: log, now: c}
-	ls.serve(serving, eg, &control{store: store, keepers: keepers, reloader: re, stateDir: c.StateDir, nbd: ls.names, log: log}, tlsConf)
+	ls.serve(serving, eg, &control{store: store, keepers: keepers, reloader: re, stateDir: c.StateDir, storeID: id, nbd: ls.names, log: log}, tlsConf)
 	eg.Go(func() error { return keepers.run(serving, woken) })
 	eg.Go(func() error { return reloadOn(serving, hup, re) })
 	notify(log, daemon.SdNotifyReady)
@@ -122,6 +128,23 @@ func openStore(c config.Config, log *zap.Logger) (*journal.Store, error) {
 		Log: log, SegmentSize: int64(c.Journal.Segment), Limit: int64(c.Journal.Limit), Reserve: int64(c.Journal.Reserve),
 		Unapplied: int64(c.Journal.Unapplied), IndexCache: int64(c.Journal.IndexCache),
 	})
+}
+
+// storeID is what tells a state directory from every other one: what was copied from a journal belongs to that journal alone.
+func storeID(dir string) (string, error) {
+	path := filepath.Join(dir, "id")
+	b, err := os.ReadFile(path)
+	if err == nil && len(b) == 33 {
+		return string(b[:32]), nil
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("the state directory's identity: %w", err)
+	}
+	id := strings.ToLower(rand.Text() + rand.Text())[:32]
+	if err := errors.Join(os.WriteFile(path+".new", []byte(id+"\n"), 0o600), os.Rename(path+".new", path)); err != nil {
+		return "", fmt.Errorf("the state directory's identity: %w", err)
+	}
+	return id, nil
 }
 
 // reloadOn reloads with each signal until ctx ends. Errors are told in the log, as there is nobody else.

@@ -60,6 +60,7 @@ var ErrUnreachable = errors.New("tidemarkd does not answer")
 // Status is the answer to GET /v1/status.
 type Status struct {
 	Version    string   `json:"version"`
+	Store      string   `json:"store"` // the identity of the state directory
 	NBD        []string `json:"nbd"`
 	StateDir   string   `json:"state_dir"`
 	IndexBytes int64    `json:"index_bytes"`
