@@ -35,6 +35,7 @@ var mayImport = map[string][]string{
 	"journal/disk":            {"journal/record", "journal/segment", "journal/internal/osfile"},
 	"guest":                   {"journal/record"},
 	"restore":                 {"journal/record"},
+	"restore/export":          {"nbd"},
 	"fuzz":                    {},
 	"cmd/internal/bench":      {"nbd", "cmd/internal/api"},
 	"cmd/internal/build":      {},
