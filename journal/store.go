@@ -333,6 +333,10 @@ func (s *Store) Group(name string) (*Group, error) {
 	return nil, fmt.Errorf("group %q: %w", name, ErrNotFound)
 }
 
+// KeepFree is how much of the state directory's file system others must leave free, in bytes: with less, the journal
+// takes no more writes.
+func (s *Store) KeepFree() int64 { return s.o.keepLog() }
+
 // IndexBytes is what the index takes up.
 func (s *Store) IndexBytes() int64 { return s.ix.Size() }
 

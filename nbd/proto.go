@@ -32,6 +32,8 @@ func errnoOf(err error) uint32 {
 			return proto.ErrEINVAL
 		case syscall.ENOMEM:
 			return proto.ErrENOMEM
+		case syscall.ESHUTDOWN:
+			return proto.ErrESHUTDOWN
 		}
 	}
 	return proto.ErrEIO

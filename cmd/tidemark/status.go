@@ -37,8 +37,36 @@ func (a *app) status() *cobra.Command {
 				}
 				printMembers(w, g)
 			}
+			printScratches(w, s.Scratches)
 			return w.Flush()
 		},
+	}
+}
+
+func printScratches(w io.Writer, all []api.Scratch) {
+	if len(all) == 0 {
+		return
+	}
+	fmt.Fprintln(w, "SCRATCH\tOF\tWRITTEN\tCLIENTS\t")
+	for _, s := range all {
+		var written, whole int64
+		for _, d := range s.Disks {
+			written, whole = written+d.Written, whole+d.Size
+		}
+		note := ""
+		switch p := s.Promotion; {
+		case s.Error != "":
+			note = s.Error
+		case p != nil && p.Done:
+			note = "is group " + p.Group
+		case p != nil && p.Error != "":
+			note = "not promoted: " + p.Error
+		case p != nil:
+			note = fmt.Sprintf("becomes group %s: %s of %s", p.Group, size(p.Filled), size(whole))
+		case s.Once:
+			note = "goes with its last client"
+		}
+		fmt.Fprintf(w, "%s\t%s@%s (LSN %d)\t%s\t%d\t%s\n", s.Name, s.Group, s.Point, s.LSN, size(written), s.Clients, note)
 	}
 }
 

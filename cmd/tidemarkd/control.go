@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,13 +21,16 @@ import (
 
 // control serves the API of package api.
 type control struct {
-	store    *journal.Store
-	keepers  *keepers
-	reloader *reloader
-	stateDir string
-	storeID  string
-	nbd      []string
-	log      *zap.Logger
+	store     *journal.Store
+	keepers   *keepers
+	reloader  *reloader
+	exports   *exports
+	rollbacks *rollbacks
+	serving   context.Context // ends when the daemon stops
+	stateDir  string
+	storeID   string
+	nbd       []string
+	log       *zap.Logger
 }
 
 func (c *control) handler() http.Handler {
@@ -46,6 +50,10 @@ func (c *control) handler() http.Handler {
 	handle("GET /v1/groups/{group}/definitions", c.definitions)
 	handle("POST /v1/groups/{group}/thaw", c.thaw)
 	handle("POST /v1/reload", c.reload)
+	handle("POST /v1/groups/{group}/rollback", c.rollback)
+	handle("POST /v1/scratches", c.scratch)
+	handle("POST /v1/scratches/{name}/promote", c.promote)
+	handle("DELETE /v1/scratches/{name}", c.unexport)
 	handle("GET /v1/groups/{group}/resolve", c.resolve)
 	handle("POST /v1/groups/{group}/verify", c.verify)
 	mux.HandleFunc("GET /v1/groups/{group}/dump", c.dump)
@@ -99,7 +107,7 @@ func (c *control) answer(w http.ResponseWriter, r *http.Request, answer any, err
 }
 
 func (c *control) status(*http.Request) (any, error) {
-	s := api.Status{Version: build.Version(), Store: c.storeID, NBD: c.nbd, StateDir: c.stateDir, IndexBytes: c.store.IndexBytes(), Groups: []api.Group{}}
+	s := api.Status{Version: build.Version(), Store: c.storeID, NBD: c.nbd, StateDir: c.stateDir, IndexBytes: c.store.IndexBytes(), Groups: []api.Group{}, Scratches: c.exports.scratches.status()}
 	for _, g := range c.store.Groups() {
 		state, why := g.State()
 		a := api.Group{
@@ -119,6 +127,9 @@ func (c *control) status(*http.Request) (any, error) {
 		slices.SortFunc(a.Disks, func(x, y api.Disk) int { return cmp.Compare(x.Name, y.Name) })
 		if k, err := c.keepers.get(g.Name()); err == nil {
 			k.status(&a)
+		}
+		if err := c.rollbacks.problem(g.Name()); err != nil {
+			a.Problems = append(a.Problems, err.Error())
 		}
 		s.Groups = append(s.Groups, a)
 	}

@@ -31,6 +31,9 @@ func (k *keeper) mark(ctx context.Context, want record.Marker) (marked, error) {
 	if err := errors.Join(record.CheckLabel(want.Label), record.CheckDescription(want.Description)); err != nil {
 		return marked{}, fmt.Errorf("%w: %w", errBadRequest, err)
 	}
+	if err := k.mixed(k.g.Name()); err != nil {
+		return marked{}, err
+	}
 	if err := k.g.CheckFree(want.Label); err != nil {
 		return marked{}, err // before a guest is frozen for nothing
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
@@ -17,10 +18,21 @@ import (
 
 type tlsConfig = *tls.Config
 
-// exports makes GROUP/DISK and GROUP/DISK@POINT into devices.
-type exports struct{ store *journal.Store }
+// exports makes GROUP/DISK, GROUP/DISK@POINT and scratch/NAME/DISK into devices.
+type exports struct {
+	store     *journal.Store
+	scratches *scratches
 
-// List names the live disks.
+	mu     sync.Mutex                    // guards what follows
+	lives  map[string]map[*live]struct{} // by group: the disks that clients have open
+	sealed map[string]string             // by group: why its disks can not be opened
+}
+
+func newExports(store *journal.Store) *exports {
+	return &exports{store: store, lives: map[string]map[*live]struct{}{}, sealed: map[string]string{}}
+}
+
+// List names the live disks and the scratch exports.
 func (e *exports) List() []string {
 	var names []string
 	for _, g := range e.store.Groups() {
@@ -28,18 +40,24 @@ func (e *exports) List() []string {
 			names = append(names, g.Name()+"/"+d.Name)
 		}
 	}
-	return names
+	return append(names, e.scratches.list()...)
 }
 
-// Open finds a live disk, or opens a view. With one disk in all, the empty
+// Open finds a live disk or a scratch export, or opens a view. With one disk in all, the empty
 // name is that disk: what clients ask for that were given no name.
 func (e *exports) Open(name string) (nbd.Device, error) {
 	if all := e.List(); name == "" && len(all) == 1 {
 		name = all[0]
 	}
+	if scratch, disk, ok := cutScratch(name); ok {
+		return e.scratches.open(scratch, disk)
+	}
 	n, err := record.ParseExportName(name)
 	if err != nil {
 		return nil, err
+	}
+	if n.Live {
+		return e.openLive(n.Group, n.Disk)
 	}
 	g, err := e.store.Group(n.Group)
 	if err != nil {
@@ -48,13 +66,6 @@ func (e *exports) Open(name string) (nbd.Device, error) {
 	d, err := g.Disk(n.Disk)
 	if err != nil {
 		return nil, err
-	}
-	if n.Live {
-		release, err := g.Use(d)
-		if err != nil {
-			return nil, err
-		}
-		return &live{g: g, d: d, release: sync.OnceFunc(release)}, nil
 	}
 	lsn, err := g.Resolve(n.Point)
 	if err != nil {
@@ -67,6 +78,64 @@ func (e *exports) Open(name string) (nbd.Device, error) {
 	return &past{v: v}, nil
 }
 
+func (e *exports) openLive(group, disk string) (nbd.Device, error) {
+	g, err := e.store.Group(group)
+	if err != nil {
+		return nil, err
+	}
+	d, err := g.Disk(disk)
+	if err != nil {
+		return nil, err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if why, sealed := e.sealed[group]; sealed {
+		return nil, fmt.Errorf("group %s: %s: %w", group, why, syscall.EBUSY)
+	}
+	release, err := g.Use(d)
+	if err != nil {
+		return nil, err
+	}
+	l := &live{e: e, g: g, d: d, release: release}
+	if e.lives[group] == nil {
+		e.lives[group] = map[*live]struct{}{}
+	}
+	e.lives[group][l] = struct{}{}
+	return l, nil
+}
+
+// seal keeps clients from a group's disks. Those who have one open are in the way, or, with cut, get errors from
+// then on: when seal returns, none of their writes is under way.
+func (e *exports) seal(group, why string, cut bool) error {
+	e.mu.Lock()
+	if other, sealed := e.sealed[group]; sealed {
+		e.mu.Unlock()
+		return fmt.Errorf("group %s: %w: %s", group, journal.ErrInUse, other)
+	}
+	var open []*live
+	for l := range e.lives[group] {
+		if !l.cut.Load() {
+			open = append(open, l)
+		}
+	}
+	if len(open) > 0 && !cut {
+		e.mu.Unlock()
+		return fmt.Errorf("group %s: %w by %d clients: stop the guest first (--force cuts them off)", group, journal.ErrInUse, len(open))
+	}
+	e.sealed[group] = why
+	e.mu.Unlock()
+	for _, l := range open {
+		l.cutOff()
+	}
+	return nil
+}
+
+func (e *exports) unseal(group string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.sealed, group)
+}
+
 func wouldBlock(err error) error {
 	if errors.Is(err, journal.ErrWouldBlock) {
 		return nbd.ErrWouldBlock
@@ -74,27 +143,68 @@ func wouldBlock(err error) error {
 	return err
 }
 
-// live is a disk as it is.
+// live is a disk as it is, as one client has it open.
 type live struct {
+	e       *exports
 	g       *journal.Group
 	d       *disk.Disk
 	release func()
+
+	cut  atomic.Bool
+	busy sync.RWMutex // held for reading by each request; for writing to wait for them
+}
+
+// errCut is what clients get whose disk was taken from them.
+var errCut = fmt.Errorf("the disk was rolled back: the guest must be started anew: %w", syscall.ESHUTDOWN)
+
+// begin is called before each request, and end behind it.
+func (l *live) begin() (end func(), err error) {
+	l.busy.RLock()
+	if l.cut.Load() {
+		l.busy.RUnlock()
+		return nil, errCut
+	}
+	return l.busy.RUnlock, nil
+}
+
+// cutOff makes every request from now on an error, and waits for those under way.
+func (l *live) cutOff() {
+	l.cut.Store(true)
+	l.busy.Lock()
+	defer l.busy.Unlock()
 }
 
 func (l *live) Size() int64    { return l.d.Size }
 func (l *live) ReadOnly() bool { return false }
-func (l *live) Flush() error   { return l.g.Sync() }
+
+func (l *live) Flush() error {
+	end, err := l.begin()
+	if err != nil {
+		return err
+	}
+	defer end()
+	return l.g.Sync()
+}
 
 func (l *live) Close() error {
+	l.e.mu.Lock()
+	delete(l.e.lives[l.g.Name()], l)
+	l.e.mu.Unlock()
 	l.release()
 	return nil
 }
 
 func (l *live) ReadAt(p []byte, off int64, nowait bool) error {
+	if l.cut.Load() {
+		return errCut
+	}
 	return wouldBlock(l.d.ReadAt(p, off, nowait))
 }
 
 func (l *live) Extents(off, n int64, fn func(int64, bool)) error {
+	if l.cut.Load() {
+		return errCut
+	}
 	return l.d.Extents(record.Extent{Off: off, Len: n}, fn)
 }
 
@@ -103,13 +213,18 @@ var kinds = map[nbd.Op]record.Kind{nbd.OpWrite: record.KindWrite, nbd.OpZero: re
 var opsPool = sync.Pool{New: func() any { return new([]journal.Op) }}
 
 func (l *live) Change(changes []nbd.Change) error {
+	end, err := l.begin()
+	if err != nil {
+		return err
+	}
+	defer end()
 	ops := opsPool.Get().(*[]journal.Op)
 	defer opsPool.Put(ops)
 	*ops = (*ops)[:0]
 	for _, c := range changes {
 		*ops = append(*ops, journal.Op{Kind: kinds[c.Op], Disk: l.d, Ext: record.Extent{Off: c.Off, Len: c.Len}, Data: c.Buf})
 	}
-	err := l.g.Append(*ops)
+	err = l.g.Append(*ops)
 	clear(*ops)
 	return err
 }

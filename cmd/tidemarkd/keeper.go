@@ -30,6 +30,8 @@ type keepers struct {
 	frozen *semaphore.Weighted // guests that may be frozen at once
 	most   int64               // its size
 
+	mixed func(group string) error // an error while the group's disks are a mix of before and after a rollback
+
 	rouse chan struct{} // kicks the loop that thaws what is left frozen
 
 	mu     sync.Mutex // guards what follows

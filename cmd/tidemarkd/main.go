@@ -101,6 +101,9 @@ func (f *flags) load(named bool) (config.Config, error) {
 			return c, err
 		}
 	}
+	if err := c.AddPromoted(); err != nil {
+		return c, err
+	}
 	c.Default()
 	return c, c.Validate()
 }

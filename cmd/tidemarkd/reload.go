@@ -156,6 +156,33 @@ func (r *reloader) keep(name string, now, want config.Group, did did) config.Gro
 	return next
 }
 
+// adopt implements adopter: the group's configuration is a file in the state directory until the operator takes it into his own.
+func (r *reloader) adopt(name string, conf config.Group, hold func() error) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, ok := r.now.Groups[name]; ok {
+		return fmt.Errorf("there is a group %s", name)
+	}
+	if err := hold(); err != nil {
+		return err
+	}
+	path, err := config.WritePromoted(r.now.StateDir, name, conf, writeDurable)
+	if err != nil {
+		return err
+	}
+	want, err := r.read()
+	if err == nil {
+		err = r.addGroup(name, want.Groups[name])
+	}
+	if err != nil {
+		return errors.Join(err, removeDurable(path))
+	}
+	r.now.Groups = maps.Clone(r.now.Groups)
+	r.now.Groups[name] = want.Groups[name]
+	r.log.Info("group is protected; its configuration is in a file that can be moved to the daemon's", zap.String("group", name), zap.String("file", path))
+	return nil
+}
+
 // groupConfig is the journal's part of a group.
 func groupConfig(name string, g config.Group) journal.GroupConfig {
 	gc := journal.GroupConfig{Name: name}

@@ -60,9 +60,27 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	if err != nil {
 		return errors.Join(err, store.Close())
 	}
-	ls, err := listen(c)
+	exports := newExports(store)
+	// What stands on the past holds it before anything is forgotten.
+	scratches, err := newScratches(c.StateDir, store, exports, 2*store.KeepFree(), log)
+	if err == nil {
+		err = scratches.load()
+	}
 	if err != nil {
 		return errors.Join(err, store.Close())
+	}
+	rollbacks, err := newRollbacks(c.StateDir, store, exports, log)
+	if err != nil {
+		return errors.Join(err, scratches.stop(), store.Close())
+	}
+	keepers.mixed = rollbacks.mixed
+	unfinished, err := rollbacks.unfinished()
+	if err != nil {
+		return errors.Join(err, scratches.stop(), store.Close())
+	}
+	ls, err := listen(c)
+	if err != nil {
+		return errors.Join(err, scratches.stop(), store.Close())
 	}
 	log.Info("serving", zap.String("version", build.Version()), zap.Duration("after", time.Since(began)),
 		zap.Strings("nbd", ls.names), zap.String("api", c.API))
@@ -77,7 +95,17 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	defer stopServing()
 	eg, serving := errgroup.WithContext(stopping)
 	re := &reloader{read: read, store: store, keepers: keepers, log: log, now: c}
-	ls.serve(serving, eg, &control{store: store, keepers: keepers, reloader: re, stateDir: c.StateDir, storeID: id, nbd: ls.names, log: log}, tlsConf)
+	scratches.adopt = re
+	ls.serve(serving, eg, &control{store: store, keepers: keepers, reloader: re, exports: exports, rollbacks: rollbacks, serving: serving,
+		stateDir: c.StateDir, storeID: id, nbd: ls.names, log: log}, tlsConf)
+	scratches.start()
+	eg.Go(func() error { return scratches.janitor(serving) })
+	for _, finish := range unfinished {
+		eg.Go(func() error {
+			finish(serving)
+			return nil
+		})
+	}
 	eg.Go(func() error { return keepers.run(serving, woken) })
 	eg.Go(func() error { return reloadOn(serving, hup, re) })
 	notify(log, daemon.SdNotifyReady)
@@ -101,6 +129,7 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	if !stop() {
 		<-caughtUp
 	}
+	err = errors.Join(err, scratches.stop())
 	stopWork()
 	if serr := <-storeDone; serr != nil {
 		return errors.Join(err, serr)
@@ -141,7 +170,7 @@ func storeID(dir string) (string, error) {
 		return "", fmt.Errorf("the state directory's identity: %w", err)
 	}
 	id := strings.ToLower(rand.Text() + rand.Text())[:32]
-	if err := errors.Join(os.WriteFile(path+".new", []byte(id+"\n"), 0o600), os.Rename(path+".new", path)); err != nil {
+	if err := writeDurable(path, []byte(id+"\n")); err != nil {
 		return "", fmt.Errorf("the state directory's identity: %w", err)
 	}
 	return id, nil
@@ -286,12 +315,11 @@ func giveTo(path, group string) error {
 }
 
 func (ls *listeners) serve(ctx context.Context, eg *errgroup.Group, c *control, tlsConf tlsConfig) {
-	exports := &exports{store: c.store}
 	for _, l := range ls.nbd {
 		// A client on another host outlives this one: what it was told is
 		// written must be.
 		remote := l.Addr().Network() != "unix"
-		s := &nbd.Server{Exports: exports, Log: c.log, Durable: remote}
+		s := &nbd.Server{Exports: c.exports, Log: c.log, Durable: remote}
 		if remote {
 			s.TLS = tlsConf
 			if tlsConf == nil {

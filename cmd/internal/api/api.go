@@ -65,6 +65,77 @@ type Status struct {
 	StateDir   string   `json:"state_dir"`
 	IndexBytes int64    `json:"index_bytes"`
 	Groups     []Group  `json:"groups"`
+
+	Scratches []Scratch `json:"scratches"`
+}
+
+// Scratch is a writable export of a group's disks as they were: an answer to POST /v1/scratches, and one of Status.
+type Scratch struct {
+	Name      string        `json:"name"`
+	Group     string        `json:"group"`
+	Point     string        `json:"point"`
+	LSN       uint64        `json:"lsn"`
+	Created   time.Time     `json:"created"`
+	Once      bool          `json:"once"` // goes when its last client is gone
+	Clients   int           `json:"clients"`
+	Disks     []ScratchDisk `json:"disks"`
+	Promotion *Promotion    `json:"promotion,omitempty"`
+	Error     string        `json:"error,omitempty"` // why it can not be opened
+}
+
+// ScratchDisk is a disk of a scratch export.
+type ScratchDisk struct {
+	Name    string `json:"name"`
+	Export  string `json:"export"` // its NBD name
+	Size    int64  `json:"size"`
+	Written int64  `json:"written"` // bytes that are not the past's
+}
+
+// Promotion is how far a scratch export is on its way to be a group.
+type Promotion struct {
+	Group  string `json:"group"`
+	Filled int64  `json:"filled"` // bytes of the disks
+	Done   bool   `json:"done"`
+	Error  string `json:"error,omitempty"` // why it broke off
+}
+
+// ScratchRequest is the body of POST /v1/scratches.
+type ScratchRequest struct {
+	Group string `json:"group"`
+	Disk  string `json:"disk,omitempty"` // all that the group had then, if empty
+	Point string `json:"point"`
+	Name  string `json:"name,omitempty"`
+	Once  bool   `json:"once,omitempty"`
+}
+
+// PromoteRequest is the body of POST /v1/scratches/NAME/promote.
+type PromoteRequest struct {
+	Group string `json:"group"` // a new one
+	Dir   string `json:"dir"`   // where the backings are to be
+}
+
+// RollbackRequest is the body of POST /v1/groups/GROUP/rollback.
+type RollbackRequest struct {
+	Point string `json:"point"`
+	Force bool   `json:"force,omitempty"` // cut clients off
+}
+
+// RolledBack is the answer to it.
+type RolledBack struct {
+	Group     string           `json:"group"`
+	Point     string           `json:"point"`
+	LSN       uint64           `json:"lsn"`
+	Before    string           `json:"before"` // label of the state before
+	BeforeLSN uint64           `json:"before_lsn"`
+	Head      uint64           `json:"head"`
+	Disks     []RolledBackDisk `json:"disks"`
+	Untouched []string         `json:"untouched"` // disks that came to the group later
+}
+
+// RolledBackDisk says how much of a disk differed.
+type RolledBackDisk struct {
+	Name    string `json:"name"`
+	Written int64  `json:"written"` // bytes
 }
 
 // Group is a group's state.
@@ -363,6 +434,30 @@ func (c *Client) Definitions(ctx context.Context, group, point string) (d Defini
 func (c *Client) Thaw(ctx context.Context, group string) (t Thawed, err error) {
 	err = c.do(ctx, http.MethodPost, groupPath(group, "/thaw"), nil, &t)
 	return t, err
+}
+
+// Rollback takes a group back to a point.
+func (c *Client) Rollback(ctx context.Context, group string, r RollbackRequest) (d RolledBack, err error) {
+	err = c.do(ctx, http.MethodPost, groupPath(group, "/rollback"), r, &d)
+	return d, err
+}
+
+// Scratch makes a scratch export.
+func (c *Client) Scratch(ctx context.Context, r ScratchRequest) (s Scratch, err error) {
+	err = c.do(ctx, http.MethodPost, "/v1/scratches", r, &s)
+	return s, err
+}
+
+// Promote begins to make a scratch export a group.
+func (c *Client) Promote(ctx context.Context, name string, r PromoteRequest) (s Scratch, err error) {
+	err = c.do(ctx, http.MethodPost, "/v1/scratches/"+url.PathEscape(name)+"/promote", r, &s)
+	return s, err
+}
+
+// Unexport throws a scratch export away.
+func (c *Client) Unexport(ctx context.Context, name string, force bool) (s Scratch, err error) {
+	err = c.do(ctx, http.MethodDelete, "/v1/scratches/"+url.PathEscape(name)+"?force="+strconv.FormatBool(force), nil, &s)
+	return s, err
 }
 
 // Reload has the configuration read again.

@@ -66,6 +66,8 @@ const (
 	ErrENOMEM = uint32(12)
 	ErrEINVAL = protocol.TRANSMISSION_ERROR_EINVAL
 	ErrENOSPC = uint32(28)
+
+	ErrESHUTDOWN = uint32(108)
 )
 
 // Sizes of headers in bytes: of a request, of a simple reply, of a chunk of a structured one.
