@@ -36,6 +36,7 @@ var mayImport = map[string][]string{
 	"guest":                   {"journal/record"},
 	"restore":                 {"journal/record"},
 	"restore/export":          {"nbd"},
+	"restore/guestfs":         {"nbd", "restore/export"},
 	"fuzz":                    {},
 	"cmd/internal/bench":      {"nbd", "cmd/internal/api"},
 	"cmd/internal/build":      {},
