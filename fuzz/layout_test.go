@@ -7,12 +7,12 @@ import (
 	"github.com/tidemark-cdp/tidemark/restore/guestfs"
 )
 
-// disk is a guest's disk: its beginning, its end, and zeroes between them.
-type disk struct{ head, tail []byte }
+// sparseDisk is a guest's disk: its beginning, its end, and zeroes between them.
+type sparseDisk struct{ head, tail []byte }
 
-func (d disk) Size() int64 { return 64 << 20 }
+func (d sparseDisk) Size() int64 { return 64 << 20 }
 
-func (d disk) ReadAt(p []byte, off int64) error {
+func (d sparseDisk) ReadAt(p []byte, off int64) error {
 	if off < 0 || off > d.Size()-int64(len(p)) {
 		return errors.New("read outside of the disk")
 	}
@@ -39,7 +39,7 @@ func FuzzLayout(f *testing.F) {
 	f.Add(append(make([]byte, 512), "EFI PART\x00\x00\x01\x00\x5c\x00\x00\x00"...), []byte("EFI PART"))
 	f.Add(append(make([]byte, 512), "LABELONE\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x20\x00\x00\x00LVM2 001"...), []byte{})
 	f.Fuzz(func(t *testing.T, head, tail []byte) {
-		disks := map[string]guestfs.Disk{"vda": disk{head, tail}}
+		disks := map[string]guestfs.Disk{"vda": sparseDisk{head, tail}}
 		l, err := guestfs.Read(disks)
 		if err != nil {
 			t.Fatal(err)
