@@ -37,6 +37,7 @@ var mayImport = map[string][]string{
 	"restore":                 {"journal/record"},
 	"restore/export":          {"nbd"},
 	"restore/guestfs":         {"nbd", "restore/export"},
+	"restore/mount":           {"nbd"},
 	"fuzz":                    {},
 	"cmd/internal/bench":      {"nbd", "cmd/internal/api"},
 	"cmd/internal/build":      {},
@@ -64,6 +65,7 @@ var keptTo = map[string]struct {
 	"github.com/prometheus/client_golang": {[]string{"cmd"}, "metrics registries are the programs'"},
 	"golang.org/x/time":                   {[]string{"cmd/tidemarkd"}, "who may ask how often is the daemon's"},
 	"github.com/schollz/progressbar":      {[]string{"cmd/tidemark"}, "the terminal is the client's"},
+	"github.com/hanwen/go-fuse":           {[]string{"restore/mount"}, "go-fuse's types stay there"},
 }
 
 type pkg struct {

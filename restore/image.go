@@ -105,12 +105,16 @@ func writeBeside(ctx context.Context, src Source, path string, nf *noteFile, o O
 	partial := partialPath(path)
 	n := o.note(path, src.Size())
 	was, ok := nf.read()
-	ok = ok && was.goesOn(n) && !o.Fresh
+	if ok = ok && was.goesOn(n) && !o.Fresh; ok {
+		_, serr := os.Lstat(partial)
+		ok = serr == nil
+	}
 	flags := os.O_RDWR | os.O_CREATE | unix.O_NOFOLLOW
 	if !ok {
 		flags |= os.O_TRUNC
-	} else if _, serr := os.Lstat(partial); serr != nil {
-		ok = false
+		if err := nf.begin(n); err != nil {
+			return errors.Join(err, nf.close())
+		}
 	}
 	f, err := os.OpenFile(partial, flags, 0o600)
 	if err != nil {
@@ -231,9 +235,9 @@ func Onto(ctx context.Context, src Source, dst Target, name, noteDir string, o O
 	if err != nil {
 		return fmt.Errorf("restore to %s: %w", name, err)
 	}
-	n := o.note(name, src.Size())
-	if was, ok := nf.read(); ok && was.goesOn(n) && !o.Fresh {
-		n = was
+	n, err := goOn(nf, dst, o.note(name, src.Size()), o.Fresh)
+	if err != nil {
+		return fmt.Errorf("restore to %s: %w", name, errors.Join(err, nf.close()))
 	}
 	j := &job{src: src, dst: dst, changed: o.Changed, progress: o.Progress}
 	j.mu.done = n.Done
@@ -253,12 +257,27 @@ func Onto(ctx context.Context, src Source, dst Target, name, noteDir string, o O
 	return nf.remove()
 }
 
-func inPlace(ctx context.Context, j *job, n note, nf *noteFile) error {
-	if f, ok := j.dst.(*File); ok {
-		if err := f.unstamp(); err != nil {
-			return err
+// goOn is the note of a target in place: the one that an earlier attempt left, if it is of the same work and the target carries its
+// mark still, or a new one, which is durable before the target is touched. An export carries no mark, and begins anew.
+func goOn(nf *noteFile, dst Target, n note, fresh bool) (note, error) {
+	f, ok := dst.(*File)
+	if !ok {
+		return n, nf.begin(n)
+	}
+	if was, found := nf.read(); found && !fresh && was.Mark != "" {
+		n.Mark = was.Mark
+		if was.goesOn(n) && f.marked() == was.Mark {
+			return was, nil
 		}
 	}
+	n.Mark = f.newMark()
+	if err := nf.begin(n); err != nil {
+		return n, err
+	}
+	return n, f.unstamp(n.Mark)
+}
+
+func inPlace(ctx context.Context, j *job, n note, nf *noteFile) error {
 	if err := nf.saving(ctx, n, j, func() (int64, error) { return 0, nil }); err != nil {
 		return err
 	}

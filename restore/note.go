@@ -31,6 +31,7 @@ type note struct {
 	Size   int64  `json:"size"`
 	Format string `json:"format"`
 	Next   int64  `json:"next,omitempty"` // of a qcow2 image, see type qcow2
+	Mark   string `json:"mark,omitempty"` // what tells a target in place from what else may come by its name
 	Done   bitmap `json:"done"`           // spans
 }
 
@@ -48,7 +49,7 @@ type noteFile struct {
 // openNote opens and locks a note, making it if need be.
 func openNote(path string) (*noteFile, error) {
 	for {
-		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 		if err != nil {
 			return nil, err
 		}
@@ -99,6 +100,14 @@ func (nf *noteFile) write(n note) error {
 	return errors.Join(nf.f.Truncate(int64(len(b))), nf.f.Sync())
 }
 
+// begin replaces what the file says by a note of other work, before that begins: a mix of both would be believed.
+func (nf *noteFile) begin(n note) error {
+	if err := errors.Join(nf.f.Truncate(0), nf.f.Sync()); err != nil {
+		return err
+	}
+	return nf.write(n)
+}
+
 func (nf *noteFile) close() error { return nf.f.Close() }
 
 func (nf *noteFile) remove() error { return errors.Join(os.Remove(nf.path), nf.f.Close()) }
@@ -108,6 +117,18 @@ func Left(path string) (Origin, bool) { return leftAt(notePath(path)) }
 
 // LeftOnto is Left of a target that is written in place.
 func LeftOnto(dir, target string) (Origin, bool) { return leftAt(notePathOnto(dir, target)) }
+
+// Unfinished reports whether a file in place is what an earlier restore of the same origin left unfinished.
+func Unfinished(dir, target string, f *File, o Origin) bool {
+	file, err := os.Open(notePathOnto(dir, target))
+	if err != nil {
+		return false
+	}
+	defer file.Close()
+	n, found := decodeNote(file)
+	o.Point = n.Point // the same LSN under another name
+	return found && n.Origin == o && n.Mark != "" && n.Mark == f.marked()
+}
 
 func leftAt(path string) (Origin, bool) {
 	f, err := os.Open(path)
@@ -123,7 +144,7 @@ func leftAt(path string) (Origin, bool) {
 func (n note) goesOn(o note) bool {
 	a, b := n.Origin, o.Origin
 	a.Point, b.Point = "", "" // the same LSN under another name
-	return a == b && n.Target == o.Target && n.Size == o.Size && n.Format == o.Format
+	return a == b && n.Mark == o.Mark && n.Target == o.Target && n.Size == o.Size && n.Format == o.Format
 }
 
 // saveEvery is how often it is noted how far a restore is.

@@ -51,13 +51,45 @@ func newQCOW2(f *os.File, size, next int64) (*qcow2, error) {
 		return nil, fmt.Errorf("read the L1 table: %w", err)
 	}
 	for i := range q.l1 {
-		q.l1[i] = binary.BigEndian.Uint64(b[8*i:])
-		if at := q.l1[i] &^ copied; at%cluster != 0 || at >= uint64(next)*cluster {
-			return nil, fmt.Errorf("the image's L1 table is damaged: begin anew with --restart")
+		if e := binary.BigEndian.Uint64(b[8*i:]); q.known(e) {
+			q.l1[i] = e
 		}
+	}
+	if err := q.scrub(); err != nil {
+		return nil, err
 	}
 	// What stands behind is of no table: clusters are zeroes when they are taken.
 	return q, f.Truncate(q.next * cluster)
+}
+
+// known reports whether an entry names a cluster that was taken when it was last noted how far the image is. Tables may have
+// been written since.
+func (q *qcow2) known(e uint64) bool {
+	at := e &^ copied
+	return at%cluster == 0 && at < uint64(q.next)*cluster
+}
+
+// scrub forgets what the tables name beyond what was noted: those clusters are taken anew.
+func (q *qcow2) scrub() error {
+	for i := range q.l1 {
+		if q.l1[i] == 0 {
+			continue
+		}
+		t, err := q.table(i)
+		if err != nil {
+			return err
+		}
+		for k, e := range t.entries {
+			if !q.known(e) {
+				t.entries[k], t.dirty = 0, true
+			}
+		}
+		if _, err := q.flush(); err != nil {
+			return err
+		}
+	}
+	_, err := q.flush()
+	return err
 }
 
 func clusters(bytes int64) int64 { return (bytes + cluster - 1) / cluster }

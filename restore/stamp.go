@@ -1,10 +1,12 @@
 package restore
 
 import (
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -56,19 +58,56 @@ func StampedAt(path string) (Origin, error) {
 	return (&File{f: f, path: path}).Stamped()
 }
 
-// unstamp is called before the file is written.
-func (t *File) unstamp() error {
+// markName is an extended attribute of a file that is being written in place: it is the note's.
+const markName = "user.tidemark.restoring"
+
+// newMark is a mark for a file, or what tells a device from every other that may have its name.
+func (t *File) newMark() string {
+	if t.device {
+		return t.marked()
+	}
+	return rand.Text()
+}
+
+// marked is the mark that the file carries; empty if there is none.
+func (t *File) marked() string {
+	if t.device {
+		return deviceMark(t.f)
+	}
+	b := make([]byte, 64)
+	n, err := unix.Fgetxattr(int(t.f.Fd()), markName, b)
+	if err != nil {
+		return ""
+	}
+	return string(b[:n])
+}
+
+// deviceMark is a device's number, its sequence number (each disk has another one) and the start of the host.
+func deviceMark(f *os.File) string {
+	var st unix.Stat_t
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil || unix.Fstat(int(f.Fd()), &st) != nil {
+		return ""
+	}
+	seq, err := os.ReadFile(fmt.Sprintf("/sys/dev/block/%d:%d/diskseq", unix.Major(st.Rdev), unix.Minor(st.Rdev)))
+	if err != nil {
+		return "" // a partition, or an older kernel
+	}
+	return fmt.Sprintf("%s %d:%d %s", strings.TrimSpace(string(boot)), unix.Major(st.Rdev), unix.Minor(st.Rdev), strings.TrimSpace(string(seq)))
+}
+
+// unstamp is called before the file is written: it carries a mark then, and no stamp.
+func (t *File) unstamp(mark string) error {
 	if t.device {
 		return nil
 	}
-	err := unix.Fremovexattr(int(t.f.Fd()), stampName)
-	if err == nil {
-		return t.f.Sync() // before a byte is: a crash must not leave a stamp on a mix
+	fd := int(t.f.Fd())
+	for _, err := range []error{unix.Fremovexattr(fd, stampName), unix.Fsetxattr(fd, markName, []byte(mark), 0)} {
+		if err != nil && !errors.Is(err, unix.ENODATA) && !errors.Is(err, unix.EOPNOTSUPP) {
+			return fmt.Errorf("mark %s: %w", t.path, err)
+		}
 	}
-	if errors.Is(err, unix.ENODATA) || errors.Is(err, unix.EOPNOTSUPP) {
-		return nil
-	}
-	return os.NewSyscallError("fremovexattr", err)
+	return t.f.Sync() // before a byte is: a crash must not leave a stamp on a mix
 }
 
 // stamp is called when the file is written and synced.
@@ -88,5 +127,6 @@ func (t *File) stamp(o Origin) error {
 	if err := unix.Fsetxattr(int(t.f.Fd()), stampName, b, 0); err != nil {
 		return nil // a file system without attributes: the file goes without
 	}
+	_ = unix.Fremovexattr(int(t.f.Fd()), markName) // an image that is made anew has none
 	return t.f.Sync()
 }

@@ -381,7 +381,7 @@ func (t *target) write(ctx context.Context, src *client.Client, o restore.Option
 // isCopy fails if a file is not known to be the disk as of the LSN since which it is to get the changes.
 func (t *target) isCopy(f *restore.File, size int64) error {
 	was, err := f.Stamped()
-	_, unfinished := t.left()
+	unfinished := restore.Unfinished(noteDir(), t.name(), f, t.r.origin(t.disk))
 	switch {
 	case f.Size() != size && !f.Device():
 		return fmt.Errorf("%s has %d bytes, the disk %d: it is no copy", t.to, f.Size(), size)

@@ -8,6 +8,7 @@
 // anything is read. The caller must Close the client. Clients are safe for concurrent use.
 //
 // The protocol is doc/proto.md of github.com/NetworkBlockDevice/nbd.
+// With SetTimeout no call waits longer than that for its answer.
 // Limits: fixed newstyle servers with GO and structured replies; no reconnection.
 package client
 
@@ -21,7 +22,9 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/pojntfx/go-nbd/pkg/protocol"
 
@@ -44,6 +47,9 @@ type Client struct {
 	flags    uint16
 	contexts map[string]uint32 // the number of each metadata context that was agreed on
 	readerWG sync.WaitGroup
+
+	timeout atomic.Int64  // nanoseconds; 0: none
+	ended   chan struct{} // closed when the reader has ended
 
 	wmu sync.Mutex // held while a request is sent
 
@@ -79,7 +85,7 @@ func Dial(ctx context.Context, network, addr, export string, tlsConf *tls.Config
 	if err != nil {
 		return nil, fmt.Errorf("connect to the NBD server: %w", err)
 	}
-	c := &Client{c: nc, contexts: map[string]uint32{}}
+	c := &Client{c: nc, contexts: map[string]uint32{}, ended: make(chan struct{})}
 	c.mu.waiting = map[uint64]*call{}
 	stop := context.AfterFunc(ctx, func() { _ = nc.Close() })
 	defer stop()
@@ -208,6 +214,7 @@ func (c *Client) send(flags, typ uint16, off uint64, n uint32, payload []byte, c
 	if len(payload) > 0 {
 		bufs = append(bufs, payload)
 	}
+	stop := c.watch(cl)
 	c.wmu.Lock()
 	_, err := bufs.WriteTo(c.c)
 	c.wmu.Unlock()
@@ -215,7 +222,27 @@ func (c *Client) send(flags, typ uint16, off uint64, n uint32, payload []byte, c
 		c.fail(err)
 	}
 	<-cl.done
+	stop()
 	return cl.err
+}
+
+// SetTimeout bounds how long calls from now on wait for their answer: one that does not come in that time
+// ends the connection, for all calls. 0: for ever.
+func (c *Client) SetTimeout(d time.Duration) { c.timeout.Store(int64(d)) }
+
+// watch ends the connection if a call takes too long. The reader may be writing to the call's buffer:
+// it ends before the call does.
+func (c *Client) watch(cl *call) (stop func()) {
+	d := time.Duration(c.timeout.Load())
+	if d == 0 {
+		return func() {}
+	}
+	t := time.AfterFunc(d, func() {
+		_ = c.c.Close()
+		<-c.ended
+		c.fail(fmt.Errorf("no answer for %v: %w", d, syscall.ETIMEDOUT))
+	})
+	return func() { t.Stop() }
 }
 
 // fail ends every call that waits and all that follow.
@@ -234,6 +261,7 @@ func (c *Client) fail(err error) {
 
 // receive reads replies until the stream ends.
 func (c *Client) receive() {
+	defer close(c.ended)
 	for {
 		if err := c.chunk(); err != nil {
 			c.fail(err)

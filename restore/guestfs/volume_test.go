@@ -343,7 +343,9 @@ func mend(m image) {
 	if string(m[512:520]) != "LABELONE" {
 		return
 	}
-	put := func(at int, v uint32) { m[at], m[at+1], m[at+2], m[at+3] = byte(v), byte(v>>8), byte(v>>16), byte(v>>24) }
+	put := func(at int, v uint32) {
+		m[at], m[at+1], m[at+2], m[at+3] = byte(v), byte(v>>8), byte(v>>16), byte(v>>24)
+	}
 	put(512+16, lvmSum(m[512+20:1024]))
 	le := func(at int) int { return int(m[at]) | int(m[at+1])<<8 | int(m[at+2])<<16 }
 	off, n := le(4096+40), le(4096+48)

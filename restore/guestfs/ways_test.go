@@ -1,0 +1,362 @@
+package guestfs
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sort"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"go.uber.org/zap/zaptest"
+	"golang.org/x/sys/unix"
+
+	"github.com/tidemark-cdp/tidemark/restore/mount"
+)
+
+// file is an image in a file.
+type file struct {
+	*os.File
+	size int64
+}
+
+func (f file) Size() int64 { return f.size }
+
+func (f file) ReadAt(p []byte, off int64) error {
+	_, err := f.File.ReadAt(p, off)
+	return err
+}
+
+func openFile(t testing.TB, path string) file {
+	t.Helper()
+	f, err := os.Open(path)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = f.Close() })
+	info, err := f.Stat()
+	require.NoError(t, err)
+	return file{f, info.Size()}
+}
+
+// entry is all that a file is.
+type entry struct {
+	mode   fs.FileMode
+	uid    uint32
+	gid    uint32
+	nlink  uint64
+	size   int64
+	mtime  time.Time
+	rdev   uint64
+	target string
+	xattrs string
+	sum    [32]byte
+}
+
+// inventory is everything below a directory.
+func inventory(t testing.TB, dir string) map[string]entry {
+	t.Helper()
+	all := map[string]entry{}
+	root := dir + "/." // a descriptor's path is a link
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		info, err := os.Lstat(path)
+		if err != nil {
+			return err
+		}
+		st := info.Sys().(*syscall.Stat_t)
+		e := entry{mode: info.Mode(), uid: st.Uid, gid: st.Gid, mtime: info.ModTime(), rdev: st.Rdev}
+		if !info.IsDir() {
+			e.nlink, e.size = st.Nlink, info.Size()
+		}
+		switch {
+		case info.Mode()&fs.ModeSymlink != 0:
+			e.target, err = os.Readlink(path)
+		case info.Mode().IsRegular():
+			e.sum, err = sum(path)
+		}
+		if err != nil {
+			return err
+		}
+		e.xattrs = xattrs(path)
+		all[strings.TrimPrefix(path, dir)] = e
+		return nil
+	})
+	require.NoError(t, err)
+	return all
+}
+
+func sum(path string) (s [32]byte, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return s, err
+	}
+	defer f.Close()
+	h := sha256.New()
+	buf, zeroes := make([]byte, 256<<10), make([]byte, 256<<10)
+	for off := int64(0); ; {
+		n, err := io.ReadFull(f, buf)
+		if n == 0 || err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
+			if errors.Is(err, io.EOF) {
+				err = nil
+			}
+			_, _ = fmt.Fprint(h, off)
+			return [32]byte(h.Sum(nil)), err
+		}
+		if !bytes.Equal(buf[:n], zeroes[:n]) { // holes are long
+			_, _ = fmt.Fprint(h, off)
+			_, _ = h.Write(buf[:n])
+		}
+		off += int64(n)
+	}
+}
+
+func xattrs(path string) string {
+	b := make([]byte, 64<<10)
+	n, err := unix.Llistxattr(path, b)
+	if err != nil || n == 0 {
+		return ""
+	}
+	names := strings.Split(strings.TrimRight(string(b[:n]), "\x00"), "\x00")
+	sort.Strings(names)
+	var all []string
+	for _, name := range names {
+		v := make([]byte, 64<<10)
+		n, err := unix.Lgetxattr(path, name, v)
+		if err != nil {
+			all = append(all, fmt.Sprintf("%s: %v", name, err))
+			continue
+		}
+		all = append(all, fmt.Sprintf("%s=%x", name, v[:n]))
+	}
+	return strings.Join(all, " ")
+}
+
+// zoo makes files of every kind that a file system of Unix has, and some that are hard to read.
+const zoo = `
+set -e
+umask 022
+mkdir many deep names links holes
+i=0; while [ $i -lt $MANY ]; do echo "file $i" >many/a-rather-long-name-so-that-the-directory-grows-$i; i=$((i+1)); done
+d=deep; for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do d=$d/level-$i; mkdir $d; echo $i >$d/f; done
+for n in 'with space' 'ünïcode' '日本語の名前' 'кириллица' 'עברית' '🌊tide' '-dash' '.hidden' 'new
+line' 'trailing.'; do echo "$n" >"names/$n"; done
+head -c 255 /dev/zero | tr '\0' n >/tmp/zoo.name.$$; : >"names/$(cat /tmp/zoo.name.$$)"; rm /tmp/zoo.name.$$
+head -c 20 /dev/urandom >tiny
+head -c 3000 /dev/urandom >small
+head -c 5000000 /dev/urandom >large
+truncate -s 1M holes/empty
+truncate -s $SPARSE holes/big; printf x | dd of=holes/big bs=1 seek=$((SPARSE-1)) conv=notrunc status=none
+printf y | dd of=holes/big bs=1 seek=123456789 conv=notrunc status=none
+dd if=/dev/urandom of=frag-a bs=4k count=1 status=none; : >frag-b
+i=0; while [ $i -lt 300 ]; do dd if=/dev/urandom bs=4k count=1 status=none >>frag-a; dd if=/dev/urandom bs=4k count=1 status=none >>frag-b; [ $((i%50)) -ne 0 ] || sync; i=$((i+1)); done
+`
+
+const zooUnix = `
+echo linked >links/one; ln links/one links/two; ln links/one deep/three
+ln -s one links/fast; ln -s "$(head -c 200 /dev/zero | tr '\0' s)" links/slow; ln -s ../../../../../etc/passwd links/out; ln -s /links/one links/abs
+mkfifo fifo; mknod node c 1 3
+chmod 4755 small; chmod 0 tiny; chown 1000:1001 large; chmod 1777 names
+touch -d '1999-12-31 23:59:59' large; touch -h -d '2001-01-01' links/fast
+`
+
+const zooXattr = `
+python3 - <<'X'
+import os
+os.setxattr('small', 'user.short', b'v'); os.setxattr('large', 'user.long', b'x' * 3000); os.setxattr('many', 'user.dir', b'\0\1\2'); os.setxattr('small', 'security.selinux', b'system_u:object_r:etc_t:s0\0')
+X
+`
+
+type kind struct {
+	name  string
+	mkfs  []string
+	mount string // type for mount
+	parts []string
+	dirty bool // a copy made while it is mounted is one that recovery makes good
+	size  int64
+}
+
+var kinds = []kind{
+	{"ext4", []string{"mkfs.ext4", "-q", "-F", "-O", "inline_data", "-I", "256"}, "ext4", []string{zoo, zooUnix, zooXattr}, true, 512 << 20},
+	{"ext4-1k", []string{"mkfs.ext4", "-q", "-F", "-b", "1024", "-O", "^extent,^64bit"}, "ext4", []string{zoo, zooUnix, zooXattr}, true, 256 << 20},
+	{"ext3", []string{"mkfs.ext3", "-q", "-F"}, "ext3", []string{zoo, zooUnix, zooXattr}, true, 512 << 20},
+	{"ext2", []string{"mkfs.ext2", "-q", "-F"}, "ext2", []string{zoo, zooUnix, zooXattr}, false, 512 << 20},
+	{"xfs", []string{"mkfs.xfs", "-q", "-f"}, "xfs", []string{zoo, zooUnix, zooXattr}, true, 512 << 20},
+	{"btrfs", []string{"mkfs.btrfs", "-q", "-f"}, "btrfs", []string{zoo, zooUnix, zooXattr}, true, 512 << 20},
+	{"vfat", []string{"mkfs.vfat", "-F", "32"}, "vfat", nil, false, 256 << 20}, // for the isolated way: not every kernel has it
+	{"ntfs", []string{"mkfs.ntfs", "-q", "-F", "-f"}, "ntfs-3g", nil, false, 256 << 20},
+}
+
+const zooPlain = `
+set -e
+mkdir many deep; i=0; while [ $i -lt 300 ]; do echo "file $i" >many/a-rather-long-name-$i; i=$((i+1)); done
+for n in 'with space' 'ünïcode' '日本語の名前' 'кириллица'; do echo "$n" >"$n"; done
+head -c 5000000 /dev/urandom >large; head -c 20 /dev/urandom >tiny; : >empty
+`
+
+// population is an image with a zoo: one of a clean file system, and, of those that can be, one as a power cut leaves it.
+type population struct {
+	clean, dirty string
+}
+
+func populate(t testing.TB, k kind, many int, large int64) (p population) {
+	t.Helper()
+	needRoot(t)
+	need(t, k.mkfs[0], "losetup", "mount", "python3")
+	p.clean = sparse(t, k.size)
+	tool(t, "", k.mkfs[0], append(k.mkfs[1:], p.clean)...)
+	mnt := t.TempDir()
+	loop := strings.TrimSpace(tool(t, "", "losetup", "-f", "--show", p.clean))
+	defer func() { _ = exec.Command("losetup", "-d", loop).Run() }()
+	tool(t, "", "mount", "-t", k.mount, loop, mnt)
+	mounted := true
+	defer func() {
+		if mounted {
+			_ = exec.Command("umount", mnt).Run()
+		}
+	}()
+	script := strings.Join(k.parts, "")
+	if script == "" {
+		script = zooPlain
+	}
+	env := fmt.Sprintf("MANY=%d\nSPARSE=%d\ncd '%s'\n", many, large, mnt)
+	tool(t, env+script, "sh", "-e")
+	if k.dirty {
+		// Synced files, then more that were synced alone, and one that is open and has no name: then the power goes.
+		tool(t, "", "sync", "-f", mnt)
+		open, err := os.Create(filepath.Join(mnt, "deleted-while-open"))
+		require.NoError(t, err)
+		_, err = open.Write(bytes.Repeat([]byte("gone"), 100000))
+		require.NoError(t, err)
+		require.NoError(t, open.Sync())
+		require.NoError(t, os.Remove(open.Name()))
+		tool(t, "cd '"+mnt+"'; rm -r deep/level-1/level-2; mkdir after; i=0; while [ $i -lt 50 ]; do echo $i >after/$i; i=$((i+1)); done; mv small after/moved; sync after/* after .", "sh", "-e")
+		p.dirty = sparse(t, k.size)
+		// What the kernel has not written to the device is lost: the loop device is read past the file system.
+		tool(t, "", "dd", "if="+p.clean, "of="+p.dirty, "bs=1M", "conv=sparse,notrunc", "status=none")
+		require.NoError(t, open.Close())
+	}
+	tool(t, "", "umount", mnt)
+	mounted = false
+	return p
+}
+
+// reference is what the kernel's own mount of a copy shows.
+func reference(t testing.TB, k kind, image string) map[string]entry {
+	t.Helper()
+	copied := sparse(t, k.size)
+	tool(t, "", "dd", "if="+image, "of="+copied, "bs=1M", "conv=sparse,notrunc", "status=none")
+	mnt := t.TempDir()
+	loop := strings.TrimSpace(tool(t, "", "losetup", "-f", "--show", copied))
+	defer func() { _ = exec.Command("losetup", "-d", loop).Run() }()
+	options := "ro"
+	if k.mount == "xfs" {
+		options = "ro,nouuid"
+	}
+	tool(t, "", "mount", "-t", k.mount, "-o", options, loop, mnt)
+	defer tool(t, "", "umount", mnt)
+	return inventory(t, mnt)
+}
+
+// newWay is a way to read, and a name for it.
+func kernelWay(t testing.TB) Way {
+	needRoot(t)
+	dir := t.TempDir()
+	d, err := mount.ServeDevices(dir)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, d.Close()) })
+	return &Kernel{Attach: d.Add, Dir: t.TempDir()}
+}
+
+// open opens an image's volumes.
+func open(t testing.TB, w Way, disks map[string]Disk) Opened {
+	t.Helper()
+	l, err := Read(disks)
+	require.NoError(t, err)
+	dir := t.TempDir()
+	var devices []*Device
+	for _, v := range l.Volumes {
+		d, err := NewDevice(v, disks, dir)
+		require.NoError(t, err)
+		devices = append(devices, d)
+	}
+	o, err := w.Open(context.Background(), devices)
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		require.NoError(t, o.Close())
+		for _, d := range devices {
+			require.NoError(t, d.Close())
+		}
+	})
+	return o
+}
+
+func same(t testing.TB, want, got map[string]entry) {
+	t.Helper()
+	for path, w := range want {
+		g, ok := got[path]
+		require.True(t, ok, "%q is missing", path)
+		if !w.mtime.Equal(g.mtime) {
+			require.Equal(t, w.mtime, g.mtime, path)
+		}
+		w.mtime, g.mtime = time.Time{}, time.Time{}
+		require.Equal(t, w, g, path)
+	}
+	for path := range got {
+		require.Contains(t, want, path)
+	}
+}
+
+// TestTheKernelsWay compares every file of every kind of file system with the kernel's own mount, clean and as a power cut
+// leaves it.
+func TestTheKernelsWay(t *testing.T) {
+	for _, k := range kinds {
+		if k.name == "vfat" {
+			continue
+		}
+		t.Run(k.name, func(t *testing.T) {
+			many, large := 2000, int64(1<<30)
+			if k.name == "ext4" || k.name == "xfs" {
+				many, large = 20000, 3<<30
+			}
+			p := populate(t, k, many, large)
+			w := kernelWay(t)
+			for name, image := range map[string]string{"clean": p.clean, "dirty": p.dirty} {
+				if image == "" {
+					continue
+				}
+				t.Run(name, func(t *testing.T) {
+					want := reference(t, k, image)
+					require.Greater(t, len(want), 300)
+					before, err := sum(image)
+					require.NoError(t, err)
+					dir, err := open(t, w, map[string]Disk{"vda": openFile(t, image)}).Dir(context.Background(), "vda")
+					require.NoError(t, err)
+					same(t, want, inventory(t, dir))
+					after, err := sum(image)
+					require.NoError(t, err)
+					require.Equal(t, before, after, "the disk is not written")
+					if name == "dirty" {
+						require.Contains(t, want, "/after/49")
+						require.NotContains(t, want, "/deleted-while-open")
+					}
+				})
+			}
+		})
+	}
+}
+
+// isolatedWay is the way by libguestfs.
+func isolatedWay(t testing.TB) *Isolated {
+	return &Isolated{Dir: t.TempDir(), Log: zaptest.NewLogger(t)}
+}
