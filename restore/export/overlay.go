@@ -53,36 +53,51 @@ type Overlay struct {
 	failed atomic.Pointer[error]
 }
 
-// Open opens an overlay, or makes it. Its data is in the file at path, its maps in files whose names begin with maps.
+// Create makes an overlay in new files: its data at path, its maps in files whose names begin with maps.
+func Create(path, maps string, base Base, o Options) (*Overlay, error) {
+	return openFiles(path, maps, base, o, true)
+}
+
+// Open opens an overlay that Create made. What is missing, or of another size, is an error: to make it anew would be to
+// forget what was written.
 func Open(path, maps string, base Base, o Options) (*Overlay, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	return openFiles(path, maps, base, o, false)
+}
+
+func openFiles(path, maps string, base Base, o Options, create bool) (*Overlay, error) {
+	boot, err := bootID()
 	if err != nil {
 		return nil, err
 	}
-	boot, err := bootID()
-	if err != nil {
-		return nil, errors.Join(err, f.Close())
+	flags := os.O_RDWR
+	if create {
+		flags |= os.O_CREATE | os.O_EXCL
 	}
-	ov, err := open(f, maps, boot, base, o)
+	f, err := os.OpenFile(path, flags, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	ov, err := open(f, maps, boot, base, o, create)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("overlay %s: %w", path, err), f.Close())
 	}
 	return ov, nil
 }
 
-func open(f *os.File, maps, boot string, base Base, o Options) (*Overlay, error) {
+func open(f *os.File, maps, boot string, base Base, o Options, create bool) (*Overlay, error) {
+	if create {
+		if err := f.Truncate(base.Size()); err != nil {
+			return nil, err
+		}
+	}
 	info, err := f.Stat()
 	if err != nil {
 		return nil, err
 	}
-	if size := info.Size(); size == 0 {
-		if err := f.Truncate(base.Size()); err != nil {
-			return nil, err
-		}
-	} else if size != base.Size() {
+	if size := info.Size(); size != base.Size() {
 		return nil, fmt.Errorf("it has %d bytes, the disk %d", size, base.Size())
 	}
-	m, err := openMap(maps, boot, base.Size())
+	m, err := newMap(maps, boot, base.Size(), create)
 	if err != nil {
 		return nil, err
 	}
@@ -237,8 +252,7 @@ func (ov *Overlay) change(c nbd.Change) error {
 	} else if _, err := ov.f.WriteAt(c.Buf, c.Off); err != nil {
 		return fmt.Errorf("write overlay: %w", err)
 	}
-	ov.m.set(first, n)
-	return nil
+	return ov.m.set(first, n)
 }
 
 // copyUp takes those of n blocks that do not stand in the file from the base. Their part of the disk is locked.
@@ -251,8 +265,7 @@ func (ov *Overlay) copyUp(first, n int64) error {
 		if err := ov.copyRun(off, n); err != nil {
 			return err
 		}
-		ov.m.set(off/Block, (n+Block-1)/Block)
-		return nil
+		return ov.m.set(off/Block, (n+Block-1)/Block)
 	})
 }
 
@@ -354,7 +367,7 @@ func (ov *Overlay) Flush() error {
 		err = ov.m.save(pages)
 	}
 	if err != nil {
-		err = fmt.Errorf("sync overlay %s: %w: it takes no more writes", ov.f.Name(), err)
+		err = errors.Join(fmt.Errorf("sync overlay %s: %w: it takes no more writes, and is as of the last flush when it is opened again", ov.f.Name(), err), ov.m.disown())
 		ov.failed.Store(&err)
 	}
 	return err

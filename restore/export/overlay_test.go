@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
 	"syscall"
@@ -76,7 +77,8 @@ type model struct {
 func (m *model) open() {
 	f, err := os.OpenFile(filepath.Join(m.dir, "d.raw"), os.O_RDWR|os.O_CREATE, 0o600)
 	require.NoError(m.t, err)
-	m.ov, err = open(f, filepath.Join(m.dir, "d"), fmt.Sprint("boot ", m.boot), m.base, Options{})
+	_, missing := os.Stat(filepath.Join(m.dir, "d.map"))
+	m.ov, err = open(f, filepath.Join(m.dir, "d"), fmt.Sprint("boot ", m.boot), m.base, Options{}, missing != nil)
 	require.NoError(m.t, err)
 }
 
@@ -217,7 +219,7 @@ func TestOverlayAgainstAModel(t *testing.T) {
 func TestFillBesideWrites(t *testing.T) {
 	base := newBase(77)
 	dir := t.TempDir()
-	ov, err := Open(filepath.Join(dir, "d.raw"), filepath.Join(dir, "d"), base, Options{})
+	ov, err := Create(filepath.Join(dir, "d.raw"), filepath.Join(dir, "d"), base, Options{})
 	require.NoError(t, err)
 	want := bytes.Clone(base.b)
 	var wg sync.WaitGroup
@@ -255,7 +257,7 @@ func TestAnOverlayLeavesRoom(t *testing.T) {
 	dir := t.TempDir()
 	require.NoError(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size=32m"))
 	defer func() { require.NoError(t, unix.Unmount(dir, 0)) }()
-	ov, err := Open(filepath.Join(dir, "d.raw"), filepath.Join(dir, "d"), memory{make([]byte, 64<<20)}, Options{Reserve: 8 << 20})
+	ov, err := Create(filepath.Join(dir, "d.raw"), filepath.Join(dir, "d"), memory{make([]byte, 64<<20)}, Options{Reserve: 8 << 20})
 	require.NoError(t, err)
 	buf := bytes.Repeat([]byte{1}, 1<<20)
 	var n int64
@@ -277,9 +279,18 @@ func TestAnOverlayLeavesRoom(t *testing.T) {
 func TestMapsOfOthersAreRefused(t *testing.T) {
 	dir := t.TempDir()
 	path, maps := filepath.Join(dir, "d.raw"), filepath.Join(dir, "d")
-	ov, err := Open(path, maps, newBase(1), Options{})
+	ov, err := Create(path, maps, newBase(1), Options{})
 	require.NoError(t, err)
 	require.NoError(t, ov.Close())
+	_, err = Create(path, maps, newBase(1), Options{})
+	require.ErrorIs(t, err, os.ErrExist)
+	for _, name := range []string{path, maps + ".map", maps + ".flushed"} {
+		require.NoError(t, os.Rename(name, name+".moved"))
+		_, err = Open(path, maps, newBase(1), Options{})
+		require.ErrorIs(t, err, os.ErrNotExist, "not made anew")
+		require.NoFileExists(t, name)
+		require.NoError(t, os.Rename(name+".moved", name))
+	}
 	for _, name := range []string{".map", ".flushed"} {
 		b, err := os.ReadFile(maps + name)
 		require.NoError(t, err)
@@ -293,4 +304,75 @@ func TestMapsOfOthersAreRefused(t *testing.T) {
 	_, err = Open(path, maps, memory{make([]byte, 5<<20)}, Options{})
 	require.ErrorContains(t, err, "the disk 5242880")
 	require.False(t, errors.Is(err, os.ErrNotExist))
+}
+
+// TestAFailedSyncIsRemembered: what may have been dropped is not there when the overlay is opened again.
+func TestAFailedSyncIsRemembered(t *testing.T) {
+	dir := t.TempDir()
+	path, maps := filepath.Join(dir, "d.raw"), filepath.Join(dir, "d")
+	base := newBase(1)
+	ov, err := Create(path, maps, base, Options{})
+	require.NoError(t, err)
+	write := func(off int64) error {
+		return ov.Change([]nbd.Change{{Op: nbd.OpWrite, Off: off, Len: 4, Buf: []byte("data")}})
+	}
+	require.NoError(t, write(0))
+	require.NoError(t, ov.Flush())
+	require.NoError(t, write(Block))
+	require.NoError(t, ov.m.flushed.Close()) // its sync fails
+	require.Error(t, ov.Flush())
+	require.ErrorContains(t, write(0), "takes no more writes")
+	require.ErrorContains(t, ov.Flush(), "takes no more writes")
+	_ = ov.Close()
+	ov, err = Open(path, maps, base, Options{})
+	require.NoError(t, err)
+	got := make([]byte, 4)
+	require.NoError(t, ov.ReadAt(got, 0, false))
+	require.Equal(t, "data", string(got))
+	require.NoError(t, ov.ReadAt(got, Block, false))
+	require.Equal(t, base.b[Block:Block+4], got, "as of the flush")
+	require.NoError(t, ov.Close())
+}
+
+// TestAFullFileSystem: a copy-on-write file system has no room for the map either: an error, and nothing worse.
+func TestAFullFileSystem(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting btrfs takes root")
+	}
+	if _, err := exec.LookPath("mkfs.btrfs"); err != nil {
+		t.Skip("this machine has no mkfs.btrfs: run make deps")
+	}
+	image, dir := filepath.Join(t.TempDir(), "image"), t.TempDir()
+	require.NoError(t, os.WriteFile(image, nil, 0o600))
+	require.NoError(t, os.Truncate(image, 128<<20))
+	for _, args := range [][]string{{"mkfs.btrfs", "-q", "-M", image}, {"mount", "-o", "loop", image, dir}} {
+		out, err := exec.Command(args[0], args[1:]...).CombinedOutput()
+		require.NoError(t, err, string(out))
+	}
+	defer func() { require.NoError(t, exec.Command("umount", dir).Run()) }()
+	base := memory{make([]byte, 256<<20)}
+	ov, err := Create(filepath.Join(dir, "d.raw"), filepath.Join(dir, "d"), base, Options{})
+	require.NoError(t, err)
+	want := map[int64]byte{}
+	rng := rand.New(rand.NewPCG(1, 1))
+	buf := make([]byte, Block)
+	failures := 0
+	for n := 0; failures < 200 && n < 200000; n++ {
+		off := rng.Int64N(256<<20/Block) * Block
+		for i := range buf {
+			buf[i] = byte(n + i*7)
+		}
+		if err := ov.Change([]nbd.Change{{Op: nbd.OpWrite, Off: off, Len: Block, Buf: buf}}); err != nil {
+			failures++
+			delete(want, off)
+			continue
+		}
+		want[off] = buf[0]
+	}
+	require.NotZero(t, failures, "the file system is not full")
+	for off, b := range want {
+		require.NoError(t, ov.ReadAt(buf[:1], off, false))
+		require.Equal(t, b, buf[0])
+	}
+	_ = ov.Close() // it may not be able to flush
 }

@@ -44,7 +44,7 @@ func NewDevice(v Volume, disks map[string]Disk, dir string) (*Device, error) {
 		return nil, err
 	}
 	path := filepath.Join(dir, strings.ReplaceAll(v.Name, "/", "_"))
-	o, err := export.Open(path+".raw", path, overlayBase{r.(*volumeReader)}, export.Options{})
+	o, err := export.Create(path+".raw", path, overlayBase{r.(*volumeReader)}, export.Options{})
 	if err != nil {
 		return nil, fmt.Errorf("volume %s: %w", v.Name, err)
 	}
