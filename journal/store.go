@@ -269,6 +269,27 @@ func (s *Store) claim(f vfs.File, disk string) error {
 	return nil
 }
 
+// Claim keeps a file from being any disk's backing until release.
+func (s *Store) Claim(path, owner string) (release func(), err error) {
+	id, err := osfile.IdentifyPath(path)
+	if err != nil {
+		return nil, err
+	}
+	s.claims.Lock()
+	defer s.claims.Unlock()
+	if other, taken := s.claims.disks[id]; taken {
+		return nil, fmt.Errorf("it is the backing of disk %s: %w", other, ErrInUse)
+	}
+	s.claims.disks[id] = owner
+	return func() { s.release(owner) }, nil
+}
+
+// Has reports whether the state directory has a group's journal, be it open or not.
+func (s *Store) Has(group string) bool {
+	_, err := s.o.FS.Stat(s.o.FS.PathJoin(s.dir, groupsName, group))
+	return err == nil
+}
+
 // release takes a claim back.
 func (s *Store) release(disk string) {
 	s.claims.Lock()

@@ -344,12 +344,12 @@ func (h *handshake) metaContext(opt uint32, data []byte) error {
 		if !slices.Contains(asked, q) {
 			asked = append(asked, q)
 		}
+		if len(asked) > maxContexts {
+			return h.refuse(opt, proto.RepErrTooBig, fmt.Sprintf("at most %d metadata contexts are taken", maxContexts))
+		}
 	}
 	if len(rest) != 0 {
 		return h.refuse(opt, proto.RepErrInvalid, "data behind the queries")
-	}
-	if len(asked) > maxContexts {
-		return h.refuse(opt, proto.RepErrTooBig, fmt.Sprintf("%d metadata contexts: at most %d are taken", len(asked), maxContexts))
 	}
 	known, err := h.contexts(name, asked)
 	if err != nil {

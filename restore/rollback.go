@@ -46,6 +46,17 @@ func Rollback(ctx context.Context, to Past, now Live, progress func(bytes int64)
 	return r.written, nil
 }
 
+// Check reads what a rollback would: an error is one that a rollback would meet in its middle. Nothing is written.
+func Check(ctx context.Context, to Past) error {
+	r := rollback{ctx: ctx, to: to, was: make([]byte, chunk)}
+	for off := int64(0); off < to.Size(); off += span {
+		if err := r.each(off, min(span, to.Size()-off), r.read); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 type rollback struct {
 	ctx     context.Context
 	to      Past
@@ -54,7 +65,10 @@ type rollback struct {
 	written int64
 }
 
-func (r *rollback) span(off, n int64) error {
+func (r *rollback) span(off, n int64) error { return r.each(off, n, r.part) }
+
+// each calls fn with the parts of a range that may have changed, of a chunk at most.
+func (r *rollback) each(off, n int64, fn func(off, n int64) error) error {
 	var changed []run
 	at := off
 	err := r.to.Changed(off, n, func(n int64, differs bool) {
@@ -72,7 +86,7 @@ func (r *rollback) span(off, n int64) error {
 				return err
 			}
 			k := min(c.n, chunk)
-			if err := r.part(c.off, k); err != nil {
+			if err := fn(c.off, k); err != nil {
 				return err
 			}
 			c.off, c.n = c.off+k, c.n-k
@@ -84,8 +98,8 @@ func (r *rollback) span(off, n int64) error {
 // part compares at most a chunk, and writes what differs in runs that are all zeroes or all not.
 func (r *rollback) part(off, n int64) error {
 	was, is := r.was[:n], r.is[:n]
-	if err := r.to.ReadAt(was, off); err != nil {
-		return fmt.Errorf("read %d bytes at %d as they were: %w", n, off, err)
+	if err := r.read(off, n); err != nil {
+		return err
 	}
 	if err := r.now.ReadAt(is, off); err != nil {
 		return fmt.Errorf("read %d bytes at %d: %w", n, off, err)
@@ -106,6 +120,13 @@ func (r *rollback) part(off, n int64) error {
 			return fmt.Errorf("write %d bytes at %d: %w", j-i, off+int64(i), err)
 		}
 		i = j
+	}
+	return nil
+}
+
+func (r *rollback) read(off, n int64) error {
+	if err := r.to.ReadAt(r.was[:n], off); err != nil {
+		return fmt.Errorf("read %d bytes at %d as they were: %w", n, off, err)
 	}
 	return nil
 }

@@ -55,9 +55,22 @@ func nbdURI(network, host, export string) string {
 type exported struct{ *client.Client }
 
 func (e exported) WriteAt(p []byte, off int64) error { return e.Client.WriteAt(p, off, false) }
-func (e exported) Sync() error                       { return e.Flush() }
+
+func (e exported) Sync() error {
+	if !e.CanFlush() {
+		return nil
+	}
+	return e.Flush()
+}
 
 func (e exported) Zero(off, n int64) error {
+	for zeroes := make([]byte, min(n, 1<<20)); n > 0 && !e.CanZero(); {
+		k := min(n, int64(len(zeroes)))
+		if err := e.WriteAt(zeroes[:k], off); err != nil {
+			return err
+		}
+		off, n = off+k, n-k
+	}
 	for n > 0 {
 		k := min(n, 1<<30)
 		if err := e.Client.Zero(off, uint32(k), false); err != nil {

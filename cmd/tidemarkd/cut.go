@@ -31,16 +31,16 @@ func (k *keeper) mark(ctx context.Context, want record.Marker) (marked, error) {
 	if err := errors.Join(record.CheckLabel(want.Label), record.CheckDescription(want.Description)); err != nil {
 		return marked{}, fmt.Errorf("%w: %w", errBadRequest, err)
 	}
-	if err := k.mixed(k.g.Name()); err != nil {
-		return marked{}, err
-	}
 	if err := k.g.CheckFree(want.Label); err != nil {
 		return marked{}, err // before a guest is frozen for nothing
 	}
 	var m marked
 	var err error
 	if want.Asked <= record.Crash {
-		m.Marker, err = k.g.Mark(want)
+		err = k.marking(k.g.Name(), func() (err error) {
+			m.Marker, err = k.g.Mark(want)
+			return err
+		})
 	} else {
 		m, err = k.cut(ctx, want)
 	}
@@ -64,6 +64,9 @@ func (k *keeper) cut(ctx context.Context, want record.Marker) (marked, error) {
 		return marked{}, err
 	}
 	defer release()
+	if err := k.marking(c.Group, func() error { return nil }); err != nil {
+		return marked{}, err
+	}
 	if _, left, err := k.notes.Get(c.Group); left {
 		return k.lesser(want, errors.Join(fmt.Errorf("%w from an earlier marker: see status, and tidemark thaw %s", errFrozen, c.Group), err), guest.Report{})
 	}

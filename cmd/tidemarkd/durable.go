@@ -47,6 +47,23 @@ func readNote(path string, note any) error {
 	return nil
 }
 
+// mkdirDurable makes a directory, and those above it, so that they stay.
+func mkdirDurable(path string) error {
+	if _, err := os.Stat(path); err == nil {
+		return nil
+	}
+	above := filepath.Dir(path)
+	if above != path {
+		if err := mkdirDurable(above); err != nil {
+			return err
+		}
+	}
+	if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	return syncDir(above)
+}
+
 // removeDurable removes a file so that it stays removed.
 func removeDurable(path string) error {
 	return errors.Join(os.Remove(path), syncDir(filepath.Dir(path)))

@@ -30,7 +30,8 @@ type keepers struct {
 	frozen *semaphore.Weighted // guests that may be frozen at once
 	most   int64               // its size
 
-	mixed func(group string) error // an error while the group's disks are a mix of before and after a rollback
+	// marking calls what takes a marker, unless the group's disks are a mix of before and after a rollback.
+	marking func(group string, fn func() error) error
 
 	rouse chan struct{} // kicks the loop that thaws what is left frozen
 
@@ -45,7 +46,8 @@ func newKeepers(store *journal.Store, c config.Config, notes *guest.Notes, m *me
 	k := &keepers{
 		store: store, notes: notes, metrics: m, log: log, rouse: make(chan struct{}, 1),
 		socketGroup: c.SocketGroup, most: int64(c.Guests.MaxFrozen), frozen: semaphore.NewWeighted(int64(c.Guests.MaxFrozen)),
-		all: map[string]*keeper{}, missed: map[string]uint64{}, quiets: map[string]chan struct{}{},
+		marking: func(_ string, fn func() error) error { return fn() },
+		all:     map[string]*keeper{}, missed: map[string]uint64{}, quiets: map[string]chan struct{}{},
 	}
 	for name, g := range c.Groups {
 		if err := k.put(name, g); err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"sync"
@@ -166,11 +167,16 @@ func (r *reloader) adopt(name string, conf config.Group, hold func() error) erro
 	if err := hold(); err != nil {
 		return err
 	}
-	path, err := config.WritePromoted(r.now.StateDir, name, conf, writeDurable)
+	path, err := config.WritePromoted(r.now.StateDir, name, conf, func(path string, b []byte) error {
+		return errors.Join(mkdirDurable(filepath.Dir(path)), writeDurable(path, b))
+	})
 	if err != nil {
 		return err
 	}
 	want, err := r.read()
+	if err == nil && !maps.Equal(want.Groups[name].Disks, conf.Disks) {
+		err = fmt.Errorf("the configuration has a group %s with other disks", name)
+	}
 	if err == nil {
 		err = r.addGroup(name, want.Groups[name])
 	}

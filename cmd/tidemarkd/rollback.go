@@ -4,10 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -29,9 +29,18 @@ type rollbacks struct {
 	exports *exports
 	log     *zap.Logger
 
+	marking sync.RWMutex // held for reading while a marker is taken; for writing to begin
+
 	mu       sync.Mutex // guards what follows
 	underWay map[string]bool
-	left     map[string]error // by group: what could not be finished, and why
+	left     map[string]*leftRollback // by group: what could not be finished
+}
+
+// leftRollback is a rollback that broke off. It holds the history of the point, and of the way back.
+type leftRollback struct {
+	err  error
+	note rollbackNote
+	held []*rollbackTarget
 }
 
 type rollbackNote struct {
@@ -41,23 +50,43 @@ type rollbackNote struct {
 	LSN     uint64   `json:"lsn"`
 	Disks   []string `json:"disks"`
 	Before  string   `json:"before"` // label of the marker of the state before
-	By      string   `json:"by"`
+
+	BeforeLSN uint64 `json:"before_lsn"`
+	By        string `json:"by"`
 }
 
 const rollbackNoteVersion = 1
 
 func newRollbacks(stateDir string, store *journal.Store, e *exports, log *zap.Logger) (*rollbacks, error) {
-	r := &rollbacks{dir: filepath.Join(stateDir, "rollback"), store: store, exports: e, log: log, underWay: map[string]bool{}, left: map[string]error{}}
-	if err := os.MkdirAll(r.dir, 0o700); err != nil {
+	r := &rollbacks{dir: filepath.Join(stateDir, "rollback"), store: store, exports: e, log: log, underWay: map[string]bool{}, left: map[string]*leftRollback{}}
+	if err := mkdirDurable(r.dir); err != nil {
 		return nil, fmt.Errorf("notes of rollbacks: %w", err)
 	}
 	return r, nil
 }
 
+// close lets go of the history that is held for rollbacks that broke off.
+func (r *rollbacks) close() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, l := range r.left {
+		l.close()
+	}
+	r.left = map[string]*leftRollback{}
+}
+
+func (l *leftRollback) close() {
+	for _, t := range l.held {
+		t.close()
+	}
+}
+
 func (r *rollbacks) path(group string) string { return filepath.Join(r.dir, group+".json") }
 
-// begin reserves a group for a rollback.
+// begin reserves a group for a rollback: markers that are being taken are waited for, and no more are taken.
 func (r *rollbacks) begin(group string) error {
+	r.marking.Lock()
+	defer r.marking.Unlock()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.underWay[group] {
@@ -73,24 +102,37 @@ func (r *rollbacks) end(group string) {
 	delete(r.underWay, group)
 }
 
-// mixed is an error if a group's disks may be a mix of before and after a rollback.
-func (r *rollbacks) mixed(group string) error {
+// mark calls fn, which takes a marker, unless the group's disks may be a mix of before and after a rollback.
+func (r *rollbacks) mark(group string, fn func() error) error {
+	r.marking.RLock()
+	defer r.marking.RUnlock()
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.underWay[group] || r.left[group] != nil {
+	mixed := r.underWay[group] || r.left[group] != nil
+	r.mu.Unlock()
+	if mixed {
 		return fmt.Errorf("group %s: %w: it is being rolled back", group, journal.ErrInUse)
 	}
-	return nil
+	return fn()
 }
 
 // problem is why a rollback of the group could not be finished; nil if there is none.
 func (r *rollbacks) problem(group string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if l := r.left[group]; l != nil {
+		return l.err
+	}
+	return nil
+}
+
+// before is what broke off before, if anything did.
+func (r *rollbacks) before(group string) *leftRollback {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	return r.left[group]
 }
 
-// target is what a group is to be taken back to, pinned.
+// rollbackTarget is what a group is to be taken back to, pinned.
 type rollbackTarget struct {
 	g     *journal.Group
 	lsn   record.LSN
@@ -128,10 +170,6 @@ func (r *rollbacks) rollback(ctx context.Context, g *journal.Group, req api.Roll
 	if err != nil {
 		return done, fmt.Errorf("%w: %w", errBadRequest, err)
 	}
-	if err := r.begin(g.Name()); err != nil {
-		return done, err
-	}
-	defer r.end(g.Name())
 	lsn, err := g.Resolve(p)
 	if err != nil {
 		return done, err
@@ -144,34 +182,81 @@ func (r *rollbacks) rollback(ctx context.Context, g *journal.Group, req api.Roll
 	if err != nil {
 		return done, err
 	}
-	defer t.close()
-	// One that broke off is sealed already: this one takes its place.
-	again := r.problem(g.Name()) != nil
-	if !again {
-		if err := r.exports.seal(g.Name(), "it is being rolled back", req.Force); err != nil {
+	defer func() { t.close() }()
+	if err := t.check(ctx); err != nil {
+		return done, fmt.Errorf("what the disks were at LSN %d can not be read, and nothing was changed: %w", lsn, err)
+	}
+	if err := r.begin(g.Name()); err != nil {
+		return done, err
+	}
+	defer r.end(g.Name())
+	note := rollbackNote{Version: rollbackNoteVersion, Group: g.Name(), Point: p.String(), LSN: uint64(lsn), Disks: names, By: by}
+	before := t
+	if again := r.before(g.Name()); again != nil {
+		// It is sealed already, and what there is now is a mix that deserves no name: the way back is the first one's.
+		note.Before, note.BeforeLSN = again.note.Before, again.note.BeforeLSN
+		if err := writeNote(r.path(g.Name()), note); err != nil {
 			return done, err
 		}
-	}
-	before, err := r.markBefore(g, p, by)
-	if err != nil {
-		if !again {
-			r.exports.unseal(g.Name())
-		}
+	} else if before, err = r.prepare(g, &note, req.Force); err != nil {
 		return done, err
 	}
-	note := rollbackNote{Version: rollbackNoteVersion, Group: g.Name(), Point: p.String(), LSN: uint64(lsn), Disks: names, Before: before.Label, By: by}
-	if err := writeNote(r.path(g.Name()), note); err != nil {
-		if !again {
-			r.exports.unseal(g.Name())
-		}
+	r.log.Info("rollback", zap.String("group", g.Name()), zap.String("point", note.Point), zap.Uint64("lsn", note.LSN), zap.String("before", note.Before), zap.String("by", by))
+	if done, err = r.finish(ctx, t, before, note); err != nil {
+		t = &rollbackTarget{} // it is held
 		return done, err
 	}
-	r.log.Info("rollback", zap.String("group", g.Name()), zap.String("point", note.Point), zap.Uint64("lsn", note.LSN), zap.String("before", before.Label), zap.String("by", by))
-	if done, err = r.finish(ctx, t, note); err != nil {
-		return done, err
-	}
-	done.Before, done.BeforeLSN, done.Untouched = before.Label, uint64(before.LSN), untouched
+	done.Before, done.BeforeLSN, done.Untouched = note.Before, note.BeforeLSN, untouched
 	return done, nil
+}
+
+// prepare keeps clients out, marks the state before, and notes what is to be done. It returns that state, held.
+func (r *rollbacks) prepare(g *journal.Group, note *rollbackNote, force bool) (before *rollbackTarget, err error) {
+	if err := r.exports.seal(g.Name(), "it is being rolled back", force); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err == nil {
+			return
+		}
+		if before != nil {
+			before.close()
+		}
+		// The note may be there though its write failed; with it, the next start would go on.
+		if rerr := os.Remove(r.path(g.Name())); rerr != nil && !errors.Is(rerr, fs.ErrNotExist) {
+			err = errors.Join(err, rerr)
+			r.mu.Lock()
+			r.left[g.Name()] = &leftRollback{err: err, note: *note}
+			r.mu.Unlock()
+			return
+		}
+		r.exports.unseal(g.Name())
+	}()
+	m, err := r.markBefore(g, note)
+	if err != nil {
+		return nil, err
+	}
+	note.Before, note.BeforeLSN = m.Label, uint64(m.LSN)
+	if before, err = r.open(g, m.LSN, note.Disks); err != nil {
+		return nil, err
+	}
+	return before, writeNote(r.path(g.Name()), *note)
+}
+
+// check reads everything that is to be restored.
+func (t *rollbackTarget) check(ctx context.Context) error {
+	for d, v := range t.views {
+		now, err := t.g.View(d, t.g.Head())
+		if err != nil {
+			return err
+		}
+		err = restore.Check(ctx, rolledTo{v, now})
+		now.Close()
+		if err != nil {
+			return fmt.Errorf("disk %s: %w", d.Name, err)
+		}
+	}
+	return nil
 }
 
 // disksAt are the disks of a group that were in it at an LSN, and those that came later.
@@ -191,26 +276,34 @@ func disksAt(g *journal.Group, lsn record.LSN) (in, later []string, err error) {
 }
 
 // markBefore names the state before, so that there is a way back.
-func (r *rollbacks) markBefore(g *journal.Group, p record.Point, by string) (m record.Marker, err error) {
-	label := "before-rollback-" + time.Now().UTC().Format("20060102T150405Z")
-	for n := 1; ; n++ {
-		m, err = g.Mark(record.Marker{Label: label, By: by, Description: "before the rollback to " + p.String()})
+func (r *rollbacks) markBefore(g *journal.Group, note *rollbackNote) (m record.Marker, err error) {
+	base := "before-rollback-" + time.Now().UTC().Format("20060102T150405Z")
+	label := base
+	for n := 2; ; n++ {
+		m, err = g.Mark(record.Marker{Label: label, By: note.By, Description: "before the rollback to " + note.Point})
 		if !errors.Is(err, journal.ErrLabelInUse) || n == 100 {
 			return m, err
 		}
-		label = fmt.Sprintf("%s-%d", strings.TrimSuffix(label, fmt.Sprintf("-%d", n)), n+1)
+		label = fmt.Sprintf("%s-%d", base, n)
 	}
 }
 
-// finish writes what differs, and lets clients in again. What can not be finished stays noted, and the group sealed: a
-// mix is nothing for a guest.
-func (r *rollbacks) finish(ctx context.Context, t *rollbackTarget, note rollbackNote) (done api.RolledBack, err error) {
+// finish writes what differs, and lets clients in again. What can not be finished stays noted, the group sealed, and the history of
+// both ways held: a mix is nothing for a guest.
+func (r *rollbacks) finish(ctx context.Context, t, before *rollbackTarget, note rollbackNote) (done api.RolledBack, err error) {
 	done = api.RolledBack{Group: note.Group, Point: note.Point, LSN: note.LSN, Disks: []api.RolledBackDisk{}}
 	err = r.write(ctx, t, note, &done)
 	r.mu.Lock()
+	was := r.left[note.Group]
 	if err != nil {
 		err = fmt.Errorf("the rollback to %s (LSN %d) broke off, and the disks are a mix of before and after: they are not served until it is done: repeat it, or return to %s: %w", note.Point, note.LSN, note.Before, err)
-		r.left[note.Group] = err
+		now := &leftRollback{err: err, note: note, held: []*rollbackTarget{t}}
+		if was != nil {
+			now.held = append(now.held, was.held...)
+		} else {
+			now.held = append(now.held, before)
+		}
+		r.left[note.Group] = now
 	} else {
 		delete(r.left, note.Group)
 	}
@@ -218,6 +311,11 @@ func (r *rollbacks) finish(ctx context.Context, t *rollbackTarget, note rollback
 	if err != nil {
 		r.log.Error("rollback", zap.String("group", note.Group), zap.Error(err))
 		return done, err
+	}
+	if was != nil {
+		was.close()
+	} else {
+		before.close()
 	}
 	r.exports.unseal(note.Group)
 	r.log.Info("rolled back", zap.String("group", note.Group), zap.Uint64("lsn", note.LSN), zap.Uint64("head", done.Head))
@@ -285,34 +383,24 @@ func (r rolling) Zero(off, n int64) error {
 // unfinished opens what rollbacks left when the daemon ended, before the journal forgets anything and before anybody is
 // served. What it returns is to be run when the journal's work goes on.
 func (r *rollbacks) unfinished() (resume []func(context.Context), err error) {
-	paths, err := filepath.Glob(filepath.Join(r.dir, "*.json"))
+	entries, err := os.ReadDir(r.dir)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("notes of rollbacks: %w", err)
 	}
-	slices.Sort(paths)
-	for _, path := range paths {
-		group := strings.TrimSuffix(filepath.Base(path), ".json")
-		var note rollbackNote
-		err := readNote(path, &note)
-		if err == nil && (note.Version != rollbackNoteVersion || note.Group != group) {
-			err = fmt.Errorf("note %s is of group %q and version %d", path, note.Group, note.Version)
+	for _, e := range entries {
+		group, ok := strings.CutSuffix(e.Name(), ".json")
+		if !ok {
+			continue // one that was being written
 		}
 		if err := r.exports.seal(group, "a rollback of it is not finished", false); err != nil {
 			return nil, err
 		}
-		var t *rollbackTarget
-		if err == nil {
-			var g *journal.Group
-			if g, err = r.store.Group(group); err == nil {
-				t, err = r.open(g, record.LSN(note.LSN), note.Disks)
-			}
-		}
+		var note rollbackNote
+		t, before, err := r.reopen(group, &note)
 		if err != nil {
 			err = fmt.Errorf("a rollback broke off and can not be finished: the disks are a mix, and not served: roll back again, or to %s: %w", note.Before, err)
 			r.log.Error("rollback", zap.String("group", group), zap.Error(err))
-			r.mu.Lock()
-			r.left[group] = err
-			r.mu.Unlock()
+			r.left[group] = &leftRollback{err: err, note: note}
 			continue
 		}
 		if err := r.begin(group); err != nil {
@@ -320,12 +408,35 @@ func (r *rollbacks) unfinished() (resume []func(context.Context), err error) {
 		}
 		resume = append(resume, func(ctx context.Context) {
 			defer r.end(group)
-			defer t.close()
 			r.log.Info("finishing a rollback that broke off", zap.String("group", group), zap.Uint64("lsn", note.LSN))
-			_, _ = r.finish(ctx, t, note) // it is logged, and in the status
+			if _, err := r.finish(ctx, t, before, note); err == nil { // it is logged, and in the status
+				t.close()
+			}
 		})
 	}
 	return resume, nil
+}
+
+// reopen opens what a note is about.
+func (r *rollbacks) reopen(group string, note *rollbackNote) (t, before *rollbackTarget, err error) {
+	if err := readNote(r.path(group), note); err != nil {
+		return nil, nil, err
+	}
+	if note.Version != rollbackNoteVersion || note.Group != group {
+		return nil, nil, fmt.Errorf("note %s is of group %q and version %d", r.path(group), note.Group, note.Version)
+	}
+	g, err := r.store.Group(group)
+	if err != nil {
+		return nil, nil, err
+	}
+	if t, err = r.open(g, record.LSN(note.LSN), note.Disks); err != nil {
+		return nil, nil, err
+	}
+	if before, err = r.open(g, record.LSN(note.BeforeLSN), note.Disks); err != nil {
+		t.close()
+		return nil, nil, err
+	}
+	return t, before, nil
 }
 
 func (c *control) rollback(r *http.Request) (any, error) {

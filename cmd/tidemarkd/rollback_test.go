@@ -99,3 +99,24 @@ func TestARollbackIsFinished(t *testing.T) {
 	}
 	require.NotZero(t, finished, "no kill came in the middle")
 }
+
+// TestARollbackChecksFirst: what can not be read is found before anything is changed.
+func TestARollbackChecksFirst(t *testing.T) {
+	d := twoDisks(t, "")
+	d.scribble("web01/vda", 1, 20)
+	d.ok("mark", "web01", "one")
+	d.scribble("web01/vda", 2, 20)
+	d.stop()
+	f, err := os.OpenFile(d.path("a"), os.O_RDWR, 0)
+	require.NoError(t, err)
+	_, err = f.WriteAt([]byte("changed outside"), 60<<20)
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
+	d.start()
+	want := d.bytesOf("web01/vda")
+	out, code := d.tidemark("rollback", "web01", "--to", "one")
+	require.Equal(t, 1, code)
+	require.Contains(t, out, "nothing was changed")
+	require.NoFileExists(t, d.path("state/rollback/web01.json"))
+	require.True(t, bytes.Equal(want, d.bytesOf("web01/vda")), "and it is served")
+}

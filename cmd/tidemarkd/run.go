@@ -38,6 +38,9 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	if err != nil {
 		return err
 	}
+	if c, err = withoutUnfinished(c, log); err != nil {
+		return err
+	}
 	tlsConf, err := c.TLS.Server()
 	if err != nil {
 		return err
@@ -73,7 +76,7 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	if err != nil {
 		return errors.Join(err, scratches.stop(), store.Close())
 	}
-	keepers.mixed = rollbacks.mixed
+	keepers.marking = rollbacks.mark
 	unfinished, err := rollbacks.unfinished()
 	if err != nil {
 		return errors.Join(err, scratches.stop(), store.Close())
@@ -129,6 +132,7 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	if !stop() {
 		<-caughtUp
 	}
+	rollbacks.close()
 	err = errors.Join(err, scratches.stop())
 	stopWork()
 	if serr := <-storeDone; serr != nil {

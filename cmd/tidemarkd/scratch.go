@@ -68,9 +68,10 @@ type scratches struct {
 
 // scratch is one of them.
 type scratch struct {
-	s    *scratches
-	name string
-	dir  string
+	s     *scratches
+	name  string
+	dir   string
+	fresh bool // its files are to be made
 
 	mu      sync.Mutex // guards what follows; taken before a disk's
 	note    scratchNote
@@ -78,7 +79,10 @@ type scratch struct {
 	why     error                   // if it could not be
 	clients int
 	idle    time.Time // since when nobody has it open
+	gone    bool      // it was thrown away
 	fill    filling
+
+	claims []func() // that are held of the backings to be; making, or the fill's alone
 }
 
 type scratchNote struct {
@@ -109,7 +113,7 @@ type scratchDisk struct {
 func newScratches(stateDir string, store *journal.Store, e *exports, reserve int64, log *zap.Logger) (*scratches, error) {
 	s := &scratches{dir: filepath.Join(stateDir, "scratch"), store: store, exports: e, reserve: reserve, log: log, all: map[string]*scratch{}}
 	s.work, s.stopWork = context.WithCancel(context.Background())
-	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+	if err := mkdirDurable(s.dir); err != nil {
 		return nil, fmt.Errorf("scratch exports: %w", err)
 	}
 	e.scratches = s
@@ -229,7 +233,7 @@ func (s *scratches) create(req api.ScratchRequest) (*scratch, error) {
 			return nil, err
 		}
 	}
-	one := &scratch{s: s, name: name, dir: filepath.Join(s.dir, name), idle: time.Now(), note: scratchNote{
+	one := &scratch{s: s, name: name, dir: filepath.Join(s.dir, name), fresh: true, idle: time.Now(), note: scratchNote{
 		Version: scratchNoteVersion, Name: name, Group: g.Name(), Point: p.String(), LSN: uint64(lsn), Disks: disks, Created: time.Now().UTC(), Once: req.Once,
 	}}
 	if err := one.make(); err != nil {
@@ -273,7 +277,8 @@ func (one *scratch) make() error {
 	if err := one.open(); err != nil {
 		return err
 	}
-	if err := writeNote(filepath.Join(one.dir, scratchNoteName), one.note); err != nil {
+	one.fresh = false
+	if err := one.writeNoteLocked(); err != nil {
 		return err
 	}
 	return syncDir(one.s.dir)
@@ -284,9 +289,15 @@ func (one *scratch) open() error {
 	disks := map[string]*scratchDisk{}
 	one.disks = disks
 	if p := one.note.Promote; p != nil && (p.Done || one.s.promoted(p)) {
-		p.Done = true // its names lead to the group's disks
-		one.removeFiles()
-		return nil
+		// Its names lead to the group's disks.
+		if !p.Done {
+			p.Done = true
+			if err := one.writeNoteLocked(); err != nil {
+				p.Done = false
+				return err
+			}
+		}
+		return one.removeFiles()
 	}
 	g, err := one.s.store.Group(one.note.Group)
 	if err != nil {
@@ -296,14 +307,29 @@ func (one *scratch) open() error {
 		d := &scratchDisk{}
 		disks[name] = d
 		if err := one.openDisk(g, name, d); err != nil {
-			one.disks = nil
-			for _, d := range disks {
-				err = errors.Join(err, d.close())
-			}
-			return err
+			return errors.Join(err, one.closeDisks())
+		}
+	}
+	if p := one.note.Promote; p != nil {
+		if err := one.claim(p); err != nil {
+			return errors.Join(err, one.closeDisks())
 		}
 	}
 	return nil
+}
+
+func (one *scratch) closeDisks() error {
+	var errs []error
+	for _, d := range one.disks {
+		errs = append(errs, d.close())
+	}
+	one.disks = nil
+	return errors.Join(errs...)
+}
+
+// writeNoteLocked makes what the note says durable. one.mu is held, or nobody else has it yet.
+func (one *scratch) writeNoteLocked() error {
+	return writeNote(filepath.Join(one.dir, scratchNoteName), one.note)
 }
 
 func (one *scratch) openDisk(g *journal.Group, name string, d *scratchDisk) error {
@@ -316,13 +342,16 @@ func (one *scratch) openDisk(g *journal.Group, name string, d *scratchDisk) erro
 	}
 	d.size = d.view.Size()
 	maps := filepath.Join(one.dir, name)
-	d.over, err = export.Open(maps+".raw", maps, &past{v: d.view}, export.Options{Reserve: one.s.reserve})
-	if err != nil {
+	open := export.Open
+	if one.fresh {
+		open = export.Create
+	}
+	if d.over, err = open(maps+".raw", maps, &past{v: d.view}, export.Options{Reserve: one.s.reserve}); err != nil {
 		return err
 	}
 	d.dev = d.over
 	if p := one.note.Promote; p != nil {
-		return d.openFull(p.Backings[name], maps+".promote")
+		return d.openFull(p.Backings[name], one.promoteMaps(name), one.s.reserveIn(filepath.Dir(p.Backings[name])))
 	}
 	return nil
 }
@@ -355,6 +384,7 @@ func (one *scratch) close() error {
 		d.mu.Unlock()
 	}
 	one.disks = nil
+	one.unclaim()
 	return errors.Join(errs...)
 }
 
@@ -366,6 +396,9 @@ func (s *scratches) open(name, disk string) (nbd.Device, error) {
 	}
 	one.mu.Lock()
 	defer one.mu.Unlock()
+	if one.gone {
+		return nil, fmt.Errorf("scratch export %q: %w", name, journal.ErrNotFound)
+	}
 	if one.why != nil {
 		// What it stands on may be configured again.
 		if err := one.open(); err != nil {
@@ -388,8 +421,9 @@ func (s *scratches) open(name, disk string) (nbd.Device, error) {
 	return &scratchClient{one: one, d: d}, nil
 }
 
-// remove throws a scratch export away. Its clients are in the way, or, with cut, get errors from then on.
-func (s *scratches) remove(name string, cut bool) error {
+// remove throws a scratch export away. Its clients are in the way, or, with cut, get errors from then on. With onlyIdle it
+// goes only if its time has come.
+func (s *scratches) remove(name string, cut, onlyIdle bool) error {
 	s.making.Lock()
 	defer s.making.Unlock()
 	one, err := s.get(name)
@@ -406,11 +440,15 @@ func (s *scratches) remove(name string, cut bool) error {
 	case one.clients > 0 && promoted:
 		err = fmt.Errorf("scratch export %s: %w by %d clients, and is group %s: have them open that", name, journal.ErrInUse, one.clients, one.note.Promote.Group)
 	}
-	var backings []string // of a promotion that broke off: they are not whole
-	if p := one.note.Promote; p != nil && !p.Done {
+	if err == nil && onlyIdle && !one.abandonedLocked() {
+		err = fmt.Errorf("scratch export %s: %w", name, journal.ErrInUse)
+	}
+	var backings []string // of a promotion that broke off. Those that are not claimed may be another's
+	if p := one.note.Promote; p != nil && !p.Done && len(one.claims) > 0 {
 		backings = slices.Collect(maps.Values(p.Backings))
 	}
 	if err == nil {
+		one.gone = true
 		s.mu.Lock()
 		delete(s.all, name)
 		s.mu.Unlock()
@@ -456,7 +494,7 @@ func (s *scratches) janitor(ctx context.Context) error {
 			if !one.abandoned() {
 				continue
 			}
-			if err := s.remove(one.name, false); err != nil && !errors.Is(err, journal.ErrInUse) {
+			if err := s.remove(one.name, false, true); err != nil && !errors.Is(err, journal.ErrInUse) {
 				s.log.Error("scratch export", zap.Error(err))
 			}
 		}
@@ -466,6 +504,10 @@ func (s *scratches) janitor(ctx context.Context) error {
 func (one *scratch) abandoned() bool {
 	one.mu.Lock()
 	defer one.mu.Unlock()
+	return one.abandonedLocked()
+}
+
+func (one *scratch) abandonedLocked() bool {
 	grace := onceGrace
 	if one.idle.Before(one.note.Created.Add(time.Second)) {
 		grace = onceFirst
@@ -548,16 +590,10 @@ func (c *scratchClient) Close() error {
 		return nil
 	}
 	c.one.idle = time.Now()
-	var errs []error
 	if p := c.one.note.Promote; p != nil && p.Done {
-		// Who comes now opens the group's disks.
-		for _, d := range c.one.disks {
-			d.mu.Lock()
-			errs = append(errs, d.close())
-			d.mu.Unlock()
-		}
+		return c.one.closeLivesLocked()
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
 // status is what the API tells of the scratch exports.
@@ -635,5 +671,5 @@ func (c *control) unexport(r *http.Request) (any, error) {
 		return nil, err
 	}
 	was := one.status()
-	return was, c.exports.scratches.remove(one.name, r.URL.Query().Get("force") == "true")
+	return was, c.exports.scratches.remove(one.name, r.URL.Query().Get("force") == "true", false)
 }

@@ -214,8 +214,8 @@ func TestPromoteRefuses(t *testing.T) {
 		text string
 		args []string
 	}{
-		{1, "already exists", []string{"test", "--group", "web02", "--to", d.path("full")}},
-		{2, "there is a group web01", []string{"test", "--group", "web01", "--to", d.path("x")}},
+		{1, "exists", []string{"test", "--group", "web02", "--to", d.path("full")}},
+		{2, "there is, or was, a group web01", []string{"test", "--group", "web01", "--to", d.path("x")}},
 		{2, "not allowed", []string{"test", "--group", "a/b", "--to", d.path("x")}},
 		{4, "not found", []string{"none", "--group", "web02", "--to", d.path("x")}},
 		{2, "are needed", []string{"test"}},
@@ -230,4 +230,83 @@ func TestPromoteRefuses(t *testing.T) {
 	require.Nil(t, d.scratches()[0].Promotion)
 	d.ok("promote", "test", "--group", "web02", "--to", d.path("new"), "--wait")
 	require.True(t, bytes.Equal(d.bytesOf("web01/vda"), d.bytesOf("web02/vda")))
+}
+
+// TestAPromotedGroupIsAGroup like any other: nobody has its disks open but who uses them, its name can change, and what
+// the promotion left is not done again.
+func TestAPromotedGroupIsAGroup(t *testing.T) {
+	d := twoDisks(t, "")
+	d.scribble("web01/vda", 1, 100)
+	d.ok("export", "web01@latest", "--scratch", "--name", "test")
+	d.ok("promote", "test", "--group", "web02", "--to", d.path("i"), "--wait")
+	d.ok("mark", "web02", "x")
+	d.ok("rollback", "web02", "--to", "x")
+	// Killed between the group's file and the note that it is done.
+	d.kill()
+	note := d.path("state/scratch/test/scratch.json")
+	b, err := os.ReadFile(note)
+	require.NoError(t, err)
+	require.Contains(t, string(b), `"done": true`)
+	require.NoError(t, os.WriteFile(note, bytes.Replace(b, []byte(`"done": true`), []byte(`"done": false`), 1), 0o600))
+	d.start()
+	b, err = os.ReadFile(note)
+	require.NoError(t, err)
+	require.Contains(t, string(b), `"done": true`)
+	d.scribble("web02/vda", 9, 100)
+	want := d.bytesOf("web02/vda")
+	d.stop()
+	y, err := os.ReadFile(d.path("state/promoted/web02.yaml"))
+	require.NoError(t, err)
+	require.NoError(t, os.Remove(d.path("state/promoted/web02.yaml")))
+	require.NoError(t, os.WriteFile(d.path("state/promoted/web03.yaml"), bytes.ReplaceAll(y, []byte("web02"), []byte("web03")), 0o600))
+	d.start()
+	require.True(t, bytes.Equal(want, d.bytesOf("web03/vda")), "the disk is what it was when it was promoted")
+}
+
+// TestABackingThatIsNotWholeIsNobodys: not by reload, not by a start with it in the configuration; and where it is not found, it is
+// not made anew.
+func TestABackingThatIsNotWholeIsNobodys(t *testing.T) {
+	d := twoDisks(t, "")
+	d.scribble("web01/vda", 1, 200)
+	d.ok("export", "web01/vda@latest", "--scratch", "--name", "test")
+	want := d.bytesOf("scratch/test/vda")
+	d.stop()
+	// A promotion that broke off at its very beginning.
+	note := d.path("state/scratch/test/scratch.json")
+	b, err := os.ReadFile(note)
+	require.NoError(t, err)
+	backing := d.path("images/vda.raw")
+	d.start()
+	d.ok("promote", "test", "--group", "web02", "--to", d.path("images"), "--wait")
+	d.stop()
+	require.NoError(t, os.RemoveAll(d.path("state/promoted")))
+	require.NoError(t, os.RemoveAll(d.path("state/groups/web02")))
+	require.NoError(t, os.RemoveAll(d.path("images")))
+	require.NoError(t, os.WriteFile(note, b, 0o600))
+	d.start()
+	require.Equal(t, "open "+d.path("state/scratch/test/vda.raw")+": no such file or directory", d.scratches()[0].Error, "its overlay is gone")
+	d.ok("unexport", "test")
+
+	d.ok("export", "web01/vda@latest", "--scratch", "--name", "test")
+	d.stop()
+	b, err = os.ReadFile(note)
+	require.NoError(t, err)
+	b = bytes.TrimRight(b, "\n}")
+	b = append(b, (",\n\"promote\": {\"group\": \"web02\", \"backings\": {\"vda\": \"" + backing + "\"}}}\n")...)
+	require.NoError(t, os.WriteFile(note, b, 0o600))
+	require.NoError(t, os.Mkdir(d.path("images"), 0o700))
+	d.start()
+	require.Contains(t, d.scratches()[0].Error, "no such file", "the backing to be is not there, and not made")
+	require.NoFileExists(t, backing)
+	d.stop()
+	require.NoError(t, os.WriteFile(backing, nil, 0o600))
+	require.NoError(t, os.Truncate(backing, 64<<20))
+	conf, err := os.ReadFile(d.path("tidemark.yaml"))
+	require.NoError(t, err)
+	more := "  web02:\n    disks: {vda: {backing: " + backing + "}}\n"
+	require.NoError(t, os.WriteFile(d.path("tidemark.yaml"), append(conf, more...), 0o600))
+	d.start()
+	require.NotContains(t, d.ok("status"), "web02 ", "the group is not opened")
+	require.NoError(t, os.WriteFile(d.path("tidemark.yaml"), conf, 0o600))
+	require.True(t, bytes.Equal(want, d.bytesOf("web01/vda")))
 }

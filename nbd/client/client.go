@@ -102,6 +102,12 @@ func (c *Client) Size() int64 { return c.size }
 // ReadOnly reports whether the export refuses writes.
 func (c *Client) ReadOnly() bool { return c.flags&proto.FlagReadOnly != 0 }
 
+// CanZero reports whether the export takes Zero.
+func (c *Client) CanZero() bool { return c.flags&proto.FlagSendZeroes != 0 }
+
+// CanFlush reports whether the export takes Flush; if not, what is written is as durable as it gets.
+func (c *Client) CanFlush() bool { return c.flags&proto.FlagSendFlush != 0 }
+
 func (c *Client) negotiate(ctx context.Context, export string, tlsConf *tls.Config, contexts []string) error {
 	c.r = bufio.NewReaderSize(c.c, 256<<10)
 	var b [18]byte

@@ -6,7 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
+	"strings"
 
 	"github.com/goccy/go-yaml"
 )
@@ -23,34 +23,34 @@ type promotedGroup struct {
 	Disks map[string]Disk `yaml:"disks"`
 }
 
-// WritePromoted writes the file of a group that came to be while the daemon ran, by a function that makes it durable.
+// WritePromoted writes the file of a group that came to be while the daemon ran, by a function that makes it, and the directory
+// that it is in, durable.
 func WritePromoted(stateDir, name string, g Group, write func(path string, b []byte) error) (path string, err error) {
 	b, err := yaml.Marshal(promoted{map[string]promotedGroup{name: {g.Disks}}})
 	if err != nil {
 		return "", err
 	}
-	dir := filepath.Join(stateDir, promotedDir)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", err
-	}
 	b = append([]byte("# Made by tidemark promote. Move the group to the daemon's configuration, remove this file, then: tidemark reload\n"), b...)
-	path = filepath.Join(dir, name+".yaml")
+	path = filepath.Join(stateDir, promotedDir, name+".yaml")
 	return path, write(path, b)
 }
 
 // AddPromoted adds the groups of such files that the configuration has not got.
 func (c *Config) AddPromoted() error {
 	dir := filepath.Join(c.stateDir(), promotedDir)
-	paths, err := filepath.Glob(filepath.Join(dir, "*.yaml"))
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
-	slices.Sort(paths)
-	for _, path := range paths {
-		b, err := os.ReadFile(path)
-		if errors.Is(err, fs.ErrNotExist) {
+	for _, e := range entries {
+		if !strings.HasSuffix(e.Name(), ".yaml") {
 			continue
 		}
+		path := filepath.Join(dir, e.Name())
+		b, err := os.ReadFile(path)
 		if err != nil {
 			return err
 		}
