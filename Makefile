@@ -6,7 +6,7 @@ BIN      := bin
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LDFLAGS  := -X github.com/tidemark-cdp/tidemark/cmd/internal/build.version=$(VERSION)
 PACKAGES := qemu-utils libnbd-bin python3-libnbd nbdkit fio e2fsprogs xfsprogs btrfs-progs dosfstools ntfs-3g fdisk lvm2 fuse3 util-linux
-GUEST    := qemu-system-x86 busybox-static cpio debootstrap
+GUEST    := qemu-system-x86 busybox-static cpio debootstrap kmod guestmount guestfish libguestfs-xfs
 SERVERS  := qemu-guest-agent postgresql mariadb-server redis-server libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
 FUZZTIME ?= 10s
 SEEDS    ?= 1000

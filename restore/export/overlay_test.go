@@ -357,7 +357,7 @@ func TestAFullFileSystem(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 1))
 	buf := make([]byte, Block)
 	failures := 0
-	for n := 0; failures < 200 && n < 200000; n++ {
+	for n := 0; failures < 20 && n < 200000; n++ {
 		off := rng.Int64N(256<<20/Block) * Block
 		for i := range buf {
 			buf[i] = byte(n + i*7)
