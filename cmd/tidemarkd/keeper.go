@@ -351,6 +351,7 @@ func (k *keeper) problem(what string, err error) {
 
 // status adds what is known of guests and markers to the group's state.
 func (k *keeper) status(a *api.Group) {
+	a.Trusted = k.conf.Trusted
 	for _, name := range slices.Sorted(maps.Keys(k.conf.Guests)) {
 		g := api.Guest{Name: name}
 		if c := k.conf.Guests[name]; c.Freezes() {

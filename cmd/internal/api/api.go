@@ -151,6 +151,7 @@ type Group struct {
 	Unapplied    int64  `json:"unapplied_bytes"`
 	Disks        []Disk `json:"disks"`
 
+	Trusted  bool      `json:"trusted"` // its file systems may meet the host's kernel
 	Guests   []Guest   `json:"guests"`
 	Schedule *Schedule `json:"schedule,omitempty"`
 	Problems []string  `json:"problems"` // what the operator must see to

@@ -1,0 +1,327 @@
+package guestfs
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+)
+
+// Tree is files of a guest at one moment, by the paths that the guest has for them. Links are followed within it: none leads to
+// a file of the host. It is safe for concurrent use.
+type Tree struct {
+	mounts []mountpoint // the longest path first
+}
+
+type mountpoint struct {
+	at   string // "/", "/boot"
+	root *os.Root
+	sub  string // the directory of the volume that is mounted there
+}
+
+const (
+	// maxLinks bounds the links on the way of one path, as Linux does.
+	maxLinks = 40
+	// maxFstab bounds what is read of a guest's fstab, in bytes.
+	maxFstab = 1 << 20
+	// maxMounts bounds the file systems of a tree.
+	maxMounts = 256
+)
+
+// VolumeTree is the files of one volume.
+func VolumeTree(ctx context.Context, o Opened, volume string) (*Tree, error) {
+	root, err := openVolume(ctx, o, volume)
+	if err != nil {
+		return nil, err
+	}
+	return &Tree{mounts: []mountpoint{{"/", root, "."}}}, nil
+}
+
+func openVolume(ctx context.Context, o Opened, volume string) (*os.Root, error) {
+	dir, err := o.Dir(ctx, volume)
+	if err != nil {
+		return nil, err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("volume %s: %w", volume, err)
+	}
+	return root, nil
+}
+
+// GuestTree is the files of a guest as it has them: the volume that it has as its root, and on it what its fstab mounts. What of
+// that can not be shown is a problem, and the rest is there.
+func GuestTree(ctx context.Context, o Opened, l Layout) (t *Tree, problems []error, err error) {
+	t = &Tree{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, t.Close())
+			t = nil
+		}
+	}()
+	root, tab, problems, err := findRoot(ctx, o, l)
+	if err != nil {
+		return t, problems, err
+	}
+	t.mounts = []mountpoint{root}
+	for _, e := range tab {
+		v, ok := l.find(e.spec)
+		if !ok {
+			problems = append(problems, fmt.Errorf("fstab mounts %s on %s: none of the volumes is that", e.spec, e.at))
+			continue
+		}
+		r, err := openVolume(ctx, o, v.Name)
+		if err != nil {
+			problems = append(problems, fmt.Errorf("fstab mounts %s on %s: %w", e.spec, e.at, err))
+			continue
+		}
+		if t.mounts = append(t.mounts, mountpoint{e.at, r, e.sub}); len(t.mounts) == maxMounts {
+			break
+		}
+	}
+	slices.SortStableFunc(t.mounts, func(a, b mountpoint) int { return len(b.at) - len(a.at) })
+	return t, problems, nil
+}
+
+// findRoot finds the volume with the guest's fstab, or the only one that can be shown.
+func findRoot(ctx context.Context, o Opened, l Layout) (root mountpoint, tab []fstabEntry, problems []error, err error) {
+	var only []string
+	for _, v := range l.Volumes {
+		if !v.FS.Readable() {
+			continue
+		}
+		r, err := openVolume(ctx, o, v.Name)
+		if err != nil {
+			problems = append(problems, err)
+			continue
+		}
+		only = append(only, v.Name)
+		// A subvolume of Btrfs may be the root.
+		for _, sub := range []string{".", "@", "root"} {
+			if b, err := readSmall(r, path.Join(sub, "etc/fstab")); err == nil {
+				tab, subRoot := parseFstab(b)
+				if subRoot != "" {
+					sub = subRoot
+				}
+				return mountpoint{"/", r, sub}, tab, problems, nil
+			}
+		}
+		if err := r.Close(); err != nil {
+			return root, nil, problems, err
+		}
+	}
+	if len(only) == 1 {
+		r, err := openVolume(ctx, o, only[0])
+		return mountpoint{"/", r, "."}, nil, problems, err
+	}
+	if len(only) == 0 {
+		return root, nil, nil, errors.Join(append([]error{fmt.Errorf("none of the volumes can be shown: %w", ErrUnsupported)}, problems...)...)
+	}
+	return root, nil, problems, fmt.Errorf("none of the volumes has a guest's /etc/fstab: name one of %s", strings.Join(only, ", "))
+}
+
+func readSmall(r *os.Root, name string) ([]byte, error) {
+	f, err := r.OpenFile(name, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return nil, errors.Join(err, fs.ErrInvalid)
+	}
+	return io.ReadAll(io.LimitReader(f, maxFstab))
+}
+
+type fstabEntry struct{ spec, at, sub string }
+
+// parseFstab reads what stands on disks; of the root, which subvolume it is.
+func parseFstab(b []byte) (tab []fstabEntry, rootSub string) {
+	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\134`, `\`)
+	for s := bufio.NewScanner(strings.NewReader(string(b))); s.Scan(); {
+		f := strings.Fields(s.Text())
+		if len(f) < 4 || strings.HasPrefix(f[0], "#") || !strings.HasPrefix(f[1], "/") {
+			continue
+		}
+		sub := "."
+		for _, o := range strings.Split(f[3], ",") {
+			if v, ok := strings.CutPrefix(o, "subvol="); ok {
+				sub = path.Join(".", path.Clean("/" + v)[1:])
+			}
+		}
+		at := path.Clean(unescape.Replace(f[1]))
+		switch f[2] {
+		case "swap", "tmpfs", "proc", "sysfs", "devpts", "nfs", "nfs4", "cifs", "overlay":
+			continue
+		}
+		if at == "/" {
+			if sub != "." {
+				rootSub = sub
+			}
+			continue
+		}
+		tab = append(tab, fstabEntry{unescape.Replace(f[0]), at, sub})
+	}
+	return tab, rootSub
+}
+
+var plainDevice = regexp.MustCompile(`^/dev/(?:[shv]d|xvd)([a-z])([0-9]*)$`)
+
+// find is the volume that a line of fstab means.
+func (l *Layout) find(spec string) (Volume, bool) {
+	match := func(ok func(Volume) bool) (Volume, bool) {
+		i := slices.IndexFunc(l.Volumes, ok)
+		if i < 0 {
+			return Volume{}, false
+		}
+		return l.Volumes[i], true
+	}
+	for prefix, of := range map[string]func(Volume) string{
+		"UUID=": func(v Volume) string { return v.FS.UUID }, "/dev/disk/by-uuid/": func(v Volume) string { return v.FS.UUID },
+		"LABEL=": func(v Volume) string { return v.FS.Label }, "/dev/disk/by-label/": func(v Volume) string { return v.FS.Label },
+		"PARTUUID=": func(v Volume) string { return v.PartUUID }, "/dev/disk/by-partuuid/": func(v Volume) string { return v.PartUUID },
+		"PARTLABEL=": func(v Volume) string { return v.PartLabel }, "/dev/disk/by-partlabel/": func(v Volume) string { return v.PartLabel },
+	} {
+		if want, ok := strings.CutPrefix(spec, prefix); ok {
+			want = strings.Trim(want, `"`)
+			return match(func(v Volume) bool { return want != "" && strings.EqualFold(of(v), want) })
+		}
+	}
+	if name, ok := strings.CutPrefix(spec, "/dev/mapper/"); ok {
+		return match(func(v Volume) bool {
+			group, lv, ok := cutName(v.Name)
+			return ok && strings.ReplaceAll(group, "-", "--")+"-"+strings.ReplaceAll(lv, "-", "--") == name
+		})
+	}
+	if m := plainDevice.FindStringSubmatch(spec); m != nil {
+		// The guest's disks in their order: names differ with the bus.
+		var disks []string
+		for _, v := range l.Volumes {
+			if d := v.Extents[0].Disk; len(v.Extents) == 1 && !slices.Contains(disks, d) {
+				disks = append(disks, d)
+			}
+		}
+		slices.Sort(disks)
+		if i := int(m[1][0] - 'a'); i < len(disks) {
+			name := disks[i]
+			if m[2] != "" {
+				name += "/p" + m[2]
+			}
+			return match(func(v Volume) bool { return v.Name == name })
+		}
+		return Volume{}, false
+	}
+	return match(func(v Volume) bool { return "/dev/"+v.Name == spec })
+}
+
+// Close ends the tree; what it stands on stays.
+func (t *Tree) Close() error {
+	var errs []error
+	for _, m := range t.mounts {
+		errs = append(errs, m.root.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// place is where a path without links is.
+func (t *Tree) place(p string) (root *os.Root, name string) {
+	for _, m := range t.mounts {
+		rest, ok := strings.CutPrefix(p, m.at)
+		if m.at == "/" {
+			rest, ok = p, true
+		}
+		if ok && (rest == "" || rest[0] == '/') {
+			return m.root, path.Join(m.sub, strings.TrimPrefix(rest, "/"))
+		}
+	}
+	return nil, ""
+}
+
+// Resolve follows the links of a path, but for the last part if follow is false. What it returns has none.
+func (t *Tree) Resolve(p string, follow bool) (string, error) {
+	at := "/"
+	rest := split(p)
+	for links := 0; len(rest) > 0; {
+		part := rest[0]
+		rest = rest[1:]
+		if part == ".." {
+			at = path.Dir(at)
+			continue
+		}
+		next := path.Join(at, part)
+		root, name := t.place(next)
+		info, err := root.Lstat(name)
+		if err != nil {
+			return "", &fs.PathError{Op: "find", Path: next, Err: errors.Unwrap(err)}
+		}
+		if info.Mode()&fs.ModeSymlink == 0 || len(rest) == 0 && !follow {
+			at = next
+			continue
+		}
+		if links++; links > maxLinks {
+			return "", &fs.PathError{Op: "find", Path: p, Err: syscall.ELOOP}
+		}
+		target, err := root.Readlink(name)
+		if err != nil {
+			return "", &fs.PathError{Op: "read link", Path: next, Err: errors.Unwrap(err)}
+		}
+		if path.IsAbs(target) {
+			at = "/"
+		}
+		rest = append(split(target), rest...)
+	}
+	return at, nil
+}
+
+func split(p string) []string {
+	return slices.DeleteFunc(strings.Split(p, "/"), func(s string) bool { return s == "" || s == "." })
+}
+
+// Lstat tells of a file by a path that Resolve returned.
+func (t *Tree) Lstat(p string) (fs.FileInfo, error) {
+	root, name := t.place(p)
+	return root.Lstat(name)
+}
+
+// Readlink reads a link.
+func (t *Tree) Readlink(p string) (string, error) {
+	root, name := t.place(p)
+	return root.Readlink(name)
+}
+
+// Open opens a regular file or a directory by a path that Resolve returned.
+func (t *Tree) Open(p string) (*os.File, error) {
+	root, name := t.place(p)
+	// A fifo would wait for somebody who writes.
+	return root.OpenFile(name, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+}
+
+// ReadDir lists a directory by name.
+func (t *Tree) ReadDir(p string) ([]fs.FileInfo, error) {
+	d, err := t.Open(p)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	names, err := d.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(names)
+	infos := make([]fs.FileInfo, 0, len(names))
+	for _, name := range names {
+		info, err := t.Lstat(path.Join(p, name))
+		if err != nil {
+			return nil, err
+		}
+		infos = append(infos, info)
+	}
+	return infos, nil
+}

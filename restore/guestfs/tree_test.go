@@ -1,0 +1,209 @@
+package guestfs
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// shown is volumes that are directories.
+type shown map[string]string
+
+func (s shown) Close() error { return nil }
+
+func (s shown) Dir(_ context.Context, volume string) (string, error) {
+	if dir, ok := s[volume]; ok {
+		return dir, nil
+	}
+	return "", fmt.Errorf("volume %q: %w", volume, os.ErrNotExist)
+}
+
+func write(t testing.TB, dir, name, text string) {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	require.NoError(t, os.MkdirAll(filepath.Dir(path), 0o755))
+	require.NoError(t, os.WriteFile(path, []byte(text), 0o644))
+}
+
+func link(t testing.TB, dir, name, target string) {
+	t.Helper()
+	require.NoError(t, os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755))
+	require.NoError(t, os.Symlink(target, filepath.Join(dir, name)))
+}
+
+// aGuest has its root on a logical volume, /boot on a partition, /home on a subvolume and /srv on another disk.
+func aGuest(t testing.TB) (Layout, shown) {
+	s := shown{"vda/p1": t.TempDir(), "vg-0/ro-ot": t.TempDir(), "vda/p3": t.TempDir(), "vdb": t.TempDir()}
+	fs := func(uuid, label string) FS { return FS{TypeExt, uuid, label} }
+	l := Layout{Volumes: []Volume{
+		{Name: "vda", Extents: []Extent{{"vda", 0, 1}}},
+		{Name: "vda/p1", FS: fs("AAAA-1", ""), Extents: []Extent{{"vda", 0, 1}}},
+		{Name: "vda/p2", FS: FS{Type: TypeLVM}, Extents: []Extent{{"vda", 0, 1}}},
+		{Name: "vda/p3", FS: fs("", "homes"), Extents: []Extent{{"vda", 0, 1}}},
+		{Name: "vdb", FS: fs("", ""), Extents: []Extent{{"vdb", 0, 1}}},
+		{Name: "vg-0/ro-ot", FS: fs("", ""), Extents: []Extent{{"vda", 0, 1}, {"vdb", 0, 1}}},
+	}}
+	root := s["vg-0/ro-ot"]
+	write(t, root, "etc/fstab", `# comment
+/dev/mapper/vg--0-ro--ot / ext4 defaults 0 1
+UUID=aaaa-1 /boot ext4 defaults 0 2
+LABEL=homes /home btrfs subvol=/@home,compress 0 0
+/dev/sdb /srv\040data ext4 defaults 0 0
+UUID=none /lost ext4 defaults 0 0
+tmpfs /tmp tmpfs defaults 0 0
+`)
+	write(t, root, "etc/passwd", "root")
+	write(t, s["vda/p1"], "vmlinuz", "kernel")
+	write(t, s["vda/p3"], "@home/me/mail", "mail")
+	write(t, s["vda/p3"], "@other/x", "x")
+	write(t, s["vdb"], "file", "srv")
+	for name, target := range map[string]string{
+		"bin": "usr/bin", "abs": "/boot/vmlinuz", "out": "../../../../etc/passwd", "loop": "loop", "a/up": "../etc/passwd", "here": "/home/../home/me", "dangling": "/nowhere",
+	} {
+		link(t, root, name, target)
+	}
+	write(t, root, "usr/bin/sh", "shell")
+	return l, s
+}
+
+func readAll(t testing.TB, tr *Tree, p string) (string, error) {
+	p, err := tr.Resolve(p, true)
+	if err != nil {
+		return "", err
+	}
+	f, err := tr.Open(p)
+	require.NoError(t, err)
+	defer f.Close()
+	b := make([]byte, 100)
+	n, err := f.Read(b)
+	require.NoError(t, err)
+	return string(b[:n]), nil
+}
+
+// TestAGuestsPaths: what the guest has under a path, wherever it is, and never a file of the host.
+func TestAGuestsPaths(t *testing.T) {
+	l, s := aGuest(t)
+	tr, problems, err := GuestTree(context.Background(), s, l)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, tr.Close()) }()
+	require.Len(t, problems, 1)
+	require.ErrorContains(t, problems[0], "UUID=none on /lost")
+	for p, want := range map[string]string{
+		"/etc/passwd": "root", "/boot/vmlinuz": "kernel", "/home/me/mail": "mail", "/srv data/file": "srv", "/bin/sh": "shell", "/abs": "kernel",
+		"/out": "root", "/a/up": "root", "/here/mail": "mail", "/../../etc/passwd": "root", "etc/./passwd": "root",
+	} {
+		got, err := readAll(t, tr, p)
+		require.NoError(t, err, p)
+		require.Equal(t, want, got, p)
+	}
+	_, err = tr.Resolve("/loop", true)
+	require.ErrorIs(t, err, syscall.ELOOP)
+	for _, p := range []string{"/dangling", "/etc/shadow", "/home/@other/x", "/etc/passwd/x"} {
+		_, err = tr.Resolve(p, true)
+		require.Error(t, err, p)
+	}
+	p, err := tr.Resolve("/dangling", false)
+	require.NoError(t, err)
+	require.Equal(t, "/dangling", p)
+	infos, err := tr.ReadDir("/boot")
+	require.NoError(t, err)
+	require.Len(t, infos, 1)
+}
+
+func TestVolumesWithoutAGuest(t *testing.T) {
+	l, s := aGuest(t)
+	require.NoError(t, os.Remove(filepath.Join(s["vg-0/ro-ot"], "etc/fstab")))
+	_, _, err := GuestTree(context.Background(), s, l)
+	require.ErrorContains(t, err, "name one of vda/p1, vda/p3, vdb, vg-0/ro-ot")
+	l.Volumes = l.Volumes[4:5]
+	tr, _, err := GuestTree(context.Background(), s, l)
+	require.NoError(t, err)
+	got, err := readAll(t, tr, "/file")
+	require.NoError(t, err)
+	require.Equal(t, "srv", got)
+	require.NoError(t, tr.Close())
+	_, _, err = GuestTree(context.Background(), s, Layout{Volumes: []Volume{{Name: "vda"}}})
+	require.ErrorIs(t, err, ErrUnsupported)
+}
+
+// TestCopyKeepsWhatFilesAre compares a copied zoo with the original.
+func TestCopyKeepsWhatFilesAre(t *testing.T) {
+	needRoot(t)
+	need(t, "python3")
+	from, to := t.TempDir(), filepath.Join(t.TempDir(), "copy")
+	tool(t, fmt.Sprintf("MANY=200\nSPARSE=%d\ncd '%s'\n", 200<<20, from)+zoo+zooUnix+zooXattr, "sh", "-e")
+	tr, err := VolumeTree(context.Background(), shown{"v": from}, "v")
+	require.NoError(t, err)
+	defer func() { require.NoError(t, tr.Close()) }()
+	o := CopyOptions{Owner: true, Skipped: func(p string, why error) { t.Errorf("%s was left out: %v", p, why) }}
+	require.NoError(t, tr.Copy(context.Background(), "/", to, o))
+	same(t, inventory(t, from), inventory(t, to))
+	var st syscall.Stat_t
+	require.NoError(t, syscall.Stat(filepath.Join(to, "holes/big"), &st))
+	require.Less(t, st.Blocks*512, int64(1<<20))
+	require.ErrorIs(t, tr.Copy(context.Background(), "/small", to, o), os.ErrExist)
+
+	// One file, by a link; and not as root, who alone makes devices.
+	require.NoError(t, tr.Copy(context.Background(), "/links/abs", filepath.Join(t.TempDir(), "x"), o))
+	var left []string
+	plain := CopyOptions{Skipped: func(p string, _ error) { left = append(left, p) }}
+	dir := filepath.Join(t.TempDir(), "plain")
+	require.NoError(t, tr.Copy(context.Background(), "/", dir, plain))
+	require.Contains(t, strings.Join(left, " "), "/node")
+	info, err := os.Stat(filepath.Join(dir, "small"))
+	require.NoError(t, err)
+	require.Zero(t, info.Mode()&os.ModeSetuid, "it would run as whoever copied it")
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	require.ErrorIs(t, tr.Copy(ctx, "/", filepath.Join(t.TempDir(), "y"), o), context.Canceled)
+}
+
+// TestDiffTellsWhatDiffers between two directories, and that a print does too.
+func TestDiffTellsWhatDiffers(t *testing.T) {
+	a, b := t.TempDir(), t.TempDir()
+	for _, dir := range []string{a, b} {
+		write(t, dir, "same", "same")
+		write(t, dir, "d/content", "aaaa")
+		write(t, dir, "d/mode", "x")
+		link(t, dir, "target", "same")
+		require.NoError(t, os.Chtimes(filepath.Join(dir, "same"), time.Unix(1, 0), time.Unix(1, 0)))
+		require.NoError(t, os.Chtimes(filepath.Join(dir, "d/mode"), time.Unix(1, 0), time.Unix(1, 0)))
+	}
+	write(t, a, "only-a/below", "")
+	write(t, b, "only-b", "")
+	write(t, b, "d/content", "bbbb")
+	for _, dir := range []string{a, b} {
+		require.NoError(t, os.Chtimes(filepath.Join(dir, "d/content"), time.Unix(1, 0), time.Unix(1, 0)))
+	}
+	require.NoError(t, os.Chmod(filepath.Join(b, "d/mode"), 0o600))
+	require.NoError(t, os.Remove(filepath.Join(b, "target")))
+	write(t, b, "target", "a file")
+	ctx := context.Background()
+	s := shown{"a": a, "b": b}
+	ta, err := VolumeTree(ctx, s, "a")
+	require.NoError(t, err)
+	tb, err := VolumeTree(ctx, s, "b")
+	require.NoError(t, err)
+	var got []Difference
+	require.NoError(t, Diff(ctx, ta, "/", tb, "/", func(d Difference) error { got = append(got, d); return nil }))
+	require.Equal(t, []Difference{
+		{Path: "/d/content", What: []string{"content"}}, {Path: "/d/mode", What: []string{"mode"}}, {Path: "/only-a", Only: 1}, {Path: "/only-b", Only: 2},
+		{Path: "/target", What: []string{"type"}},
+	}, got)
+	for p, same := range map[string]bool{"/same": true, "/d/content": false, "/d/mode": false, "/target": false, "/none": true, "/only-a": false} {
+		pa, _, err := ta.Print(ctx, p)
+		require.NoError(t, err)
+		pb, _, err := tb.Print(ctx, p)
+		require.NoError(t, err)
+		require.Equal(t, same, pa == pb, p)
+	}
+	require.NoError(t, ta.Close())
+	require.NoError(t, tb.Close())
+}
