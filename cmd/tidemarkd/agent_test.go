@@ -109,3 +109,10 @@ func (a *fakeAgent) set(fn func()) {
 	defer a.mu.Unlock()
 	fn()
 }
+
+// frozenTimes is how often it was asked to freeze.
+func (a *fakeAgent) frozenTimes() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.freezes
+}

@@ -88,7 +88,7 @@ func TestMarkersSayWhatWasReached(t *testing.T) {
 	})
 	out := d.ok("mark", "web01", "plain")
 	require.Contains(t, out, "crash-consistent")
-	require.Zero(t, a.freezes)
+	require.Zero(t, a.frozenTimes())
 	out = d.ok("mark", "web01", "nightly", "--consistency", "application", "--description", "before the night", "--pin")
 	require.Contains(t, out, "application-consistent; frozen for")
 	require.False(t, a.isFrozen())
@@ -100,10 +100,10 @@ func TestMarkersSayWhatWasReached(t *testing.T) {
 	require.Greater(t, m.Frozen, 0.0)
 	d.ok("mark", "web01", "fs", "--consistency", "filesystem")
 	require.Equal(t, "filesystem", d.marker("fs").Consistency)
-	require.Equal(t, 2, a.freezes)
+	require.Equal(t, 2, a.frozenTimes())
 	out, code := d.tidemark("mark", "web01", "fs", "--consistency", "filesystem")
 	require.Equal(t, 5, code, out)
-	require.Equal(t, 2, a.freezes, "nobody is frozen for a label that is in use")
+	require.Equal(t, 2, a.frozenTimes(), "nobody is frozen for a label that is in use")
 
 	a.set(func() {
 		a.instead["guest-fsfreeze-freeze"] = func() string { a.frozen = true; return `{"error": {"class": "GenericError", "desc": "no such luck"}}` }
@@ -201,7 +201,7 @@ func TestAGuestThatDoesNotThaw(t *testing.T) {
 	require.Contains(t, d.metrics(), `tidemark_guests_not_thawed{group="web01"} 1`)
 	out, code = d.tidemark("mark", "web01", "second", "--consistency", "application")
 	require.Equal(t, 8, code, out)
-	require.Equal(t, 1, a.freezes, "a guest that may be frozen is not frozen again")
+	require.Equal(t, 1, a.frozenTimes(), "a guest that may be frozen is not frozen again")
 	require.Eventually(t, func() bool { // but while the daemon is trying to thaw it
 		return strings.Contains(d.ok("status"), "GUESTS MAY BE FROZEN: [web01]")
 	}, 30*time.Second, 50*time.Millisecond)
@@ -483,7 +483,7 @@ func TestDefinitions(t *testing.T) {
 		return code == 4
 	}, 10*time.Second, 10*time.Millisecond)
 	require.Equal(t, "cores: 2\n", d.ok("definition", "web01@second", "--name", "conf"))
-	require.Positive(t, a.freezes)
+	require.Positive(t, a.frozenTimes())
 }
 
 // TestMarkersFromInside: over the guest's port, and nothing else.
