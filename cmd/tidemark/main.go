@@ -35,10 +35,16 @@ var (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	// Whatever ends the program, what it has mounted and started is undone first. A pipe that nobody reads is an error of the write.
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer stop()
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	// A second signal ends it at once.
+	context.AfterFunc(ctx, stop)
 	if err := root().ExecuteContext(ctx); err != nil {
-		fmt.Fprintf(os.Stderr, "tidemark: %v\n", err)
+		if !errors.Is(err, syscall.EPIPE) {
+			fmt.Fprintf(os.Stderr, "tidemark: %v\n", err)
+		}
 		os.Exit(exitCode(err))
 	}
 }

@@ -225,7 +225,7 @@ func (c *Client) send(flags, typ uint16, off uint64, n uint32, payload []byte, c
 	_, err := bufs.WriteTo(c.c)
 	c.wmu.Unlock()
 	if err != nil {
-		c.fail(err)
+		c.breakOff(err)
 	}
 	<-cl.done
 	stop()
@@ -236,19 +236,25 @@ func (c *Client) send(flags, typ uint16, off uint64, n uint32, payload []byte, c
 // ends the connection, for all calls. 0: for ever.
 func (c *Client) SetTimeout(d time.Duration) { c.timeout.Store(int64(d)) }
 
-// watch ends the connection if a call takes too long. The reader may be writing to the call's buffer:
-// it ends before the call does.
+// watch ends the connection if a call takes too long.
 func (c *Client) watch(cl *call) (stop func()) {
 	d := time.Duration(c.timeout.Load())
 	if d == 0 {
 		return func() {}
 	}
-	t := time.AfterFunc(d, func() {
-		_ = c.c.Close()
-		<-c.ended
-		c.fail(fmt.Errorf("no answer for %v: %w", d, syscall.ETIMEDOUT))
-	})
+	t := time.AfterFunc(d, func() { c.breakOff(fmt.Errorf("no answer for %v: %w", d, syscall.ETIMEDOUT)) })
 	return func() { t.Stop() }
+}
+
+// breakOff ends the connection for a reason. The calls are ended by the reader, when it writes to none of their buffers any more.
+func (c *Client) breakOff(err error) {
+	c.mu.Lock()
+	if c.mu.err == nil {
+		c.mu.err = fmt.Errorf("NBD connection lost: %w", err)
+	}
+	c.mu.Unlock()
+	_ = c.c.Close()
+	<-c.ended
 }
 
 // fail ends every call that waits and all that follow.

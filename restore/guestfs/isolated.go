@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -90,7 +91,11 @@ func (o *isolatedOpened) Dir(ctx context.Context, volume string) (string, error)
 	if why, ok := o.failed[volume]; ok {
 		return "", fmt.Errorf("volume %s (%s): it can not be mounted: %s", volume, d.V.FS.Type, why)
 	}
-	return filepath.Join(o.dir, "mnt", o.places[volume]), nil
+	place, ok := o.places[volume]
+	if !ok {
+		return "", fmt.Errorf("volume %s: it is not mounted", volume)
+	}
+	return filepath.Join(o.dir, "mnt", place), nil
 }
 
 // drive is the export of a drive by its name.
@@ -163,7 +168,9 @@ func (o *isolatedOpened) script(mnt string) string {
 			options += ",nouuid"
 		}
 		if d.V.FS.Type == TypeNTFS {
+			// The probe's answer counts: a mount that is read-only looks at no journal.
 			options = "ro,norecover"
+			fmt.Fprintf(&b, "echo probe %d\n-ntfs-3g-probe true %s\n", i, driveName(i))
 		}
 		fmt.Fprintf(&b, "mkmountpoint /%d\n-mount-vfs %s %s %s /%d\n", i, options, driver(d.V.FS.Type), driveName(i), i)
 	}
@@ -209,9 +216,10 @@ func (o *isolatedOpened) run(ctx context.Context, sock, mnt string) error {
 	o.stop = append(o.stop, func() error { return endVM(cmd, mnt, ended) })
 	launched, cancel := context.WithTimeout(ctx, launchTime)
 	defer cancel()
-	for shown := false; !shown; {
+	for shown, noted := false, false; !shown || !noted; {
 		select {
 		case lines := <-mounted:
+			noted = true
 			o.note(lines, stderr.String())
 		case err := <-ended:
 			ended <- err
@@ -244,6 +252,12 @@ func readMounts(r io.Reader) (lines []string) {
 // note takes down which drives are mounted, and of the others why not.
 func (o *isolatedOpened) note(lines []string, stderr string) {
 	for i, d := range o.drives {
+		if d.V.FS.Type == TypeNTFS {
+			if k := slices.Index(lines, fmt.Sprintf("probe %d", i)); k < 0 || k+1 >= len(lines) || lines[k+1] != "0" {
+				o.failed[d.V.Name] = ErrStale.Error() + ": its journal is not empty, or Windows is hibernated on it"
+				continue
+			}
+		}
 		place := fmt.Sprintf("/%d", i)
 		for _, line := range lines {
 			if _, at, ok := strings.Cut(line, ": "); ok && at == place {

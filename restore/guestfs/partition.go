@@ -25,10 +25,14 @@ func partitions(name string, d Disk) ([]Volume, error) {
 	if err != nil {
 		return nil, err
 	}
-	if parts, found, err := gpt(name, d); found || err != nil && !errors.Is(err, ErrLayout) {
-		return parts, err
-	} else if err != nil && protective(mbr) {
-		return whole, err
+	// Without its entry in the MBR, a GPT is what is left of another time.
+	if protective(mbr) {
+		if parts, found, err := gpt(name, d); found || err != nil {
+			if !found && errors.Is(err, ErrLayout) {
+				parts = whole
+			}
+			return parts, err
+		}
 	}
 	if !hasTable(mbr) {
 		return whole, nil

@@ -25,6 +25,7 @@ type mountpoint struct {
 	at   string // "/", "/boot"
 	root *os.Root
 	sub  string // the directory of the volume that is mounted there
+	err  error  // why it can not be shown: what is below it then is not the guest's
 }
 
 const (
@@ -42,7 +43,7 @@ func VolumeTree(ctx context.Context, o Opened, volume string) (*Tree, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Tree{mounts: []mountpoint{{"/", root, "."}}}, nil
+	return &Tree{mounts: []mountpoint{{"/", root, ".", nil}}}, nil
 }
 
 func openVolume(ctx context.Context, o Opened, volume string) (*os.Root, error) {
@@ -73,17 +74,17 @@ func GuestTree(ctx context.Context, o Opened, l Layout) (t *Tree, problems []err
 	}
 	t.mounts = []mountpoint{root}
 	for _, e := range tab {
-		v, ok := l.find(e.spec)
-		if !ok {
-			problems = append(problems, fmt.Errorf("fstab mounts %s on %s: none of the volumes is that", e.spec, e.at))
-			continue
+		m := mountpoint{at: e.at, sub: e.sub}
+		if v, ok := l.find(e.spec); !ok {
+			m.err = errors.New("none of the volumes is that")
+		} else if m.root, m.err = openVolume(ctx, o, v.Name); m.err == nil {
+			_, m.err = m.root.Lstat(m.sub)
 		}
-		r, err := openVolume(ctx, o, v.Name)
-		if err != nil {
-			problems = append(problems, fmt.Errorf("fstab mounts %s on %s: %w", e.spec, e.at, err))
-			continue
+		if m.err != nil {
+			m.err = fmt.Errorf("fstab mounts %q on %q: %w", e.spec, e.at, m.err)
+			problems = append(problems, m.err)
 		}
-		if t.mounts = append(t.mounts, mountpoint{e.at, r, e.sub}); len(t.mounts) == maxMounts {
+		if t.mounts = append(t.mounts, m); len(t.mounts) == maxMounts {
 			break
 		}
 	}
@@ -111,21 +112,21 @@ func findRoot(ctx context.Context, o Opened, l Layout) (root mountpoint, tab []f
 				if subRoot != "" {
 					sub = subRoot
 				}
-				return mountpoint{"/", r, sub}, tab, problems, nil
+				return mountpoint{"/", r, sub, nil}, tab, problems, nil
 			}
 		}
 		if err := r.Close(); err != nil {
 			return root, nil, problems, err
 		}
 	}
-	if len(only) == 1 {
+	if len(only) == 1 && len(problems) == 0 {
 		r, err := openVolume(ctx, o, only[0])
-		return mountpoint{"/", r, "."}, nil, problems, err
+		return mountpoint{"/", r, ".", nil}, nil, nil, err
 	}
 	if len(only) == 0 {
 		return root, nil, nil, errors.Join(append([]error{fmt.Errorf("none of the volumes can be shown: %w", ErrUnsupported)}, problems...)...)
 	}
-	return root, nil, problems, fmt.Errorf("none of the volumes has a guest's /etc/fstab: name one of %s", strings.Join(only, ", "))
+	return root, nil, problems, fmt.Errorf("none of the volumes that can be shown has a guest's /etc/fstab: name one of %s", strings.Join(only, ", "))
 }
 
 func readSmall(r *os.Root, name string) ([]byte, error) {
@@ -225,23 +226,25 @@ func (l *Layout) find(spec string) (Volume, bool) {
 func (t *Tree) Close() error {
 	var errs []error
 	for _, m := range t.mounts {
-		errs = append(errs, m.root.Close())
+		if m.root != nil {
+			errs = append(errs, m.root.Close())
+		}
 	}
 	return errors.Join(errs...)
 }
 
 // place is where a path without links is.
-func (t *Tree) place(p string) (root *os.Root, name string) {
+func (t *Tree) place(p string) (root *os.Root, name string, err error) {
 	for _, m := range t.mounts {
 		rest, ok := strings.CutPrefix(p, m.at)
 		if m.at == "/" {
 			rest, ok = p, true
 		}
 		if ok && (rest == "" || rest[0] == '/') {
-			return m.root, path.Join(m.sub, strings.TrimPrefix(rest, "/"))
+			return m.root, path.Join(m.sub, strings.TrimPrefix(rest, "/")), m.err
 		}
 	}
-	return nil, ""
+	return nil, "", fs.ErrNotExist
 }
 
 // Resolve follows the links of a path, but for the last part if follow is false. What it returns has none.
@@ -256,7 +259,10 @@ func (t *Tree) Resolve(p string, follow bool) (string, error) {
 			continue
 		}
 		next := path.Join(at, part)
-		root, name := t.place(next)
+		root, name, err := t.place(next)
+		if err != nil {
+			return "", &fs.PathError{Op: "find", Path: next, Err: err}
+		}
 		info, err := root.Lstat(name)
 		if err != nil {
 			return "", &fs.PathError{Op: "find", Path: next, Err: errors.Unwrap(err)}
@@ -286,19 +292,28 @@ func split(p string) []string {
 
 // Lstat tells of a file by a path that Resolve returned.
 func (t *Tree) Lstat(p string) (fs.FileInfo, error) {
-	root, name := t.place(p)
+	root, name, err := t.place(p)
+	if err != nil {
+		return nil, &fs.PathError{Op: "find", Path: p, Err: err}
+	}
 	return root.Lstat(name)
 }
 
 // Readlink reads a link.
 func (t *Tree) Readlink(p string) (string, error) {
-	root, name := t.place(p)
+	root, name, err := t.place(p)
+	if err != nil {
+		return "", &fs.PathError{Op: "read link", Path: p, Err: err}
+	}
 	return root.Readlink(name)
 }
 
 // Open opens a regular file or a directory by a path that Resolve returned.
 func (t *Tree) Open(p string) (*os.File, error) {
-	root, name := t.place(p)
+	root, name, err := t.place(p)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: p, Err: err}
+	}
 	// A fifo would wait for somebody who writes.
 	return root.OpenFile(name, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 }

@@ -94,7 +94,14 @@ func TestAGuestsPaths(t *testing.T) {
 	require.NoError(t, err)
 	defer func() { require.NoError(t, tr.Close()) }()
 	require.Len(t, problems, 1)
-	require.ErrorContains(t, problems[0], "UUID=none on /lost")
+	require.ErrorContains(t, problems[0], `"UUID=none" on "/lost"`)
+	require.NoError(t, os.Mkdir(filepath.Join(s["vg-0/ro-ot"], "lost"), 0o755))
+	for _, p := range []string{"/lost", "/lost/x"} {
+		_, err = tr.Resolve(p, true)
+		require.ErrorContains(t, err, "none of the volumes is that", "not the empty directory below it")
+	}
+	_, err = tr.Lstat("/lost")
+	require.Error(t, err)
 	for p, want := range map[string]string{
 		"/etc/passwd": "root", "/boot/vmlinuz": "kernel", "/home/me/mail": "mail", "/srv data/file": "srv", "/bin/sh": "shell", "/abs": "kernel",
 		"/out": "root", "/a/up": "root", "/here/mail": "mail", "/../../etc/passwd": "root", "etc/./passwd": "root",
@@ -122,7 +129,11 @@ func TestVolumesWithoutAGuest(t *testing.T) {
 	require.NoError(t, os.Remove(filepath.Join(s["vg-0/ro-ot"], "etc/fstab")))
 	_, _, err := GuestTree(context.Background(), s, l)
 	require.ErrorContains(t, err, "name one of vda/p1, vda/p3, vdb, vg-0/ro-ot")
-	l.Volumes = l.Volumes[4:5]
+	whole := l.Volumes
+	l.Volumes = append(l.Volumes[4:5:5], Volume{Name: "vda/p9", FS: FS{Type: TypeXFS}})
+	_, _, err = GuestTree(context.Background(), s, l)
+	require.ErrorContains(t, err, "name one of vdb", "the other one may be the guest's root")
+	l.Volumes = whole[4:5]
 	tr, _, err := GuestTree(context.Background(), s, l)
 	require.NoError(t, err)
 	got, err := readAll(t, tr, "/file")
