@@ -553,8 +553,9 @@ func (m *model) join() {
 		if d > 4 {
 			return
 		}
-		m.sizes = append(m.sizes, 30*record.BlockSize)
-		m.makeBacking(d, m.sizes[d])
+		if !m.newBacking(d, 30*record.BlockSize) {
+			return
+		}
 		m.out[d] = true
 		fallthrough
 	case m.out[d]:
@@ -572,6 +573,19 @@ func (m *model) join() {
 		require.NoError(m.t, err)
 		m.out[d], m.removing = true, d
 	}
+}
+
+// newBacking makes a backing while no crash can take its picture: what an operator adds is whole. It is false if the
+// picture was taken already.
+func (m *model) newBacking(d int, size int64) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.clone != nil {
+		return false
+	}
+	m.sizes = append(m.sizes, size)
+	m.makeBacking(d, size)
+	return true
 }
 
 // came takes up what a disk did that came to the group: it may be a discontinuity.
