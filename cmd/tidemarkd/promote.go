@@ -48,9 +48,10 @@ type filling struct {
 	why     error // why it ended
 }
 
-// adopter has a group protected from now on, durably. hold is called first, when nobody else changes the groups any more.
+// adopter has a group protected from now on, durably. hold is called first, and back if nothing came of it: nobody else changes the
+// groups between them.
 type adopter interface {
-	adopt(name string, conf config.Group, hold func() error) error
+	adopt(name string, conf config.Group, hold, back func() error) error
 }
 
 // unfinishedBackings are the backings of promotions that are not whole, by path: no group may have them yet.
@@ -364,11 +365,8 @@ func (one *scratch) handOver() (held time.Duration, err error) {
 		}
 		one.unclaim()
 		return nil
-	})
+	}, func() error { return one.claim(p) })
 	if err != nil {
-		if len(one.claims) == 0 {
-			err = errors.Join(err, one.claim(p))
-		}
 		return 0, err
 	}
 	// From here on the journal has the backings: nobody may write past it.

@@ -158,7 +158,7 @@ func (r *reloader) keep(name string, now, want config.Group, did did) config.Gro
 }
 
 // adopt implements adopter: the group's configuration is a file in the state directory until the operator takes it into his own.
-func (r *reloader) adopt(name string, conf config.Group, hold func() error) error {
+func (r *reloader) adopt(name string, conf config.Group, hold, back func() error) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if _, ok := r.now.Groups[name]; ok {
@@ -167,6 +167,14 @@ func (r *reloader) adopt(name string, conf config.Group, hold func() error) erro
 	if err := hold(); err != nil {
 		return err
 	}
+	if err := r.protect(name, conf); err != nil {
+		return errors.Join(err, back())
+	}
+	return nil
+}
+
+// protect makes a group's configuration durable and opens it. r.mu is held.
+func (r *reloader) protect(name string, conf config.Group) error {
 	path, err := config.WritePromoted(r.now.StateDir, name, conf, func(path string, b []byte) error {
 		return errors.Join(mkdirDurable(filepath.Dir(path)), writeDurable(path, b))
 	})

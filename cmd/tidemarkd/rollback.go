@@ -223,7 +223,11 @@ func (r *rollbacks) prepare(g *journal.Group, note *rollbackNote, force bool) (b
 			before.close()
 		}
 		// The note may be there though its write failed; with it, the next start would go on.
-		if rerr := os.Remove(r.path(g.Name())); rerr != nil && !errors.Is(rerr, fs.ErrNotExist) {
+		rerr := os.Remove(r.path(g.Name()))
+		if errors.Is(rerr, fs.ErrNotExist) {
+			rerr = nil
+		}
+		if rerr = errors.Join(rerr, syncDir(r.dir)); rerr != nil {
 			err = errors.Join(err, rerr)
 			r.mu.Lock()
 			r.left[g.Name()] = &leftRollback{err: err, note: *note}

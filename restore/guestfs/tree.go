@@ -92,9 +92,9 @@ func GuestTree(ctx context.Context, o Opened, l Layout) (t *Tree, problems []err
 	return t, problems, nil
 }
 
-// findRoot finds the volume with the guest's fstab, or the only one that can be shown.
+// findRoot finds the volume with the guest's fstab, or the only one that can be shown. Several are nobody's to choose from but the user's.
 func findRoot(ctx context.Context, o Opened, l Layout) (root mountpoint, tab []fstabEntry, problems []error, err error) {
-	var only []string
+	var shown, guests []string
 	for _, v := range l.Volumes {
 		if !v.FS.Readable() {
 			continue
@@ -104,29 +104,52 @@ func findRoot(ctx context.Context, o Opened, l Layout) (root mountpoint, tab []f
 			problems = append(problems, err)
 			continue
 		}
-		only = append(only, v.Name)
-		// A subvolume of Btrfs may be the root.
-		for _, sub := range []string{".", "@", "root"} {
-			if b, err := readSmall(r, path.Join(sub, "etc/fstab")); err == nil {
-				tab, subRoot := parseFstab(b)
-				if subRoot != "" {
-					sub = subRoot
-				}
-				return mountpoint{"/", r, sub, nil}, tab, problems, nil
-			}
+		shown = append(shown, v.Name)
+		sub, b, ok := findFstab(r, v.FS.Type)
+		if ok {
+			guests = append(guests, v.Name)
+		}
+		if ok && root.root == nil {
+			tab, root = parseFstab(b, mountpoint{at: "/", root: r, sub: sub})
+			continue
 		}
 		if err := r.Close(); err != nil {
-			return root, nil, problems, err
+			return root, nil, problems, errors.Join(err, closeRoot(root))
 		}
 	}
-	if len(only) == 1 && len(problems) == 0 {
-		r, err := openVolume(ctx, o, only[0])
-		return mountpoint{"/", r, ".", nil}, nil, nil, err
-	}
-	if len(only) == 0 {
+	switch {
+	case len(guests) == 1:
+		return root, tab, problems, nil
+	case len(guests) > 1:
+		return root, nil, nil, errors.Join(fmt.Errorf("several volumes have a guest's /etc/fstab: name one of %s", strings.Join(guests, ", ")), closeRoot(root))
+	case len(shown) == 1 && len(problems) == 0:
+		r, err := openVolume(ctx, o, shown[0])
+		return mountpoint{at: "/", root: r, sub: "."}, nil, nil, err
+	case len(shown) == 0:
 		return root, nil, nil, errors.Join(append([]error{fmt.Errorf("none of the volumes can be shown: %w", ErrUnsupported)}, problems...)...)
 	}
-	return root, nil, problems, fmt.Errorf("none of the volumes that can be shown has a guest's /etc/fstab: name one of %s", strings.Join(only, ", "))
+	return root, nil, problems, fmt.Errorf("none of the volumes that can be shown has a guest's /etc/fstab: name one of %s", strings.Join(shown, ", "))
+}
+
+func closeRoot(m mountpoint) error {
+	if m.root == nil {
+		return nil
+	}
+	return m.root.Close()
+}
+
+// findFstab finds a guest's fstab. A subvolume of Btrfs may be its root.
+func findFstab(r *os.Root, fstype string) (sub string, b []byte, ok bool) {
+	subs := []string{"."}
+	if fstype == TypeBtrfs {
+		subs = append(subs, "@", "root")
+	}
+	for _, sub := range subs {
+		if b, err := readSmall(r, path.Join(sub, "etc/fstab")); err == nil {
+			return sub, b, true
+		}
+	}
+	return "", nil, false
 }
 
 func readSmall(r *os.Root, name string) ([]byte, error) {
@@ -143,8 +166,9 @@ func readSmall(r *os.Root, name string) ([]byte, error) {
 
 type fstabEntry struct{ spec, at, sub string }
 
-// parseFstab reads what stands on disks; of the root, which subvolume it is.
-func parseFstab(b []byte) (tab []fstabEntry, rootSub string) {
+// parseFstab reads what stands on disks; the root may say which subvolume it is.
+func parseFstab(b []byte, root mountpoint) ([]fstabEntry, mountpoint) {
+	var tab []fstabEntry
 	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\134`, `\`)
 	for s := bufio.NewScanner(strings.NewReader(string(b))); s.Scan(); {
 		f := strings.Fields(s.Text())
@@ -164,13 +188,13 @@ func parseFstab(b []byte) (tab []fstabEntry, rootSub string) {
 		}
 		if at == "/" {
 			if sub != "." {
-				rootSub = sub
+				root.sub = sub
 			}
 			continue
 		}
 		tab = append(tab, fstabEntry{unescape.Replace(f[0]), at, sub})
 	}
-	return tab, rootSub
+	return tab, root
 }
 
 var plainDevice = regexp.MustCompile(`^/dev/(?:[shv]d|xvd)([a-z])([0-9]*)$`)
@@ -192,7 +216,10 @@ func (l *Layout) find(spec string) (Volume, bool) {
 	} {
 		if want, ok := strings.CutPrefix(spec, prefix); ok {
 			want = strings.Trim(want, `"`)
-			return match(func(v Volume) bool { return want != "" && strings.EqualFold(of(v), want) })
+			label := strings.Contains(strings.ToLower(prefix), "label") // other than identities, labels differ by case
+			return match(func(v Volume) bool {
+				return want != "" && (of(v) == want || !label && strings.EqualFold(of(v), want))
+			})
 		}
 	}
 	if name, ok := strings.CutPrefix(spec, "/dev/mapper/"); ok {
@@ -226,9 +253,7 @@ func (l *Layout) find(spec string) (Volume, bool) {
 func (t *Tree) Close() error {
 	var errs []error
 	for _, m := range t.mounts {
-		if m.root != nil {
-			errs = append(errs, m.root.Close())
-		}
+		errs = append(errs, closeRoot(m))
 	}
 	return errors.Join(errs...)
 }

@@ -126,8 +126,13 @@ func TestAGuestsPaths(t *testing.T) {
 
 func TestVolumesWithoutAGuest(t *testing.T) {
 	l, s := aGuest(t)
-	require.NoError(t, os.Remove(filepath.Join(s["vg-0/ro-ot"], "etc/fstab")))
+	write(t, s["vdb"], "etc/fstab", "")
+	write(t, s["vda/p3"], "root/etc/fstab", "") // no Btrfs: a directory like any other
 	_, _, err := GuestTree(context.Background(), s, l)
+	require.ErrorContains(t, err, "several volumes have a guest's /etc/fstab: name one of vdb, vg-0/ro-ot")
+	require.NoError(t, os.Remove(filepath.Join(s["vdb"], "etc/fstab")))
+	require.NoError(t, os.Remove(filepath.Join(s["vg-0/ro-ot"], "etc/fstab")))
+	_, _, err = GuestTree(context.Background(), s, l)
 	require.ErrorContains(t, err, "name one of vda/p1, vda/p3, vdb, vg-0/ro-ot")
 	whole := l.Volumes
 	l.Volumes = append(l.Volumes[4:5:5], Volume{Name: "vda/p9", FS: FS{Type: TypeXFS}})
