@@ -177,13 +177,15 @@ func (a *app) nbdServer(s api.Status, flag string) (network, addr string, err er
 	return network, addr, nil
 }
 
-func (r *restoring) groupStatus() (api.Group, error) {
-	for _, g := range r.status.Groups {
-		if g.Name == r.name.Group {
+func (r *restoring) groupStatus() (api.Group, error) { return findGroup(r.status, r.name.Group) }
+
+func findGroup(s api.Status, name string) (api.Group, error) {
+	for _, g := range s.Groups {
+		if g.Name == name {
 			return g, nil
 		}
 	}
-	return api.Group{}, &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("group %q: not found", r.name.Group)}
+	return api.Group{}, &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("group %q: not found", name)}
 }
 
 func (r *restoring) hasDisk(disk string) error {

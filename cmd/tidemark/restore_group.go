@@ -82,24 +82,27 @@ func (r *restoring) group() error {
 	return nil
 }
 
-// disksAt are the disks that the group had at the point.
-func (r *restoring) disksAt() ([]string, error) {
-	g, err := r.groupStatus()
+// disksAt are the disks that a group had at the restore's LSN.
+func (r *restoring) disksAt() ([]string, error) { return disksAt(r.status, r.name.Group, r.lsn) }
+
+// disksAt are the disks that a group had at an LSN.
+func disksAt(s api.Status, group string, lsn uint64) ([]string, error) {
+	g, err := findGroup(s, group)
 	if err != nil {
 		return nil, err
 	}
 	var names []string
 	for _, d := range g.Disks {
 		switch {
-		case d.Added > r.lsn:
+		case d.Added > lsn:
 		case d.Removed == 0:
 			names = append(names, d.Name)
-		case d.Removed > r.lsn:
-			return nil, fmt.Errorf("disk %s was in group %s at LSN %d and is not now: add it again to see its past, or restore the other disks one by one", d.Name, g.Name, r.lsn)
+		case d.Removed > lsn:
+			return nil, fmt.Errorf("disk %s was in group %s at LSN %d and is not now: add it again to see its past, or restore the other disks one by one", d.Name, g.Name, lsn)
 		}
 	}
 	if len(names) == 0 {
-		return nil, fmt.Errorf("group %s had no disk at LSN %d", g.Name, r.lsn)
+		return nil, fmt.Errorf("group %s had no disk at LSN %d", g.Name, lsn)
 	}
 	return names, nil
 }

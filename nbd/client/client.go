@@ -246,6 +246,9 @@ func (c *Client) watch(cl *call) (stop func()) {
 	return func() { t.Stop() }
 }
 
+// Break ends the connection for a reason: calls that wait get errors, as all that follow do. Close is still to be called.
+func (c *Client) Break(err error) { c.breakOff(err) }
+
 // breakOff ends the connection for a reason. The calls are ended by the reader, when it writes to none of their buffers any more.
 func (c *Client) breakOff(err error) {
 	c.mu.Lock()

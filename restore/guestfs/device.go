@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/tidemark-cdp/tidemark/restore/export"
 )
@@ -14,14 +13,16 @@ import (
 // A Way has file systems shown as directories. Each stands on an overlay that is thrown away: a journal that
 // is not empty is replayed there, as the guest's own recovery would.
 type Way interface {
-	// Open begins with the volumes of one moment.
-	Open(ctx context.Context, volumes []*Device) (Opened, error)
+	// Open begins with volumes whose names differ. Nothing is opened before it is asked for.
+	Open(ctx context.Context, volumes []Volume) (Opened, error)
 }
 
-// Opened is the volumes of one moment, ready to be shown.
+// Opened is volumes that are ready to be shown.
 type Opened interface {
 	// Dir is where this process finds a volume's files. It may take as long as the start of a small VM.
 	Dir(ctx context.Context, volume string) (string, error)
+	// Break has every use of the files fail from then on, also one that is waiting: what shows them may hang on what is hostile.
+	Break()
 	Close() error
 }
 
@@ -31,43 +32,46 @@ var ErrUnsupported = errors.New("no file system that is supported")
 // ErrStale says that a file system would not be shown as its guest would see it.
 var ErrStale = errors.New("it would be shown as it never was")
 
-// Device is a volume with its overlay.
-type Device struct {
-	V Volume
-	*export.Overlay
-}
+// overlayReserve is what overlays leave free in their file system, in bytes.
+const overlayReserve = 256 << 20
 
-// NewDevice puts an overlay on a volume. Its files are in dir, which is the caller's to remove.
+// Device is a volume that can be written: its overlay is thrown away. It is an nbd.Device.
+type Device struct{ *export.Overlay }
+
+// NewDevice puts an overlay on a volume. Its data is in dir, without a name.
 func NewDevice(v Volume, disks map[string]Disk, dir string) (*Device, error) {
 	r, err := v.Open(disks)
 	if err != nil {
 		return nil, err
 	}
-	path := filepath.Join(dir, strings.ReplaceAll(v.Name, "/", "_"))
-	o, err := export.Create(path+".raw", path, overlayBase{r.(*volumeReader)}, export.Options{})
+	own, err := os.MkdirTemp(dir, "overlay")
 	if err != nil {
-		return nil, fmt.Errorf("volume %s: %w", v.Name, err)
+		return nil, err
+	}
+	o, err := export.Create(filepath.Join(own, "raw"), filepath.Join(own, "o"), overlayBase{r.(*volumeReader)}, export.Options{Reserve: overlayReserve})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("volume %s: %w", v.Name, err), os.RemoveAll(own))
 	}
 	// Nobody but this process is to find it.
-	if err := errors.Join(os.Remove(path+".raw"), os.Remove(path+".map"), os.Remove(path+".flushed")); err != nil {
+	if err := os.RemoveAll(own); err != nil {
 		return nil, errors.Join(err, o.Close())
 	}
-	return &Device{v, o}, nil
+	return &Device{o}, nil
 }
 
 // Flush has nothing to do: the overlay is thrown away.
 func (d *Device) Flush() error { return nil }
 
 // check refuses what can not be shown.
-func (d *Device) check() error {
-	if d.V.FS.Readable() {
+func (v Volume) check() error {
+	if v.FS.Readable() {
 		return nil
 	}
-	what := d.V.FS.Type
+	what := v.FS.Type
 	if what == TypeNone {
 		what = "nothing that is known"
 	}
-	return fmt.Errorf("volume %s holds %s: %w: %s are; disk.raw has all of the disk", d.V.Name, what, ErrUnsupported, Supported)
+	return fmt.Errorf("volume %s holds %s: %w: %s are; disk.raw has all of the disk", v.Name, what, ErrUnsupported, Supported)
 }
 
 // overlayBase is a volume as what an overlay stands on.

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -24,6 +25,8 @@ import (
 // Isolated is the way by libguestfs: a small VM of its own opens the volumes, and shows their files by FUSE. An image from a
 // guest is hostile input, and the VM stands between it and the host. It takes guestfish; not root.
 type Isolated struct {
+	// Device opens a volume, with an overlay that is thrown away.
+	Device func(v Volume) (nbd.Device, error)
 	// Dir is for sockets and mount points; only the user may enter it.
 	Dir string
 	Log *zap.Logger
@@ -32,34 +35,38 @@ type Isolated struct {
 const (
 	// launchTime bounds the start of the VM: under software emulation it takes half a minute.
 	launchTime = 5 * time.Minute
-	// maxDrives bounds the drives of a VM.
-	maxDrives = 200
+	// MaxDrives bounds the volumes with file systems that one VM can have.
+	MaxDrives = 200
 )
 
 // Open implements Way. The VM is started by the first Dir.
-func (w *Isolated) Open(_ context.Context, volumes []*Device) (Opened, error) {
+func (w *Isolated) Open(_ context.Context, volumes []Volume) (Opened, error) {
 	if _, err := exec.LookPath("guestfish"); err != nil {
 		return nil, errors.New("files are shown by way of libguestfs: install it (apt-get install guestmount guestfish libguestfs-xfs), or use --kernel for guests that are trusted")
 	}
-	o := &isolatedOpened{w: w, volumes: map[string]*Device{}, places: map[string]string{}, failed: map[string]string{}}
-	for _, d := range volumes {
-		o.volumes[d.V.Name] = d
-		if d.check() == nil {
-			o.drives = append(o.drives, d)
+	o := &isolatedOpened{w: w, volumes: map[string]Volume{}, places: map[string]string{}, failed: map[string]string{}, broken: make(chan struct{})}
+	for _, v := range volumes {
+		o.volumes[v.Name] = v
+		if v.check() == nil {
+			o.drives = append(o.drives, v)
 		}
 	}
-	if len(o.drives) > maxDrives {
-		return nil, fmt.Errorf("%d volumes with file systems: at most %d are shown at once", len(o.drives), maxDrives)
+	if len(o.drives) > MaxDrives {
+		return nil, fmt.Errorf("%d volumes with file systems: at most %d are shown at once", len(o.drives), MaxDrives)
 	}
 	return o, nil
 }
 
 type isolatedOpened struct {
 	w       *Isolated
-	volumes map[string]*Device
-	drives  []*Device // those that the VM has, in order
+	volumes map[string]Volume
+	drives  []Volume // those that the VM has, in order
 
-	mu     sync.Mutex // guards what follows
+	once   sync.Once
+	broken chan struct{}           // closed by Break
+	vm     atomic.Pointer[program] // while it starts, run sees to broken
+
+	mu     sync.Mutex // guards what follows; held while the VM starts
 	tried  bool
 	err    error             // why there is no VM
 	places map[string]string // by volume: its directory under dir
@@ -72,11 +79,11 @@ type isolatedOpened struct {
 func (o *isolatedOpened) Dir(ctx context.Context, volume string) (string, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	d := o.volumes[volume]
-	if d == nil {
+	v, ok := o.volumes[volume]
+	if !ok {
 		return "", fmt.Errorf("volume %q: %w", volume, os.ErrNotExist)
 	}
-	if err := d.check(); err != nil {
+	if err := v.check(); err != nil {
 		return "", err
 	}
 	if !o.tried {
@@ -89,7 +96,7 @@ func (o *isolatedOpened) Dir(ctx context.Context, volume string) (string, error)
 		return "", o.err
 	}
 	if why, ok := o.failed[volume]; ok {
-		return "", fmt.Errorf("volume %s (%s): it can not be mounted: %s", volume, d.V.FS.Type, why)
+		return "", fmt.Errorf("volume %s (%s): it can not be mounted: %s", volume, v.FS.Type, why)
 	}
 	place, ok := o.places[volume]
 	if !ok {
@@ -98,24 +105,19 @@ func (o *isolatedOpened) Dir(ctx context.Context, volume string) (string, error)
 	return filepath.Join(o.dir, "mnt", place), nil
 }
 
-// drive is the export of a drive by its name.
-type drives []*Device
+// drives are the exports that the VM reads, by number.
+type drives struct{ o *isolatedOpened }
 
 func (e drives) List() []string { return nil }
 
 func (e drives) Open(name string) (nbd.Device, error) {
-	for i, d := range e {
+	for i, v := range e.o.drives {
 		if name == fmt.Sprint(i) {
-			return shared{d}, nil
+			return e.o.w.Device(v)
 		}
 	}
 	return nil, os.ErrNotExist
 }
-
-// shared is a device that its clients do not close.
-type shared struct{ *Device }
-
-func (shared) Close() error { return nil }
 
 // launch serves the drives on a socket, and starts the VM on them.
 func (o *isolatedOpened) launch(ctx context.Context) (err error) {
@@ -140,7 +142,7 @@ func (o *isolatedOpened) serve(sock string) error {
 		return err
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &nbd.Server{Exports: drives(o.drives), Log: o.w.Log}
+	s := &nbd.Server{Exports: drives{o}, Log: o.w.Log}
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(ctx, l) }()
 	o.stop = append(o.stop, func() error {
@@ -162,17 +164,17 @@ func driveName(n int) string {
 func (o *isolatedOpened) script(mnt string) string {
 	var b strings.Builder
 	b.WriteString("run\n")
-	for i, d := range o.drives {
+	for i, v := range o.drives {
 		options := "ro,nosuid,nodev,noexec"
-		if d.V.FS.Type == TypeXFS {
+		if v.FS.Type == TypeXFS {
 			options += ",nouuid"
 		}
-		if d.V.FS.Type == TypeNTFS {
+		if v.FS.Type == TypeNTFS {
 			// The probe's answer counts: a mount that is read-only looks at no journal.
 			options = "ro,norecover"
 			fmt.Fprintf(&b, "echo probe %d\n-ntfs-3g-probe true %s\n", i, driveName(i))
 		}
-		fmt.Fprintf(&b, "mkmountpoint /%d\n-mount-vfs %s %s %s /%d\n", i, options, driver(d.V.FS.Type), driveName(i), i)
+		fmt.Fprintf(&b, "mkmountpoint /%d\n-mount-vfs %s %s %s /%d\n", i, options, driver(v.FS.Type), driveName(i), i)
 	}
 	fmt.Fprintf(&b, "mountpoints\necho mounted\nmount-local %s\nmount-local-run\n", mnt)
 	return b.String()
@@ -197,37 +199,44 @@ func (o *isolatedOpened) run(ctx context.Context, sock, mnt string) error {
 	cmd := exec.Command("guestfish", args...)
 	cmd.Env = append(os.Environ(), "LIBGUESTFS_BACKEND="+backend())
 	cmd.Stdin = strings.NewReader(o.script(mnt))
-	var stderr lastBytes
-	cmd.Stderr = &stderr
-	out, err := cmd.StdoutPipe()
+	out, stdout, err := os.Pipe()
 	if err != nil {
 		return err
 	}
-	if err := cmd.Start(); err != nil {
-		return err
+	cmd.Stdout = stdout
+	vm, err := start(cmd)
+	if err := errors.Join(err, stdout.Close()); err != nil {
+		return errors.Join(err, out.Close())
 	}
-	mounted := make(chan []string, 1)
-	ended := make(chan error, 1)
+	o.vm.Store(vm)
+	said := make(chan []string, 1)
+	read := make(chan struct{})
 	go func() {
-		mounted <- readMounts(out)
+		defer close(read)
+		said <- readMounts(out)
 		_, _ = io.Copy(io.Discard, out)
-		ended <- cmd.Wait()
 	}()
-	o.stop = append(o.stop, func() error { return endVM(cmd, mnt, ended) })
+	o.stop = append(o.stop, func() error {
+		err := vm.unmount(mnt)
+		_ = out.Close() // it ends the reading
+		<-read
+		return err
+	})
 	launched, cancel := context.WithTimeout(ctx, launchTime)
 	defer cancel()
 	for shown, noted := false, false; !shown || !noted; {
 		select {
-		case lines := <-mounted:
+		case lines := <-said:
 			noted = true
-			o.note(lines, stderr.String())
-		case err := <-ended:
-			ended <- err
-			return fmt.Errorf("guestfish ended: %w: %s", err, &stderr)
+			o.note(lines, vm.stderr.String())
+		case <-vm.ended:
+			return fmt.Errorf("guestfish ended: %w: %s", vm.err, &vm.stderr)
+		case <-o.broken:
+			return os.ErrClosed
 		case <-launched.Done():
 			return fmt.Errorf("the VM does not start: %w", launched.Err())
 		case <-time.After(20 * time.Millisecond):
-			shown = isFUSE(mnt)
+			shown = mounted(mnt)
 		}
 	}
 	return nil
@@ -251,54 +260,29 @@ func readMounts(r io.Reader) (lines []string) {
 
 // note takes down which drives are mounted, and of the others why not.
 func (o *isolatedOpened) note(lines []string, stderr string) {
-	for i, d := range o.drives {
-		if d.V.FS.Type == TypeNTFS {
+	for i, v := range o.drives {
+		if v.FS.Type == TypeNTFS {
 			if k := slices.Index(lines, fmt.Sprintf("probe %d", i)); k < 0 || k+1 >= len(lines) || lines[k+1] != "0" {
-				o.failed[d.V.Name] = ErrStale.Error() + ": its journal is not empty, or Windows is hibernated on it"
+				o.failed[v.Name] = ErrStale.Error() + ": its journal is not empty, or Windows is hibernated on it"
 				continue
 			}
 		}
 		place := fmt.Sprintf("/%d", i)
 		for _, line := range lines {
 			if _, at, ok := strings.Cut(line, ": "); ok && at == place {
-				o.places[d.V.Name] = place
+				o.places[v.Name] = place
 			}
 		}
-		if _, ok := o.places[d.V.Name]; !ok {
+		if _, ok := o.places[v.Name]; !ok {
 			why := "no reason was given"
 			for _, line := range strings.Split(stderr, "\n") {
 				if strings.Contains(line, driveName(i)+" ") {
 					why = strings.TrimSpace(line)
 				}
 			}
-			o.failed[d.V.Name] = why
+			o.failed[v.Name] = why
 		}
 	}
-}
-
-// endVM unmounts, upon which guestfish and its VM end.
-func endVM(cmd *exec.Cmd, mnt string, ended chan error) error {
-	select {
-	case err := <-ended:
-		ended <- err
-	default:
-		if isFUSE(mnt) {
-			if err := unmountFUSE(mnt); err != nil {
-				// Somebody is in it: it goes when they do.
-				_ = exec.Command("fusermount3", "-u", "-z", mnt).Run()
-			}
-		} else {
-			_ = cmd.Process.Kill()
-		}
-	}
-	select {
-	case <-ended:
-	case <-time.After(15 * time.Second):
-		_ = cmd.Process.Kill()
-		<-ended
-		_ = exec.Command("fusermount3", "-u", "-z", mnt).Run()
-	}
-	return nil
 }
 
 // end stops what was begun, the last first.
@@ -309,6 +293,14 @@ func (o *isolatedOpened) end() error {
 	}
 	o.stop = nil
 	return errors.Join(errs...)
+}
+
+// Break implements Opened: it kills the VM.
+func (o *isolatedOpened) Break() {
+	o.once.Do(func() { close(o.broken) })
+	if vm := o.vm.Load(); vm != nil {
+		vm.kill()
+	}
 }
 
 // Close implements Opened.

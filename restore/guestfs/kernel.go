@@ -7,30 +7,28 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/tidemark-cdp/tidemark/nbd"
 )
 
 // Kernel is the way by the kernel's own drivers: a FUSE file, a loop device on it, and a mount that is in no name space: only
 // this process can reach it. It takes root, and guests that are trusted: their metadata meets the host's kernel.
 type Kernel struct {
-	// Attach shows a device as a file, until detach.
-	Attach func(dev nbd.Device) (path string, detach func(), err error)
+	// Attach shows a volume, with an overlay that is thrown away, as a file, until detach. Reads of the file must end. Who serves
+	// it is best another process: one that is killed while it waits for a read of its own can not end.
+	Attach func(v Volume) (path string, detach func(), err error)
 	// Dir is for mount points of NTFS, whose driver is a program.
 	Dir string
 }
 
 // Open implements Way.
-func (k *Kernel) Open(_ context.Context, volumes []*Device) (Opened, error) {
+func (k *Kernel) Open(_ context.Context, volumes []Volume) (Opened, error) {
 	o := &kernelOpened{k: k, volumes: map[string]*kernelVolume{}}
-	for _, d := range volumes {
-		o.volumes[d.V.Name] = &kernelVolume{d: d, fd: -1}
+	for _, v := range volumes {
+		o.volumes[v.Name] = &kernelVolume{v: v, fd: -1}
 	}
 	return o, nil
 }
@@ -43,11 +41,12 @@ type kernelOpened struct {
 }
 
 type kernelVolume struct {
-	d    *Device
-	off  func() // detaches the device; nil: it is not attached
+	v    Volume
+	off  func() // detaches it; nil: it is not attached
 	fd   int    // of the mount; -1: there is none
 	dir  string // of NTFS
-	tool *exec.Cmd
+	tool *program
+	err  error // why it can not be mounted
 }
 
 // Dir implements Opened.
@@ -58,13 +57,20 @@ func (o *kernelOpened) Dir(ctx context.Context, volume string) (string, error) {
 	if v == nil {
 		return "", fmt.Errorf("volume %q: %w", volume, os.ErrNotExist)
 	}
+	if v.err != nil {
+		return "", v.err
+	}
 	if v.fd < 0 && v.dir == "" {
 		if err := o.mount(ctx, v); err != nil {
 			if v.off != nil {
 				v.off()
 				v.off = nil
 			}
-			return "", fmt.Errorf("volume %s (%s): %w", volume, v.d.V.FS.Type, err)
+			err = fmt.Errorf("volume %s (%s): %w", volume, v.v.FS.Type, err)
+			if ctx.Err() == nil {
+				v.err = err
+			}
+			return "", err
 		}
 	}
 	if v.dir != "" {
@@ -74,15 +80,15 @@ func (o *kernelOpened) Dir(ctx context.Context, volume string) (string, error) {
 }
 
 func (o *kernelOpened) mount(ctx context.Context, v *kernelVolume) error {
-	if err := v.d.check(); err != nil {
+	if err := v.v.check(); err != nil {
 		return err
 	}
-	path, off, err := o.k.Attach(v.d)
+	path, off, err := o.k.Attach(v.v)
 	if err != nil {
 		return err
 	}
 	v.off = off
-	if v.d.V.FS.Type == TypeNTFS {
+	if v.v.FS.Type == TypeNTFS {
 		return o.mountNTFS(ctx, v, path)
 	}
 	loop, err := attachLoop(path)
@@ -91,7 +97,7 @@ func (o *kernelOpened) mount(ctx context.Context, v *kernelVolume) error {
 	}
 	// The loop device goes with its last user.
 	defer loop.Close()
-	v.fd, err = mountDetached(v.d.V.FS.Type, loop.Name())
+	v.fd, err = mountDetached(v.v.FS.Type, loop.Name())
 	return err
 }
 
@@ -200,39 +206,36 @@ func (o *kernelOpened) mountNTFS(ctx context.Context, v *kernelVolume, path stri
 	if err != nil {
 		return err
 	}
-	v.tool = exec.Command("ntfs-3g", "-o", "ro,norecover,nosuid,nodev,noexec,no_detach", path, dir)
-	var stderr lastBytes
-	v.tool.Stderr = &stderr
-	if err := v.tool.Start(); err != nil {
+	tool, err := start(exec.Command("ntfs-3g", "-o", "ro,norecover,nosuid,nodev,noexec,no_detach", path, dir))
+	if err != nil {
 		return errors.Join(err, os.Remove(dir))
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- v.tool.Wait() }()
-	for !isFUSE(dir) {
+	for !mounted(dir) {
 		select {
-		case err := <-ended:
-			v.tool = nil
-			return errors.Join(fmt.Errorf("ntfs-3g: %w: %s", err, &stderr), os.Remove(dir))
+		case <-tool.ended:
+			return errors.Join(fmt.Errorf("ntfs-3g: %w: %s", tool.err, &tool.stderr), os.Remove(dir))
 		case <-ctx.Done():
-			_ = v.tool.Process.Kill()
-			<-ended
-			v.tool = nil
+			tool.kill()
 			return errors.Join(ctx.Err(), os.Remove(dir))
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
-	v.dir = dir
+	v.dir, v.tool = dir, tool
 	return nil
 }
 
-// isFUSE reports whether a FUSE file system is mounted on a directory.
-func isFUSE(dir string) bool {
-	var st unix.Statfs_t
-	var here, above unix.Stat_t
-	if unix.Statfs(dir, &st) != nil || unix.Stat(dir, &here) != nil || unix.Stat(filepath.Dir(dir), &above) != nil {
-		return false
+// Break implements Opened. What the kernel reads from is the caller's, and ends by itself; a program is killed.
+func (o *kernelOpened) Break() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, v := range o.volumes {
+		if v.tool != nil {
+			v.tool.kill()
+		}
+		if v.fd < 0 && v.dir == "" {
+			v.err = os.ErrClosed
+		}
 	}
-	return st.Type == unix.FUSE_SUPER_MAGIC && here.Dev != above.Dev
 }
 
 // Close implements Opened.
@@ -246,7 +249,7 @@ func (o *kernelOpened) Close() error {
 			v.fd = -1
 		}
 		if v.dir != "" {
-			errs = append(errs, unmountFUSE(v.dir), os.Remove(v.dir))
+			errs = append(errs, v.tool.unmount(v.dir), os.Remove(v.dir))
 			v.dir = ""
 		}
 		if v.off != nil {
@@ -255,33 +258,4 @@ func (o *kernelOpened) Close() error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// unmountFUSE ends a FUSE mount of another program, which ends with it.
-func unmountFUSE(dir string) error {
-	out, err := exec.Command("fusermount3", "-u", dir).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("unmount %s: %w: %s", dir, err, bytes.TrimSpace(out))
-	}
-	return nil
-}
-
-// lastBytes keeps the last bytes written to it.
-type lastBytes struct {
-	mu sync.Mutex
-	b  []byte
-}
-
-func (t *lastBytes) Write(p []byte) (int, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.b = append(t.b, p...)
-	t.b = t.b[max(0, len(t.b)-8192):]
-	return len(p), nil
-}
-
-func (t *lastBytes) String() string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return strings.TrimSpace(string(t.b))
 }

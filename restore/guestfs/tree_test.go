@@ -16,6 +16,8 @@ import (
 // shown is volumes that are directories.
 type shown map[string]string
 
+func (s shown) Break() {}
+
 func (s shown) Close() error { return nil }
 
 func (s shown) Dir(_ context.Context, volume string) (string, error) {

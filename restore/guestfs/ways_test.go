@@ -20,6 +20,7 @@ import (
 	"go.uber.org/zap/zaptest"
 	"golang.org/x/sys/unix"
 
+	"github.com/tidemark-cdp/tidemark/nbd"
 	"github.com/tidemark-cdp/tidemark/restore/mount"
 )
 
@@ -277,36 +278,43 @@ func reference(t testing.TB, k kind, image string) map[string]entry {
 	return inventory(t, mnt)
 }
 
-// newWay is a way to read, and a name for it.
-func kernelWay(t testing.TB) Way {
+// devices opens volumes of disks, under overlays. Its files are in dir.
+func devices(disks map[string]Disk, dir string) func(Volume) (nbd.Device, error) {
+	return func(v Volume) (nbd.Device, error) { return NewDevice(v, disks, dir) }
+}
+
+// kernelWay is the way by the kernel.
+func kernelWay(t testing.TB, disks map[string]Disk) Way {
 	needRoot(t)
 	dir := t.TempDir()
 	d, err := mount.ServeDevices(dir)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, d.Close()) })
-	return &Kernel{Attach: d.Add, Dir: t.TempDir()}
+	open := devices(disks, t.TempDir())
+	return &Kernel{Dir: t.TempDir(), Attach: func(v Volume) (string, func(), error) {
+		dev, err := open(v)
+		if err != nil {
+			return "", nil, err
+		}
+		path, detach, err := d.Add(dev)
+		if err != nil {
+			return "", nil, errors.Join(err, dev.Close())
+		}
+		return path, func() {
+			detach()
+			require.NoError(t, dev.Close())
+		}, nil
+	}}
 }
 
-// open opens an image's volumes.
+// open opens the volumes of disks.
 func open(t testing.TB, w Way, disks map[string]Disk) Opened {
 	t.Helper()
 	l, err := Read(disks)
 	require.NoError(t, err)
-	dir := t.TempDir()
-	var devices []*Device
-	for _, v := range l.Volumes {
-		d, err := NewDevice(v, disks, dir)
-		require.NoError(t, err)
-		devices = append(devices, d)
-	}
-	o, err := w.Open(context.Background(), devices)
+	o, err := w.Open(context.Background(), l.Volumes)
 	require.NoError(t, err)
-	t.Cleanup(func() {
-		require.NoError(t, o.Close())
-		for _, d := range devices {
-			require.NoError(t, d.Close())
-		}
-	})
+	t.Cleanup(func() { require.NoError(t, o.Close()) })
 	return o
 }
 
@@ -339,7 +347,6 @@ func TestTheKernelsWay(t *testing.T) {
 				many, large = 20000, 3<<30
 			}
 			p := populate(t, k, many, large)
-			w := kernelWay(t)
 			for name, image := range map[string]string{"clean": p.clean, "dirty": p.dirty} {
 				if image == "" {
 					continue
@@ -349,7 +356,8 @@ func TestTheKernelsWay(t *testing.T) {
 					require.Greater(t, len(want), 300)
 					before, err := sum(image)
 					require.NoError(t, err)
-					dir, err := open(t, w, map[string]Disk{"vda": openFile(t, image)}).Dir(context.Background(), "vda")
+					disks := map[string]Disk{"vda": openFile(t, image)}
+					dir, err := open(t, kernelWay(t, disks), disks).Dir(context.Background(), "vda")
 					require.NoError(t, err)
 					same(t, want, inventory(t, dir))
 					after, err := sum(image)
@@ -366,7 +374,7 @@ func TestTheKernelsWay(t *testing.T) {
 }
 
 // isolatedWay is the way by libguestfs. Its VM has the kernel of the tests' guest where the host has none that is installed.
-func isolatedWay(t testing.TB) Way {
+func isolatedWay(t testing.TB, disks map[string]Disk) Way {
 	need(t, "guestfish", "fusermount3", "qemu-system-x86_64", "depmod")
 	kernels, err := filepath.Glob("../../.cache/guest/kernel/boot/vmlinuz-*")
 	require.NoError(t, err)
@@ -388,14 +396,14 @@ func isolatedWay(t testing.TB) Way {
 	} {
 		t.(*testing.T).Setenv(name, value)
 	}
-	return &Isolated{Dir: t.TempDir(), Log: zaptest.NewLogger(t, zaptest.Level(zap.WarnLevel))}
+	return &Isolated{Device: devices(disks, t.TempDir()), Dir: t.TempDir(), Log: zaptest.NewLogger(t, zaptest.Level(zap.WarnLevel))}
 }
 
 // TestTheIsolatedWay compares every file of every kind of file system with the kernel's own mount, clean and as a power cut
 // leaves it: all of them in one VM.
 func TestTheIsolatedWay(t *testing.T) {
-	w := isolatedWay(t)
 	disks := map[string]Disk{}
+	w := isolatedWay(t, disks)
 	want := map[string]map[string]entry{}
 	for _, k := range kinds {
 		switch k.name {

@@ -1,0 +1,191 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/nbd"
+	"github.com/tidemark-cdp/tidemark/nbd/client"
+	"github.com/tidemark-cdp/tidemark/restore/guestfs"
+)
+
+// diskTimeout bounds each read of a disk: what waits for it may wait in the kernel.
+const diskTimeout = 60 * time.Second
+
+// stops are what undoes what was done, in the order in which it was done.
+type stops []func() error
+
+func (s *stops) add(fn func() error) { *s = append(*s, fn) }
+
+// run undoes it, the last first.
+func (s *stops) run() error {
+	var errs []error
+	for i := len(*s) - 1; i >= 0; i-- {
+		errs = append(errs, (*s)[i]())
+	}
+	*s = nil
+	return errors.Join(errs...)
+}
+
+// momentSource opens a group's file systems as they were.
+type momentSource struct {
+	client  *api.Client
+	group   string
+	network string // of the daemon's NBD server
+	addr    string
+	kernel  bool // by the host's kernel
+}
+
+func (a *app) momentSource(cmd *cobra.Command, group string, f filesFlags) (*momentSource, error) {
+	r := &restoring{app: a, cmd: cmd, f: restoreFlags{nbd: f.nbd}, name: record.ExportName{Group: group}}
+	if err := r.connect(); err != nil {
+		return nil, err
+	}
+	g, err := r.groupStatus()
+	if err != nil {
+		return nil, err
+	}
+	if f.kernel && os.Geteuid() != 0 {
+		return nil, errors.New("--kernel takes root: it mounts")
+	}
+	return &momentSource{client: r.client, group: group, network: r.network, addr: r.addr, kernel: f.kernel || g.Trusted && os.Geteuid() == 0}, nil
+}
+
+// resolve finds the LSN of a point.
+func (s *momentSource) resolve(ctx context.Context, point string) (uint64, error) {
+	p, err := record.ParsePoint(point)
+	if err != nil {
+		return 0, usage(err)
+	}
+	r, err := s.client.Resolve(ctx, s.group, p.String())
+	return r.LSN, err
+}
+
+// moment is a group's file systems at a point.
+type moment struct {
+	lsn     uint64
+	dir     string            // for what it needs in files; removed with it
+	exports map[string]string // by disk: its NBD name
+	disks   map[string]*client.Client
+	layout  guestfs.Layout
+	opened  guestfs.Opened
+	stop    stops
+}
+
+// look finds the volumes of an LSN. Nothing of them is shown yet.
+func (s *momentSource) look(ctx context.Context, lsn uint64) (m *moment, err error) {
+	m = &moment{lsn: lsn}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.stop.run())
+			m = nil
+		}
+	}()
+	if m.dir, err = os.MkdirTemp("", "tidemark"); err != nil {
+		return m, err
+	}
+	m.stop.add(func() error { return os.RemoveAll(m.dir) })
+	if m.exports, err = s.exports(ctx, lsn); err != nil {
+		return m, err
+	}
+	if m.disks, err = dialDisks(ctx, s.network, s.addr, m.exports, &m.stop); err != nil {
+		return m, err
+	}
+	m.layout, err = guestfs.Read(asDisks(m.disks))
+	return m, err
+}
+
+// open opens the file systems of an LSN.
+func (s *momentSource) open(ctx context.Context, lsn uint64) (m *moment, err error) {
+	if m, err = s.look(ctx, lsn); err != nil {
+		return nil, err
+	}
+	way, err := s.way(m)
+	if err == nil {
+		m.opened, err = way.Open(ctx, m.layout.Volumes)
+	}
+	if err != nil {
+		return nil, errors.Join(err, m.Close())
+	}
+	m.stop.add(m.opened.Close)
+	return m, nil
+}
+
+// way is how the file systems of a moment are shown.
+func (s *momentSource) way(m *moment) (guestfs.Way, error) {
+	if !s.kernel {
+		return &guestfs.Isolated{Device: m.device, Dir: m.dir, Log: zap.NewNop()}, nil
+	}
+	shower, err := startShower(s.network, s.addr, m.exports, m.dir)
+	if err != nil {
+		return nil, err
+	}
+	m.stop.add(shower.stop)
+	return &guestfs.Kernel{Attach: shower.attach, Dir: m.dir}, nil
+}
+
+func (m *moment) device(v guestfs.Volume) (nbd.Device, error) {
+	return guestfs.NewDevice(v, asDisks(m.disks), m.dir)
+}
+
+// exports are the NBD names of the disks that the group had at an LSN, by the disks' names.
+func (s *momentSource) exports(ctx context.Context, lsn uint64) (map[string]string, error) {
+	status, err := s.client.Status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return s.exportsOf(status, lsn)
+}
+
+func (s *momentSource) exportsOf(status api.Status, lsn uint64) (map[string]string, error) {
+	names, err := disksAt(status, s.group, lsn)
+	if err != nil {
+		return nil, err
+	}
+	exports := map[string]string{}
+	for _, name := range names {
+		exports[name] = record.ExportName{Group: s.group, Disk: name, Point: record.Point{Form: record.FormLSN, LSN: record.LSN(lsn)}}.String()
+	}
+	return exports, nil
+}
+
+// dialDisks connects to exports.
+func dialDisks(ctx context.Context, network, addr string, exports map[string]string, stop *stops) (map[string]*client.Client, error) {
+	disks := map[string]*client.Client{}
+	for name, export := range exports {
+		c, err := client.Dial(ctx, network, addr, export, nil)
+		if err != nil {
+			return nil, err
+		}
+		c.SetTimeout(diskTimeout)
+		stop.add(c.Close)
+		disks[name] = c
+	}
+	return disks, nil
+}
+
+func asDisks(clients map[string]*client.Client) map[string]guestfs.Disk {
+	disks := map[string]guestfs.Disk{}
+	for name, c := range clients {
+		disks[name] = c
+	}
+	return disks
+}
+
+// Break has what waits for the files or the disks get errors, now and from now on.
+func (m *moment) Break() {
+	for _, c := range m.disks {
+		c.Break(os.ErrClosed)
+	}
+	m.opened.Break()
+}
+
+// Close undoes everything.
+func (m *moment) Close() error { return m.stop.run() }

@@ -1,0 +1,170 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tidemark-cdp/tidemark/restore/guestfs"
+	"github.com/tidemark-cdp/tidemark/restore/mount"
+)
+
+// The kernel's way mounts files that a FUSE server has. That server is a process of its own, the shower, which is this program
+// with a verb that is not listed: who reads the mount may be killed in the middle of a read that only the server can
+// answer, and a process can not end that waits for itself. The shower ends when the pipe from its parent does.
+
+// showRequest is what the shower reads from its input: first where the disks are, then volumes, one at a time.
+type showRequest struct {
+	Network, Addr string            `json:",omitempty"`
+	Exports       map[string]string `json:",omitempty"` // by disk
+	Dir           string            `json:",omitempty"`
+
+	Volume *guestfs.Volume `json:",omitempty"`
+}
+
+// showAnswer is what it answers to each.
+type showAnswer struct {
+	Path  string `json:",omitempty"`
+	Error string `json:",omitempty"`
+}
+
+// shower is the parent's side.
+type shower struct {
+	cmd *exec.Cmd
+
+	mu  sync.Mutex // one request at a time
+	in  io.WriteCloser
+	enc *json.Encoder
+	dec *json.Decoder
+}
+
+// startShower starts one; it shows volumes in a directory of its own below dir.
+func startShower(network, addr string, exports map[string]string, dir string) (*shower, error) {
+	at := filepath.Join(dir, "volumes")
+	if err := os.Mkdir(at, 0o700); err != nil {
+		return nil, err
+	}
+	// What is typed at the terminal is not for it.
+	s := &shower{cmd: exec.Command("/proc/self/exe", "show-volumes")}
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	s.cmd.Stderr = os.Stderr
+	in, err := s.cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	out, err := s.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	s.in, s.enc, s.dec = in, json.NewEncoder(in), json.NewDecoder(out)
+	if err := s.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("serve volumes to the kernel: %w", err)
+	}
+	if _, err := s.ask(showRequest{Network: network, Addr: addr, Exports: exports, Dir: at}); err != nil {
+		return nil, errors.Join(err, s.stop())
+	}
+	return s, nil
+}
+
+func (s *shower) ask(r showRequest) (path string, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var a showAnswer
+	if err := errors.Join(s.enc.Encode(r), s.dec.Decode(&a)); err != nil {
+		return "", fmt.Errorf("serve volumes to the kernel: %w", err)
+	}
+	if a.Error != "" {
+		return "", errors.New(a.Error)
+	}
+	return a.Path, nil
+}
+
+// attach implements guestfs.Kernel's Attach. What is shown goes when the shower does.
+func (s *shower) attach(v guestfs.Volume) (path string, detach func(), err error) {
+	path, err = s.ask(showRequest{Volume: &v})
+	return path, func() {}, err
+}
+
+// stop ends it. What stands on its files must be gone.
+func (s *shower) stop() error {
+	err := s.in.Close()
+	if werr := s.cmd.Wait(); werr != nil {
+		err = errors.Join(err, fmt.Errorf("serve volumes to the kernel: %w", werr))
+	}
+	return err
+}
+
+// showVolumes is the shower's verb.
+func (a *app) showVolumes() *cobra.Command {
+	return &cobra.Command{
+		Use:    "show-volumes",
+		Short:  "Serve volumes to the kernel, for this program itself",
+		Hidden: true,
+		Args:   args(cobra.NoArgs),
+		RunE:   func(cmd *cobra.Command, _ []string) error { return showAll(cmd.InOrStdin(), cmd.OutOrStdout()) },
+	}
+}
+
+func showAll(in io.Reader, out io.Writer) (err error) {
+	dec, enc := json.NewDecoder(in), json.NewEncoder(out)
+	var r showRequest
+	if err := dec.Decode(&r); err != nil {
+		return err
+	}
+	var stop stops
+	defer func() { err = errors.Join(err, stop.run()) }()
+	clients, err := dialDisks(context.Background(), r.Network, r.Addr, r.Exports, &stop)
+	if err != nil {
+		return enc.Encode(showAnswer{Error: err.Error()})
+	}
+	// If the parent is gone the directories are removed by nobody else.
+	stop.add(func() error {
+		err := os.Remove(r.Dir)
+		_ = os.Remove(filepath.Dir(r.Dir)) // the parent may have more in it
+		return err
+	})
+	fuse, err := mount.ServeDevices(r.Dir)
+	if err != nil {
+		return enc.Encode(showAnswer{Error: err.Error()})
+	}
+	var devices stops
+	stop.add(func() error { return errors.Join(fuse.Close(), devices.run()) })
+	for a := (showAnswer{}); ; {
+		var next showRequest
+		if enc.Encode(a) != nil || dec.Decode(&next) != nil {
+			return nil // the parent is done, or gone
+		}
+		a = showAnswer{}
+		if a.Path, err = showOne(fuse, next.Volume, asDisks(clients), filepath.Dir(r.Dir), &devices); err != nil {
+			a.Error = err.Error()
+		}
+	}
+}
+
+func showOne(fuse *mount.Devices, v *guestfs.Volume, disks map[string]guestfs.Disk, dir string, devices *stops) (string, error) {
+	if v == nil {
+		return "", errors.New("no volume is named")
+	}
+	d, err := guestfs.NewDevice(*v, disks, dir)
+	if err != nil {
+		return "", err
+	}
+	path, detach, err := fuse.Add(d)
+	if err != nil {
+		return "", errors.Join(err, d.Close())
+	}
+	devices.add(func() error {
+		detach()
+		return d.Close()
+	})
+	return path, nil
+}
