@@ -61,7 +61,7 @@ func (m *moment) tree(cmd *cobra.Command, n fileName) (t *guestfs.Tree, path str
 		}
 	}
 	for _, p := range problems {
-		fmt.Fprintf(cmd.ErrOrStderr(), "tidemark: %v\n", p)
+		fmt.Fprintf(cmd.ErrOrStderr(), "tidemark: %s\n", plain(p.Error()))
 	}
 	if err != nil {
 		return nil, "", err

@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"strings"
 	"syscall"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -43,10 +44,20 @@ func main() {
 	context.AfterFunc(ctx, stop)
 	if err := root().ExecuteContext(ctx); err != nil {
 		if !errors.Is(err, syscall.EPIPE) {
-			fmt.Fprintf(os.Stderr, "tidemark: %v\n", err)
+			fmt.Fprintf(os.Stderr, "tidemark: %s\n", plain(err.Error()))
 		}
 		os.Exit(exitCode(err))
 	}
+}
+
+// plain is a text, which may have a guest's words in it, as a terminal may have it.
+func plain(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r == '\n' || unicode.IsPrint(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, s)
 }
 
 func exitCode(err error) int {
@@ -109,7 +120,7 @@ func root() *cobra.Command {
 	cmd.PersistentFlags().StringVar(&a.api, "api", def, "the daemon's control socket, unix:PATH; also TIDEMARK_API")
 	cmd.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON")
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
-	cmd.AddCommand(a.status(), a.mark(), a.thaw(), a.points(), a.pin(), a.unpin(), a.describe(), a.delete(), a.definition(), a.reload(), a.restore(), a.rollback(), a.export(), a.unexport(), a.promote(), a.ls(), a.cp(), a.diff(), a.versions(), a.showVolumes(), a.verify(), a.dump(), a.version())
+	cmd.AddCommand(a.status(), a.mark(), a.thaw(), a.points(), a.pin(), a.unpin(), a.describe(), a.delete(), a.definition(), a.reload(), a.restore(), a.rollback(), a.export(), a.unexport(), a.promote(), a.ls(), a.cp(), a.diff(), a.versions(), a.mount(), a.showVolumes(), a.verify(), a.dump(), a.version())
 	return cmd
 }
 

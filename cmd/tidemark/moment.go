@@ -3,7 +3,9 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -14,6 +16,7 @@ import (
 	"github.com/tidemark-cdp/tidemark/nbd"
 	"github.com/tidemark-cdp/tidemark/nbd/client"
 	"github.com/tidemark-cdp/tidemark/restore/guestfs"
+	"github.com/tidemark-cdp/tidemark/restore/mount"
 )
 
 // diskTimeout bounds each read of a disk: what waits for it may wait in the kernel.
@@ -177,6 +180,54 @@ func asDisks(clients map[string]*client.Client) map[string]guestfs.Disk {
 		disks[name] = c
 	}
 	return disks
+}
+
+// Disks implements mount.Moment.
+func (m *moment) Disks() map[string]mount.Disk {
+	disks := map[string]mount.Disk{}
+	for name, c := range m.disks {
+		disks[name] = c
+	}
+	return disks
+}
+
+// Volumes implements mount.Moment.
+func (m *moment) Volumes() (names []string) {
+	for _, v := range m.layout.Volumes {
+		if v.FS.Readable() {
+			names = append(names, v.Name)
+		}
+	}
+	return names
+}
+
+// Notes implements mount.Moment.
+func (m *moment) Notes() string {
+	var b strings.Builder
+	for _, err := range m.layout.Problems {
+		fmt.Fprintln(&b, plain(err.Error()))
+	}
+	for _, v := range m.layout.Volumes {
+		if !v.FS.Readable() && !m.layout.Divided(v) {
+			fmt.Fprintln(&b, plain(v.Unsupported().Error()))
+		}
+	}
+	return b.String()
+}
+
+// Dir implements mount.Moment.
+func (m *moment) Dir(ctx context.Context, volume string) (string, error) {
+	return m.opened.Dir(ctx, volume)
+}
+
+// Err is why the moment is of no use any more: the daemon is gone, or what shows the files.
+func (m *moment) Err() error {
+	for _, c := range m.disks {
+		if err := c.Err(); err != nil {
+			return err
+		}
+	}
+	return m.opened.Err()
 }
 
 // Break has what waits for the files or the disks get errors, now and from now on.

@@ -6,13 +6,15 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 )
 
-// TestFilesOfThePast lists and copies files of a guest's disk as they were: a GPT disk with /boot and the root, by the host's kernel.
-func TestFilesOfThePast(t *testing.T) {
+// guestDisk is a daemon whose disk has a GPT with /boot and the root of a guest, at a marker, "one", and changed since.
+func guestDisk(t *testing.T) *served {
 	needRoot(t)
 	need(t, "mkfs.ext4", "sfdisk", "nbdcopy", "losetup", "blkid")
 	d := serve(t, 128<<20)
@@ -36,7 +38,12 @@ func TestFilesOfThePast(t *testing.T) {
 	d.ok("mark", "web01", "one")
 	sh(`r=$(losetup -f --show -o 33MiB --sizelimit 64MiB $IMG); mount $r $MNT; echo second >$MNT/etc/motd; umount $MNT; losetup -d $r`)
 	tool(t, "nbdcopy", "--flush", img, d.uri("web01/vda"))
+	return d
+}
 
+// TestFilesOfThePast lists and copies files of a guest's disk as they were: a GPT disk with /boot and the root, by the host's kernel.
+func TestFilesOfThePast(t *testing.T) {
+	d := guestDisk(t)
 	at := func(point, path string) string { return "web01@" + point + ":" + path }
 	require.Contains(t, d.ok("ls", "--kernel", at("one", "/")), "vmlinuz -> boot/vmlinuz")
 	require.Contains(t, d.ok("ls", "--kernel", at("one", "/boot")), "vmlinuz")
@@ -80,7 +87,144 @@ func TestFilesOfThePast(t *testing.T) {
 		require.Equal(t, bad.code, code, "%v: %s", bad.args, out)
 		require.Contains(t, out, bad.text)
 	}
+	nothingIsLeft(t)
+}
+
+// nothingIsLeft fails if a command has left something in the temporary directory.
+func nothingIsLeft(t *testing.T) {
+	t.Helper()
 	names, err := filepath.Glob(filepath.Join(os.TempDir(), "tidemark[0-9]*"))
 	require.NoError(t, err)
 	require.Empty(t, names, "nothing is left behind")
+}
+
+// mount has the client mount a group in the background. stop ends it, and returns what it said.
+func (d *served) mount(dir string, args ...string) (cmd *exec.Cmd, said *console) {
+	d.t.Helper()
+	require.NoError(d.t, os.MkdirAll(dir, 0o700))
+	cmd = exec.Command(filepath.Join(binDir, "tidemark"), append([]string{"mount"}, args...)...)
+	cmd.Env = append(os.Environ(), "TIDEMARK_API=unix:"+d.path("api.sock"))
+	said = &console{}
+	cmd.Stdout, cmd.Stderr = said, said
+	require.NoError(d.t, cmd.Start())
+	d.t.Cleanup(func() {
+		if cmd.ProcessState == nil {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		}
+		_ = exec.Command("umount", "-l", dir).Run()
+		if d.t.Failed() {
+			d.t.Logf("mount said:\n%s", said.String())
+		}
+	})
+	require.Eventually(d.t, func() bool { return strings.Contains(said.String(), "is mounted on") }, time.Minute, 10*time.Millisecond)
+	return cmd, said
+}
+
+func list(t *testing.T, dir string) (names []string) {
+	t.Helper()
+	all, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	for _, e := range all {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+func read(t *testing.T, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	require.NoError(t, err)
+	return string(b)
+}
+
+// TestMount shows all of a group's past as directories, by the host's kernel; and goes on over a restart of the daemon.
+func TestMount(t *testing.T) {
+	d := guestDisk(t)
+	between := time.Now().UTC().Format(time.RFC3339Nano)
+	mnt := d.path("all")
+	cmd, said := d.mount(mnt, "web01", mnt, "--kernel", "--idle", "2s")
+	require.Equal(t, []string{"at"}, list(t, mnt))
+	require.ElementsMatch(t, []string{"one", "latest"}, list(t, mnt+"/at"))
+	require.Equal(t, []string{"disk.raw", "p1", "p2"}, list(t, mnt+"/at/one/vda"))
+	require.Equal(t, "first\n", read(t, mnt+"/at/one/vda/p2/etc/motd"))
+	for _, point := range []string{"latest", between, "-1ms"} {
+		require.Equal(t, "second\n", read(t, mnt+"/at/"+point+"/vda/p2/etc/motd"), point)
+	}
+	require.Equal(t, "kernel\n", read(t, mnt+"/at/one/vda/p1/vmlinuz"))
+	target, err := os.Readlink(mnt + "/at/one/vda/p2/etc/escape")
+	require.NoError(t, err)
+	require.Equal(t, "/etc/passwd", target, "as it is")
+	for _, none := range []string{"none", "-100000h", "2001-01-01T00:00:00Z", "lsn:99999999", ".hidden", "-x"} {
+		_, err := os.Stat(mnt + "/at/" + none)
+		require.ErrorIs(t, err, os.ErrNotExist, none)
+	}
+	err = os.WriteFile(mnt+"/at/one/vda/p2/etc/motd", []byte("x"), 0o600)
+	require.ErrorIs(t, err, syscall.EROFS)
+
+	// The disk itself, with its holes.
+	d.ok("restore", "web01/vda@one", "--to", d.path("one.img"))
+	tool(t, "cmp", d.path("one.img"), mnt+"/at/one/vda/disk.raw")
+	tool(t, "cp", "--sparse=always", mnt+"/at/one/vda/disk.raw", d.path("copied.img"))
+	tool(t, "cmp", d.path("one.img"), d.path("copied.img"))
+	f, err := os.Open(mnt + "/at/one/vda/disk.raw")
+	require.NoError(t, err)
+	hole, err := f.Seek(0, 4) // SEEK_HOLE
+	require.NoError(t, err)
+	require.Less(t, hole, int64(64<<20))
+	require.NoError(t, f.Close())
+
+	// A name that moves stays where it was as long as it is in use, and what is idle ends, and comes back.
+	require.Eventually(t, func() bool {
+		out, err := exec.Command("losetup", "-a").Output()
+		return err == nil && !strings.Contains(string(out), "tidemark")
+	}, 20*time.Second, 100*time.Millisecond, "what is idle ends")
+	require.Equal(t, "first\n", read(t, mnt+"/at/one/vda/p2/etc/motd"))
+
+	// A daemon that is gone is an I/O error, not a hang, and all is well when it is there again.
+	d.kill()
+	_, err = os.ReadFile(mnt + "/at/one/vda/p2/etc/passwd")
+	require.ErrorIs(t, err, syscall.EIO)
+	require.Eventually(t, func() bool { return strings.Contains(said.String(), "tidemark: ") }, 10*time.Second, 10*time.Millisecond)
+	d.start()
+	require.Eventually(t, func() bool {
+		b, err := os.ReadFile(mnt + "/at/one/vda/p2/etc/passwd")
+		return err == nil && string(b) == "guest\n"
+	}, 10*time.Second, 10*time.Millisecond)
+
+	// It ends in order though somebody is in it.
+	in, err := os.Open(mnt + "/at/one/vda/p2/etc")
+	require.NoError(t, err)
+	require.NoError(t, cmd.Process.Signal(syscall.SIGTERM))
+	require.NoError(t, cmd.Wait(), said.String())
+	require.NoError(t, in.Close())
+	require.Empty(t, list(t, mnt))
+	nothingIsLeft(t)
+}
+
+// TestMountOfOnePoint: its disks stand in the directory itself; it ends when it is unmounted.
+func TestMountOfOnePoint(t *testing.T) {
+	d := guestDisk(t)
+	mnt := d.path("one")
+	cmd, said := d.mount(mnt, "web01@one", mnt, "--kernel")
+	require.Equal(t, []string{"vda"}, list(t, mnt))
+	require.Equal(t, "first\n", read(t, mnt+"/vda/p2/etc/motd"))
+	tool(t, "umount", mnt)
+	require.NoError(t, cmd.Wait(), said.String())
+	nothingIsLeft(t)
+	for _, bad := range []struct {
+		code int
+		text string
+		args []string
+	}{
+		{4, "no marker has this label", []string{"web01@none", mnt}},
+		{4, "group \"none\": not found", []string{"none", mnt}},
+		{1, "no such file", []string{"web01", d.path("none")}},
+		{2, "is no directory", []string{"web01", d.path("vda.raw")}},
+		{2, "names no point", []string{"web01@", mnt}},
+	} {
+		out, code := d.tidemark(append([]string{"mount", "--kernel"}, bad.args...)...)
+		require.Equal(t, bad.code, code, "%v: %s", bad.args, out)
+		require.Contains(t, out, bad.text)
+	}
 }

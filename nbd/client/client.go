@@ -246,6 +246,13 @@ func (c *Client) watch(cl *call) (stop func()) {
 	return func() { t.Stop() }
 }
 
+// Err is why the connection is of no use any more; nil if it is.
+func (c *Client) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.mu.err
+}
+
 // Break ends the connection for a reason: calls that wait get errors, as all that follow do. Close is still to be called.
 func (c *Client) Break(err error) { c.breakOff(err) }
 

@@ -21,6 +21,8 @@ type Way interface {
 type Opened interface {
 	// Dir is where this process finds a volume's files. It may take as long as the start of a small VM.
 	Dir(ctx context.Context, volume string) (string, error)
+	// Err is why nothing is shown any more; nil if all is well.
+	Err() error
 	// Break has every use of the files fail from then on, also one that is waiting: what shows them may hang on what is hostile.
 	Break()
 	Close() error
@@ -62,8 +64,8 @@ func NewDevice(v Volume, disks map[string]Disk, dir string) (*Device, error) {
 // Flush has nothing to do: the overlay is thrown away.
 func (d *Device) Flush() error { return nil }
 
-// check refuses what can not be shown.
-func (v Volume) check() error {
+// Unsupported is why the files of a volume can not be shown; nil if they can.
+func (v Volume) Unsupported() error {
 	if v.FS.Readable() {
 		return nil
 	}

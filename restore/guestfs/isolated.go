@@ -47,7 +47,7 @@ func (w *Isolated) Open(_ context.Context, volumes []Volume) (Opened, error) {
 	o := &isolatedOpened{w: w, volumes: map[string]Volume{}, places: map[string]string{}, failed: map[string]string{}, broken: make(chan struct{})}
 	for _, v := range volumes {
 		o.volumes[v.Name] = v
-		if v.check() == nil {
+		if v.Unsupported() == nil {
 			o.drives = append(o.drives, v)
 		}
 	}
@@ -83,7 +83,7 @@ func (o *isolatedOpened) Dir(ctx context.Context, volume string) (string, error)
 	if !ok {
 		return "", fmt.Errorf("volume %q: %w", volume, os.ErrNotExist)
 	}
-	if err := v.check(); err != nil {
+	if err := v.Unsupported(); err != nil {
 		return "", err
 	}
 	if !o.tried {
@@ -293,6 +293,20 @@ func (o *isolatedOpened) end() error {
 	}
 	o.stop = nil
 	return errors.Join(errs...)
+}
+
+// Err implements Opened.
+func (o *isolatedOpened) Err() error {
+	vm := o.vm.Load()
+	if vm == nil {
+		return nil
+	}
+	select {
+	case <-vm.ended:
+		return fmt.Errorf("the VM has ended: %w: %s", errors.Join(vm.err, os.ErrClosed), &vm.stderr)
+	default:
+		return nil
+	}
 }
 
 // Break implements Opened: it kills the VM.

@@ -80,7 +80,7 @@ func (o *kernelOpened) Dir(ctx context.Context, volume string) (string, error) {
 }
 
 func (o *kernelOpened) mount(ctx context.Context, v *kernelVolume) error {
-	if err := v.v.check(); err != nil {
+	if err := v.v.Unsupported(); err != nil {
 		return err
 	}
 	path, off, err := o.k.Attach(v.v)
@@ -223,6 +223,9 @@ func (o *kernelOpened) mountNTFS(ctx context.Context, v *kernelVolume, path stri
 	v.dir, v.tool = dir, tool
 	return nil
 }
+
+// Err implements Opened. What the kernel reads from is the caller's.
+func (o *kernelOpened) Err() error { return nil }
 
 // Break implements Opened. What the kernel reads from is the caller's, and ends by itself; a program is killed.
 func (o *kernelOpened) Break() {

@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sort"
+	"strings"
 )
 
 // Disk is a guest's disk, as it was.
@@ -111,6 +113,14 @@ func (l *Layout) addLogical(pvs []physical, disks map[string]Disk) error {
 		l.Volumes = append(l.Volumes, v)
 	}
 	return nil
+}
+
+// Divided reports whether a volume is there to have others on it: a disk with partitions, or a part of LVM.
+func (l Layout) Divided(v Volume) bool {
+	if v.FS.Type == TypeLVM {
+		return true
+	}
+	return v.FS.Type == TypeNone && slices.ContainsFunc(l.Volumes, func(o Volume) bool { return strings.HasPrefix(o.Name, v.Name+"/") })
 }
 
 func cutName(name string) (first, rest string, ok bool) {

@@ -3,24 +3,20 @@ package guestfs
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"sort"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest"
-	"golang.org/x/sys/unix"
 
 	"github.com/tidemark-cdp/tidemark/nbd"
+	"github.com/tidemark-cdp/tidemark/restore/internal/inventory"
 	"github.com/tidemark-cdp/tidemark/restore/mount"
 )
 
@@ -45,111 +41,6 @@ func openFile(t testing.TB, path string) file {
 	info, err := f.Stat()
 	require.NoError(t, err)
 	return file{f, info.Size()}
-}
-
-// entry is all that a file is.
-type entry struct {
-	mode   fs.FileMode
-	uid    uint32
-	gid    uint32
-	nlink  uint64
-	size   int64
-	mtime  int64
-	rdev   uint64
-	target string
-	xattrs string
-	sum    [32]byte
-}
-
-// inventory is everything below a directory.
-func inventory(t testing.TB, dir string) map[string]entry {
-	t.Helper()
-	all := map[string]entry{}
-	root := dir + "/." // a descriptor's path is a link
-	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return fmt.Errorf("%s: %w", path, err)
-		}
-		info, err := os.Lstat(path)
-		if err != nil {
-			return err
-		}
-		st := info.Sys().(*syscall.Stat_t)
-		e := entry{mode: info.Mode(), uid: st.Uid, gid: st.Gid, mtime: info.ModTime().UnixNano(), rdev: st.Rdev}
-		if !info.IsDir() {
-			e.nlink, e.size = st.Nlink, info.Size()
-		}
-		switch {
-		case info.Mode()&fs.ModeSymlink != 0:
-			e.target, err = os.Readlink(path)
-		case info.Mode().IsRegular():
-			e.sum, err = sum(path)
-		}
-		if err != nil {
-			return err
-		}
-		e.xattrs = xattrs(path)
-		all[strings.TrimPrefix(path, dir)] = e
-		return nil
-	})
-	require.NoError(t, err)
-	return all
-}
-
-// Buffers of sum: tests that read many files do so one after the other.
-var sumBuf, sumZeroes [256 << 10]byte
-
-// sum is over what is not zeroes, and where it is: files are long and empty.
-func sum(path string) (s [32]byte, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return s, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return s, err
-	}
-	h := sha256.New()
-	for off := int64(0); off < info.Size(); {
-		if data, err := unix.Seek(int(f.Fd()), off, unix.SEEK_DATA); err == nil {
-			off = data &^ int64(len(sumBuf)-1) // the same parts, wherever the holes are
-		} else if errors.Is(err, unix.ENXIO) {
-			break
-		}
-		buf := sumBuf[:min(int64(len(sumBuf)), info.Size()-off)]
-		if _, err := f.ReadAt(buf, off); err != nil {
-			return s, err
-		}
-		if !bytes.Equal(buf, sumZeroes[:len(buf)]) {
-			_, _ = fmt.Fprint(h, off)
-			_, _ = h.Write(buf)
-		}
-		off += int64(len(buf))
-	}
-	_, _ = fmt.Fprint(h, info.Size())
-	return [32]byte(h.Sum(nil)), nil
-}
-
-func xattrs(path string) string {
-	b := make([]byte, 64<<10)
-	n, err := unix.Llistxattr(path, b)
-	if err != nil || n == 0 {
-		return ""
-	}
-	names := strings.Split(strings.TrimRight(string(b[:n]), "\x00"), "\x00")
-	sort.Strings(names)
-	var all []string
-	for _, name := range names {
-		v := make([]byte, 64<<10)
-		n, err := unix.Lgetxattr(path, name, v)
-		if err != nil {
-			all = append(all, fmt.Sprintf("%s: %v", name, err))
-			continue
-		}
-		all = append(all, fmt.Sprintf("%s=%x", name, v[:n]))
-	}
-	return strings.Join(all, " ")
 }
 
 // zoo makes files of every kind that a file system of Unix has, and some that are hard to read.
@@ -262,7 +153,7 @@ func populate(t testing.TB, k kind, many int, large int64) (p population) {
 }
 
 // reference is what the kernel's own mount of a copy shows.
-func reference(t testing.TB, k kind, image string) map[string]entry {
+func reference(t testing.TB, k kind, image string) map[string]inventory.Entry {
 	t.Helper()
 	copied := sparse(t, k.size)
 	tool(t, "", "dd", "if="+image, "of="+copied, "bs=1M", "conv=sparse,notrunc", "status=none")
@@ -275,7 +166,7 @@ func reference(t testing.TB, k kind, image string) map[string]entry {
 	}
 	tool(t, "", "mount", "-t", k.mount, "-o", options, loop, mnt)
 	defer tool(t, "", "umount", mnt)
-	return inventory(t, mnt)
+	return take(t, mnt)
 }
 
 // devices opens volumes of disks, under overlays. Its files are in dir.
@@ -318,20 +209,16 @@ func open(t testing.TB, w Way, disks map[string]Disk) Opened {
 	return o
 }
 
-func same(t testing.TB, want, got map[string]entry) {
+func take(t testing.TB, dir string) map[string]inventory.Entry {
 	t.Helper()
-	for path, w := range want {
-		g, ok := got[path]
-		require.True(t, ok, "%q is missing", path)
-		if w != g {
-			require.Equal(t, w, g, path)
-		}
-	}
-	for path := range got {
-		if _, ok := want[path]; !ok {
-			require.Fail(t, "not expected", path)
-		}
-	}
+	all, err := inventory.Of(dir)
+	require.NoError(t, err)
+	return all
+}
+
+func same(t testing.TB, want, got map[string]inventory.Entry) {
+	t.Helper()
+	require.Empty(t, inventory.Differences(want, got))
 }
 
 // TestTheKernelsWay compares every file of every kind of file system with the kernel's own mount, clean and as a power cut
@@ -354,13 +241,13 @@ func TestTheKernelsWay(t *testing.T) {
 				t.Run(name, func(t *testing.T) {
 					want := reference(t, k, image)
 					require.Greater(t, len(want), 300)
-					before, err := sum(image)
+					before, err := inventory.Sum(image)
 					require.NoError(t, err)
 					disks := map[string]Disk{"vda": openFile(t, image)}
 					dir, err := open(t, kernelWay(t, disks), disks).Dir(context.Background(), "vda")
 					require.NoError(t, err)
-					same(t, want, inventory(t, dir))
-					after, err := sum(image)
+					same(t, want, take(t, dir))
+					after, err := inventory.Sum(image)
 					require.NoError(t, err)
 					require.Equal(t, before, after, "the disk is not written")
 					if name == "dirty" {
@@ -404,7 +291,7 @@ func isolatedWay(t testing.TB, disks map[string]Disk) Way {
 func TestTheIsolatedWay(t *testing.T) {
 	disks := map[string]Disk{}
 	w := isolatedWay(t, disks)
-	want := map[string]map[string]entry{}
+	want := map[string]map[string]inventory.Entry{}
 	for _, k := range kinds {
 		switch k.name {
 		case "ext4", "xfs", "btrfs", "ntfs": // the others are the same drivers; not every host's kernel has FAT
@@ -425,7 +312,7 @@ func TestTheIsolatedWay(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir, err := o.Dir(context.Background(), name)
 			require.NoError(t, err)
-			same(t, want[name], inventory(t, dir))
+			same(t, want[name], take(t, dir))
 		})
 	}
 	_, err := o.Dir(context.Background(), "broken")

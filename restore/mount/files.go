@@ -1,0 +1,243 @@
+package mount
+
+import (
+	"context"
+	"errors"
+	"path"
+	"syscall"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+// startLimit bounds the start of what shows the files of a moment.
+const startLimit = 5 * time.Minute
+
+// volume is a file system of a moment.
+type volume struct {
+	m    *moments
+	lsn  uint64
+	name string
+}
+
+// with calls fn with where the files are; hold keeps the moment for the caller, who releases what is returned.
+func (v *volume) with(ctx context.Context, hold bool, fn func(dir string) error) (*held, error) {
+	h, err := v.m.use(v.lsn)
+	if err != nil {
+		return nil, err
+	}
+	// Others may wait for the same VM: it starts though this one goes away.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startLimit)
+	defer cancel()
+	dir, err := h.m.Dir(ctx, v.name)
+	if err == nil {
+		h.shown.Store(v.name, nil)
+		err = v.m.bounded(h.m, func() error { return fn(dir) })
+	}
+	if err != nil || !hold {
+		v.m.release(h)
+		return nil, err
+	}
+	return h, nil
+}
+
+func (v *volume) ino(st *unix.Stat_t) uint64 {
+	return v.m.ino(volumeID{v.lsn, v.name, st.Dev}, st.Ino)
+}
+
+// setAttr is what a file is.
+func setAttr(a *fuse.Attr, st *unix.Stat_t) {
+	a.Mode, a.Size, a.Blocks, a.Blksize = st.Mode, uint64(st.Size), uint64(st.Blocks), uint32(st.Blksize)
+	a.Nlink, a.Uid, a.Gid, a.Rdev = uint32(st.Nlink), st.Uid, st.Gid, uint32(st.Rdev)
+	a.Atime, a.Atimensec = uint64(st.Atim.Sec), uint32(st.Atim.Nsec)
+	a.Mtime, a.Mtimensec = uint64(st.Mtim.Sec), uint32(st.Mtim.Nsec)
+	a.Ctime, a.Ctimensec = uint64(st.Ctim.Sec), uint32(st.Ctim.Nsec)
+}
+
+// fileNode is a file or a directory of a guest. Its place in the volume does not change, nor does it.
+type fileNode struct {
+	fs.Inode
+	v   *volume
+	rel string // without links on the way, and below the volume's root
+}
+
+var (
+	_ fs.NodeGetattrer   = (*fileNode)(nil)
+	_ fs.NodeLookuper    = (*fileNode)(nil)
+	_ fs.NodeReaddirer   = (*fileNode)(nil)
+	_ fs.NodeOpener      = (*fileNode)(nil)
+	_ fs.NodeReadlinker  = (*fileNode)(nil)
+	_ fs.NodeGetxattrer  = (*fileNode)(nil)
+	_ fs.NodeListxattrer = (*fileNode)(nil)
+	_ fs.NodeAccesser    = (*fileNode)(nil)
+)
+
+func (n *fileNode) do(ctx context.Context, fn func(path string) error) syscall.Errno {
+	_, err := n.v.with(ctx, false, func(dir string) error { return fn(dir + "/" + n.rel) })
+	return n.v.m.fail(err)
+}
+
+func (n *fileNode) Getattr(ctx context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	if n.rel == "." && !n.v.m.shows(n.v.lsn, n.v.name) {
+		// Who lists the volumes is not to wait for a VM.
+		out.Mode = fuse.S_IFDIR | 0o755
+		out.SetTimeout(0)
+		return 0
+	}
+	return n.do(ctx, func(path string) error {
+		var st unix.Stat_t
+		if err := unix.Lstat(path, &st); err != nil {
+			return err
+		}
+		setAttr(&out.Attr, &st)
+		out.SetTimeout(forever)
+		return nil
+	})
+}
+
+// Access lets in whoever the kernel lets in: the mount's user, who may see everything, or others by the files' permissions.
+func (*fileNode) Access(_ context.Context, mask uint32) syscall.Errno {
+	if mask&unix.W_OK != 0 {
+		return syscall.EROFS
+	}
+	return 0
+}
+
+func (n *fileNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (c *fs.Inode, errno syscall.Errno) {
+	rel := path.Join(n.rel, name)
+	_, err := n.v.with(ctx, false, func(dir string) error {
+		var st unix.Stat_t
+		if err := unix.Lstat(dir+"/"+rel, &st); err != nil {
+			if errors.Is(err, syscall.ENOENT) {
+				out.SetEntryTimeout(forever)
+			}
+			return err
+		}
+		setAttr(&out.Attr, &st)
+		out.SetEntryTimeout(forever)
+		out.SetAttrTimeout(forever)
+		c = n.NewInode(ctx, &fileNode{v: n.v, rel: rel}, fs.StableAttr{Mode: st.Mode & syscall.S_IFMT, Ino: n.v.ino(&st)})
+		return nil
+	})
+	return c, n.v.m.fail(err)
+}
+
+// open opens a file or directory. What shows it may be hostile: no link is followed.
+func open(dir, rel string, flags uint64) (int, error) {
+	root, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(root)
+	// A fifo would wait for somebody who writes.
+	return unix.Openat2(root, rel, &unix.OpenHow{Flags: flags | unix.O_RDONLY | unix.O_NONBLOCK | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS})
+}
+
+func (n *fileNode) Readdir(ctx context.Context) (fs.DirStream, syscall.Errno) {
+	var s fs.DirStream
+	h, err := n.v.with(ctx, true, func(dir string) error {
+		fd, err := open(dir, n.rel, unix.O_DIRECTORY)
+		if err != nil {
+			return err
+		}
+		ds, errno := fs.NewLoopbackDirStreamFd(fd)
+		if errno != 0 {
+			return errno
+		}
+		s = ds
+		return nil
+	})
+	if err != nil {
+		return nil, n.v.m.fail(err)
+	}
+	return &dirStream{s, n.v.m, h}, 0
+}
+
+// dirStream holds its moment.
+type dirStream struct {
+	fs.DirStream
+	m *moments
+	h *held
+}
+
+func (s *dirStream) Close() {
+	s.DirStream.Close()
+	s.m.release(s.h)
+}
+
+func (n *fileNode) Open(ctx context.Context, _ uint32) (fs.FileHandle, uint32, syscall.Errno) {
+	f := &fileHandle{m: n.v.m}
+	h, err := n.v.with(ctx, true, func(dir string) (err error) {
+		f.fd, err = open(dir, n.rel, 0)
+		return err
+	})
+	if err != nil {
+		return nil, 0, n.v.m.fail(err)
+	}
+	f.h = h
+	return f, fuse.FOPEN_KEEP_CACHE, 0
+}
+
+// fileHandle is an open file, and holds its moment. Where it may, the kernel reads it by itself.
+type fileHandle struct {
+	m  *moments
+	h  *held
+	fd int // the library calls Release after everything else
+}
+
+// PassthroughFd implements fs.FilePassthroughFder.
+func (h *fileHandle) PassthroughFd() (int, bool) { return h.fd, true }
+
+func (h *fileHandle) Read(_ context.Context, p []byte, off int64) (fuse.ReadResult, syscall.Errno) {
+	n := 0
+	err := h.m.bounded(h.h.m, func() (err error) {
+		n, err = unix.Pread(h.fd, p, off)
+		return err
+	})
+	return fuse.ReadResultData(p[:max(0, n)]), h.m.fail(err)
+}
+
+func (h *fileHandle) Lseek(_ context.Context, off uint64, whence uint32) (uint64, syscall.Errno) {
+	at := int64(0)
+	err := h.m.bounded(h.h.m, func() (err error) {
+		at, err = unix.Seek(h.fd, int64(off), int(whence))
+		return err
+	})
+	return uint64(at), h.m.fail(err)
+}
+
+func (h *fileHandle) Release(context.Context) syscall.Errno {
+	err := unix.Close(h.fd)
+	h.m.release(h.h)
+	return h.m.fail(err)
+}
+
+func (n *fileNode) Readlink(ctx context.Context) (target []byte, errno syscall.Errno) {
+	errno = n.do(ctx, func(path string) error {
+		b := make([]byte, unix.PathMax)
+		k, err := unix.Readlink(path, b)
+		target = b[:max(0, k)]
+		return err
+	})
+	return target, errno
+}
+
+func (n *fileNode) Getxattr(ctx context.Context, attr string, dest []byte) (size uint32, errno syscall.Errno) {
+	errno = n.do(ctx, func(path string) error {
+		k, err := unix.Lgetxattr(path, attr, dest)
+		size = uint32(max(0, k))
+		return err
+	})
+	return size, errno
+}
+
+func (n *fileNode) Listxattr(ctx context.Context, dest []byte) (size uint32, errno syscall.Errno) {
+	errno = n.do(ctx, func(path string) error {
+		k, err := unix.Llistxattr(path, dest)
+		size = uint32(max(0, k))
+		return err
+	})
+	return size, errno
+}
