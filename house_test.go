@@ -25,6 +25,7 @@ var mayImport = map[string][]string{
 	"cmd":                        {"cmd", "nbd", "journal", "guest", "restore"},
 	"nbd":                        {},
 	"nbd/client":                 {"nbd/internal/proto"},
+	"nbd/kernel":                 {"nbd/client"},
 	"nbd/internal/proto":         {},
 	"journal":                    {},
 	"journal/record":             {},
@@ -66,6 +67,7 @@ var keptTo = map[string]struct {
 	"github.com/prometheus/client_golang": {[]string{"cmd"}, "metrics registries are the programs'"},
 	"golang.org/x/time":                   {[]string{"cmd/tidemarkd"}, "who may ask how often is the daemon's"},
 	"github.com/schollz/progressbar":      {[]string{"cmd/tidemark"}, "the terminal is the client's"},
+	"github.com/vishvananda/netlink":      {[]string{"nbd/kernel"}, "the kernel is spoken to there"},
 	"github.com/hanwen/go-fuse":           {[]string{"restore/mount"}, "go-fuse's types stay there"},
 }
 

@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"slices"
+	"strings"
+	"unicode"
 
 	"go.uber.org/zap"
 
@@ -26,6 +28,7 @@ type control struct {
 	reloader  *reloader
 	exports   *exports
 	rollbacks *rollbacks
+	attached  *attachments
 	serving   context.Context // ends when the daemon stops
 	stateDir  string
 	storeID   string
@@ -54,6 +57,8 @@ func (c *control) handler() http.Handler {
 	handle("POST /v1/scratches", c.scratch)
 	handle("POST /v1/scratches/{name}/promote", c.promote)
 	handle("DELETE /v1/scratches/{name}", c.unexport)
+	handle("POST /v1/attachments", c.attach)
+	handle("DELETE /v1/attachments", c.detach)
 	handle("GET /v1/groups/{group}/resolve", c.resolve)
 	handle("POST /v1/groups/{group}/verify", c.verify)
 	mux.HandleFunc("GET /v1/groups/{group}/dump", c.dump)
@@ -107,7 +112,7 @@ func (c *control) answer(w http.ResponseWriter, r *http.Request, answer any, err
 }
 
 func (c *control) status(*http.Request) (any, error) {
-	s := api.Status{Version: build.Version(), Store: c.storeID, NBD: c.nbd, StateDir: c.stateDir, IndexBytes: c.store.IndexBytes(), Groups: []api.Group{}, Scratches: c.exports.scratches.status()}
+	s := api.Status{Version: build.Version(), Store: c.storeID, NBD: c.nbd, StateDir: c.stateDir, IndexBytes: c.store.IndexBytes(), Groups: []api.Group{}, Scratches: c.exports.scratches.status(), Attachments: c.attached.status()}
 	for _, g := range c.store.Groups() {
 		state, why := g.State()
 		a := api.Group{
@@ -162,6 +167,22 @@ func (c *control) verify(r *http.Request) (any, error) {
 		return nil, err
 	}
 	return api.VerifyGroup(r.Context(), g)
+}
+
+func (c *control) attach(r *http.Request) (any, error) {
+	var q api.AttachRequest
+	if err := decode(r, &q); err != nil {
+		return nil, err
+	}
+	if len(q.Exports) == 0 || strings.ContainsFunc(q.Asked+strings.Join(q.Exports, ""), unicode.IsControl) {
+		return nil, fmt.Errorf("%w: name the exports to attach", errBadRequest)
+	}
+	return c.attached.attach(r.Context(), q)
+}
+
+func (c *control) detach(r *http.Request) (any, error) {
+	q := r.URL.Query()
+	return c.attached.detach(q.Get("name"), q.Get("force") == "true")
 }
 
 // dump streams: what goes wrong behind the first line ends the answer, and is

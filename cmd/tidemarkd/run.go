@@ -88,18 +88,21 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	log.Info("serving", zap.String("version", build.Version()), zap.Duration("after", time.Since(began)),
 		zap.Strings("nbd", ls.names), zap.String("api", c.API))
 
+	stopping, stopServing := context.WithCancel(context.Background())
+	defer stopServing()
+	eg, serving := errgroup.WithContext(stopping)
+	attached := newAttachments(serving, id, exports, log)
+	attached.load()
+
 	// The store's work goes on until the last client is gone.
 	work, stopWork := context.WithCancel(context.Background())
 	defer stopWork()
 	storeDone := make(chan error, 1)
 	go func() { storeDone <- store.Run(work) }()
 
-	stopping, stopServing := context.WithCancel(context.Background())
-	defer stopServing()
-	eg, serving := errgroup.WithContext(stopping)
 	re := &reloader{read: read, store: store, keepers: keepers, log: log, now: c}
 	scratches.adopt = re
-	ls.serve(serving, eg, &control{store: store, keepers: keepers, reloader: re, exports: exports, rollbacks: rollbacks, serving: serving,
+	ls.serve(serving, eg, &control{store: store, keepers: keepers, reloader: re, exports: exports, rollbacks: rollbacks, attached: attached, serving: serving,
 		stateDir: c.StateDir, storeID: id, nbd: ls.names, log: log}, tlsConf)
 	scratches.start()
 	eg.Go(func() error { return scratches.janitor(serving) })
@@ -113,7 +116,11 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	eg.Go(func() error { return reloadOn(serving, hup, re) })
 	notify(log, daemon.SdNotifyReady)
 	served := make(chan error, 1)
-	go func() { served <- eg.Wait() }()
+	go func() {
+		err := eg.Wait()
+		attached.wait()
+		served <- err
+	}()
 	caughtUp := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(caughtUp)

@@ -89,11 +89,32 @@ func Dial(ctx context.Context, network, addr, export string, tlsConf *tls.Config
 	c.mu.waiting = map[uint64]*call{}
 	stop := context.AfterFunc(ctx, func() { _ = nc.Close() })
 	defer stop()
-	if err := c.negotiate(ctx, export, tlsConf, contexts); err != nil {
+	if err := c.negotiate(ctx, export, tlsConf, true, contexts); err != nil {
 		return nil, errors.Join(fmt.Errorf("export %q: %w", export, err), nc.Close())
 	}
 	c.readerWG.Go(c.receive)
 	return c, nil
+}
+
+// Info is what a server says of an export.
+type Info struct {
+	Size  int64  // bytes
+	Flags uint16 // the transmission flags of the protocol
+}
+
+// Handshake opens an export on a connection and leaves the connection at its first request, for simple replies: whoever takes it over
+// from here, the kernel for one, goes on. Nothing of the server's is read that is not the handshake's.
+func Handshake(ctx context.Context, nc net.Conn, export string) (Info, error) {
+	c := &Client{c: nc, contexts: map[string]uint32{}}
+	stop := context.AfterFunc(ctx, func() { _ = nc.Close() })
+	defer stop()
+	if err := c.negotiate(ctx, export, nil, false, nil); err != nil {
+		return Info{}, fmt.Errorf("export %q: %w", export, err)
+	}
+	if n := c.r.Buffered(); n > 0 {
+		return Info{}, fmt.Errorf("export %q: the server sent %d bytes that nobody asked for", export, n)
+	}
+	return Info{c.size, c.flags}, nil
 }
 
 // Size is the export's size in bytes.
@@ -108,7 +129,7 @@ func (c *Client) CanZero() bool { return c.flags&proto.FlagSendZeroes != 0 }
 // CanFlush reports whether the export takes Flush; if not, what is written is as durable as it gets.
 func (c *Client) CanFlush() bool { return c.flags&proto.FlagSendFlush != 0 }
 
-func (c *Client) negotiate(ctx context.Context, export string, tlsConf *tls.Config, contexts []string) error {
+func (c *Client) negotiate(ctx context.Context, export string, tlsConf *tls.Config, structured bool, contexts []string) error {
 	c.r = bufio.NewReaderSize(c.c, 256<<10)
 	var b [18]byte
 	if _, err := io.ReadFull(c.r, b[:]); err != nil {
@@ -135,10 +156,29 @@ func (c *Client) negotiate(ctx context.Context, export string, tlsConf *tls.Conf
 		}
 		c.c, c.r = tc, bufio.NewReaderSize(tc, 256<<10)
 	}
+	name := append(be.AppendUint32(nil, uint32(len(export))), export...)
+	if structured {
+		if err := c.agreeOn(name, contexts); err != nil {
+			return err
+		}
+	}
+	found, err := c.option(protocol.NEGOTIATION_ID_OPTION_GO, append(name, 0, 0), func(typ uint32, data []byte) {
+		if typ == protocol.NEGOTIATION_TYPE_REPLY_INFO && len(data) == 12 && be.Uint16(data) == protocol.NEGOTIATION_TYPE_INFO_EXPORT {
+			c.size, c.flags = int64(be.Uint64(data[2:])), be.Uint16(data[10:])
+		}
+	})
+	if err == nil && (!found || c.size < 0) {
+		err = errors.New("the server told no size")
+	}
+	return err
+}
+
+// agreeOn asks for structured replies and the metadata contexts. A server without base:allocation is one without extents, no more.
+func (c *Client) agreeOn(name []byte, contexts []string) error {
+	be := binary.BigEndian
 	if _, err := c.option(proto.OptStructuredReply, nil, nil); err != nil {
 		return fmt.Errorf("structured replies: %w", err)
 	}
-	name := append(be.AppendUint32(nil, uint32(len(export))), export...)
 	q := be.AppendUint32(append([]byte(nil), name...), uint32(1+len(contexts)))
 	for _, context := range append([]string{proto.MetaAllocation}, contexts...) {
 		q = append(be.AppendUint32(q, uint32(len(context))), context...)
@@ -153,16 +193,7 @@ func (c *Client) negotiate(ctx context.Context, export string, tlsConf *tls.Conf
 			return errors.Join(fmt.Errorf("the server has no metadata context %q for it", context), metaErr)
 		}
 	}
-	// A server without base:allocation is one without extents, no more.
-	found, err := c.option(protocol.NEGOTIATION_ID_OPTION_GO, append(name, 0, 0), func(typ uint32, data []byte) {
-		if typ == protocol.NEGOTIATION_TYPE_REPLY_INFO && len(data) == 12 && be.Uint16(data) == protocol.NEGOTIATION_TYPE_INFO_EXPORT {
-			c.size, c.flags = int64(be.Uint64(data[2:])), be.Uint16(data[10:])
-		}
-	})
-	if err == nil && (!found || c.size < 0) {
-		err = errors.New("the server told no size")
-	}
-	return err
+	return nil
 }
 
 // option sends an option and calls fn with each reply before the last. It

@@ -67,6 +67,24 @@ type Status struct {
 	Groups     []Group  `json:"groups"`
 
 	Scratches []Scratch `json:"scratches"`
+
+	Attachments []Attachment `json:"attachments"`
+}
+
+// Attachment is an export that is a block device of the daemon's host: one of Status, and of the answers to POST and DELETE /v1/attachments.
+type Attachment struct {
+	Device    string `json:"device"` // its file
+	Export    string `json:"export"`
+	Asked     string `json:"asked"` // what was asked for
+	Size      int64  `json:"size"`
+	ReadOnly  bool   `json:"read_only"`
+	Connected bool   `json:"connected"` // if not, requests wait, for a while
+}
+
+// AttachRequest is the body of POST /v1/attachments.
+type AttachRequest struct {
+	Exports []string `json:"exports"`
+	Asked   string   `json:"asked"` // as the user named them; detach takes it
 }
 
 // Scratch is a writable export of a group's disks as they were: an answer to POST /v1/scratches, and one of Status.
@@ -459,6 +477,18 @@ func (c *Client) Promote(ctx context.Context, name string, r PromoteRequest) (s 
 func (c *Client) Unexport(ctx context.Context, name string, force bool) (s Scratch, err error) {
 	err = c.do(ctx, http.MethodDelete, "/v1/scratches/"+url.PathEscape(name)+"?force="+strconv.FormatBool(force), nil, &s)
 	return s, err
+}
+
+// Attach makes block devices of exports.
+func (c *Client) Attach(ctx context.Context, r AttachRequest) (all []Attachment, err error) {
+	err = c.do(ctx, http.MethodPost, "/v1/attachments", r, &all)
+	return all, err
+}
+
+// Detach disconnects the devices that a name means.
+func (c *Client) Detach(ctx context.Context, name string, force bool) (all []Attachment, err error) {
+	err = c.do(ctx, http.MethodDelete, "/v1/attachments?name="+url.QueryEscape(name)+"&force="+strconv.FormatBool(force), nil, &all)
+	return all, err
 }
 
 // Reload has the configuration read again.
