@@ -5,13 +5,13 @@ GO       ?= go
 BIN      := bin
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LDFLAGS  := -X github.com/tidemark-cdp/tidemark/cmd/internal/build.version=$(VERSION)
-PACKAGES := qemu-utils libnbd-bin python3-libnbd nbdkit fio e2fsprogs xfsprogs btrfs-progs dosfstools ntfs-3g fdisk lvm2 fuse3 util-linux
+PACKAGES := qemu-utils libnbd-bin python3-libnbd nbdkit fio e2fsprogs xfsprogs btrfs-progs dosfstools mtools ntfs-3g fdisk lvm2 fuse3 util-linux
 GUEST    := qemu-system-x86 busybox-static cpio debootstrap kmod guestmount guestfish libguestfs-xfs
 SERVERS  := qemu-guest-agent postgresql mariadb-server redis-server libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
 FUZZTIME ?= 10s
 SEEDS    ?= 1000
 
-.PHONY: build deps guest-deps test test-guest test-long fuzz bench bench-markers lint demo clean
+.PHONY: build deps guest-deps test test-guest test-long fuzz bench bench-markers bench-back lint demo clean
 
 build:
 	$(GO) build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/tidemark ./cmd/tidemarkd
@@ -59,6 +59,10 @@ bench: deps build
 # bench-markers measures how long markers freeze a guest, and rewrites that part of the page.
 bench-markers: deps build
 	$(GO) run ./cmd/internal/bench -markers -out docs/BENCHMARKS.md
+
+# bench-back measures restores, scratch exports and mounts, as root, and rewrites that part of the page.
+bench-back: guest-deps build
+	testdata/libguestfs $(GO) run ./cmd/internal/bench -back -out docs/BENCHMARKS.md
 
 lint:
 	@test -z "$$(gofmt -l .)" || { gofmt -l .; exit 1; }

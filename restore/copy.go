@@ -33,6 +33,8 @@ type Target interface {
 
 const (
 	workers = 4
+	// changeWorkers is how many there are for changes, which are short: what takes time is to ask for each.
+	changeWorkers = 16
 	// chunk is what a worker reads and writes at once, in bytes.
 	chunk = 1 << 20
 	// span is the range whose extents are asked for at once, and the unit of progress, in bytes.
@@ -91,7 +93,11 @@ func (j *job) copied() bitmap {
 // each calls fn with every span that is not done, from several goroutines, and a buffer of a chunk.
 func (j *job) each(ctx context.Context, fn func(ctx context.Context, r run, buf []byte) error) error {
 	eg, ctx := errgroup.WithContext(ctx)
-	for range workers {
+	n := workers
+	if j.changed != nil {
+		n = changeWorkers
+	}
+	for range n {
 		eg.Go(func() error {
 			buf := make([]byte, 2*chunk)
 			for {
@@ -156,6 +162,10 @@ func (j *job) copySpan(ctx context.Context, r run, buf []byte) error {
 }
 
 func (j *job) copyRun(ctx context.Context, r run, buf []byte) error {
+	if r.n <= chunk && j.changed != nil {
+		// To ask for its zeroes takes as long as to read it.
+		return j.copyData(ctx, r, buf)
+	}
 	var data, zero []run
 	at := r.off
 	err := j.src.Extents(r.off, r.n, func(n int64, isZero bool) {
@@ -180,22 +190,30 @@ func (j *job) copyRun(ctx context.Context, r run, buf []byte) error {
 		j.progress(z.n)
 	}
 	for _, d := range data {
-		for d.n > 0 {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			b := buf[:min(d.n, chunk)]
-			if err := j.src.ReadAt(b, d.off); err != nil {
-				return fmt.Errorf("read %d bytes at %d: %w", len(b), d.off, err)
-			}
-			if err := j.write(b, d.off); err != nil {
-				return err
-			}
-			j.progress(int64(len(b)))
-			d.off, d.n = d.off+int64(len(b)), d.n-int64(len(b))
+		if err := j.copyData(ctx, d, buf); err != nil {
+			return err
 		}
 	}
 	return ctx.Err()
+}
+
+// copyData copies a run, chunk by chunk.
+func (j *job) copyData(ctx context.Context, d run, buf []byte) error {
+	for d.n > 0 {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		b := buf[:min(d.n, chunk)]
+		if err := j.src.ReadAt(b, d.off); err != nil {
+			return fmt.Errorf("read %d bytes at %d: %w", len(b), d.off, err)
+		}
+		if err := j.write(b, d.off); err != nil {
+			return err
+		}
+		j.progress(int64(len(b)))
+		d.off, d.n = d.off+int64(len(b)), d.n-int64(len(b))
+	}
+	return nil
 }
 
 func (j *job) zero(off, n int64) error {

@@ -47,7 +47,11 @@ func (t *Tree) Copy(ctx context.Context, from, to string, o CopyOptions) error {
 	return c.copy(from, dir, filepath.Base(to), to)
 }
 
-type inode struct{ dev, ino uint64 }
+// inode is a file, whatever its name. Volumes that one VM shows have one device.
+type inode struct {
+	volume   *os.Root
+	dev, ino uint64
+}
 
 type copier struct {
 	ctx   context.Context
@@ -76,7 +80,11 @@ func (c *copier) copy(from string, dir *os.File, name, to string) (err error) {
 		}
 	}()
 	st := info.Sys().(*syscall.Stat_t)
-	id := inode{st.Dev, st.Ino}
+	root, _, err := c.t.place(from)
+	if err != nil {
+		return err
+	}
+	id := inode{root, st.Dev, st.Ino}
 	if first, ok := c.links[id]; ok && st.Nlink > 1 && !info.IsDir() {
 		return unix.Linkat(unix.AT_FDCWD, first, int(dir.Fd()), name, 0)
 	}

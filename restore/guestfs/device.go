@@ -50,7 +50,7 @@ func NewDevice(v Volume, disks map[string]Disk, dir string) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	o, err := export.Create(filepath.Join(own, "raw"), filepath.Join(own, "o"), overlayBase{r.(*volumeReader)}, export.Options{Reserve: overlayReserve})
+	o, err := export.Create(filepath.Join(own, "raw"), filepath.Join(own, "o"), overlayBase{r.(*volumeReader), newReadAhead(r)}, export.Options{Reserve: overlayReserve})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("volume %s: %w", v.Name, err), os.RemoveAll(own))
 	}
@@ -77,6 +77,9 @@ func (v Volume) Unsupported() error {
 }
 
 // overlayBase is a volume as what an overlay stands on.
-type overlayBase struct{ *volumeReader }
+type overlayBase struct {
+	*volumeReader
+	read *readAhead
+}
 
-func (b overlayBase) ReadAt(p []byte, off int64, _ bool) error { return b.volumeReader.ReadAt(p, off) }
+func (b overlayBase) ReadAt(p []byte, off int64, _ bool) error { return b.read.ReadAt(p, off) }

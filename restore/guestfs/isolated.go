@@ -166,8 +166,13 @@ func (o *isolatedOpened) script(mnt string) string {
 	b.WriteString("run\n")
 	for i, v := range o.drives {
 		options := "ro,nosuid,nodev,noexec"
-		if v.FS.Type == TypeXFS {
+		switch v.FS.Type {
+		case TypeXFS:
 			options += ",nouuid"
+		case TypeFAT:
+			options += ",utf8"
+		case TypeBtrfs:
+			options += ",subvolid=5" // the top, whichever the guest has as its default
 		}
 		if v.FS.Type == TypeNTFS {
 			// The probe's answer counts: a mount that is read-only looks at no journal.
@@ -176,7 +181,7 @@ func (o *isolatedOpened) script(mnt string) string {
 		}
 		fmt.Fprintf(&b, "mkmountpoint /%d\n-mount-vfs %s %s %s /%d\n", i, options, driver(v.FS.Type), driveName(i), i)
 	}
-	fmt.Fprintf(&b, "mountpoints\necho mounted\nmount-local %s\nmount-local-run\n", mnt)
+	fmt.Fprintf(&b, "mountpoints\necho mounted\nmount-local %s options:use_ino\nmount-local-run\n", mnt)
 	return b.String()
 }
 

@@ -101,6 +101,10 @@ func (o *kernelOpened) mount(ctx context.Context, v *kernelVolume) error {
 	return err
 }
 
+// readAheadSectors is how far the kernel reads ahead of who reads a file from one end to the other: 4 MiB, so that the way to
+// the daemon and back is taken while what came before is read.
+const readAheadSectors = 8192
+
 // attachLoop sets a loop device up on a file. It is gone when the last user is.
 func attachLoop(path string) (*os.File, error) {
 	back, err := os.OpenFile(path, os.O_RDWR, 0)
@@ -126,6 +130,10 @@ func attachLoop(path string) (*os.File, error) {
 		cfg.Info.Flags = unix.LO_FLAGS_AUTOCLEAR | unix.LO_FLAGS_DIRECT_IO
 		err = unix.IoctlLoopConfigure(int(loop.Fd()), &cfg)
 		if err == nil {
+			err = unix.IoctlSetInt(int(loop.Fd()), unix.BLKRASET, readAheadSectors)
+			if err != nil {
+				return nil, errors.Join(fmt.Errorf("set up %s: %w", loop.Name(), err), loop.Close())
+			}
 			return loop, nil
 		}
 		_ = loop.Close()
@@ -156,6 +164,11 @@ func mountDetached(fstype, dev string) (fd int, err error) {
 		steps = append(steps, func() error { return unix.FsconfigSetString(ctx, "errors", "remount-ro") })
 	case TypeXFS:
 		steps = append(steps, func() error { return unix.FsconfigSetFlag(ctx, "nouuid") })
+	case TypeFAT:
+		steps = append(steps, func() error { return unix.FsconfigSetFlag(ctx, "utf8") })
+	case TypeBtrfs:
+		// The top, whichever the guest has as its default.
+		steps = append(steps, func() error { return unix.FsconfigSetString(ctx, "subvolid", "5") })
 	}
 	steps = append(steps, func() error { return unix.FsconfigCreate(ctx) })
 	for _, step := range steps {

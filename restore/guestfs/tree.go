@@ -75,8 +75,8 @@ func GuestTree(ctx context.Context, o Opened, l Layout) (t *Tree, problems []err
 	t.mounts = []mountpoint{root}
 	for _, e := range tab {
 		m := mountpoint{at: e.at, sub: e.sub}
-		if v, ok := l.find(e.spec); !ok {
-			m.err = errors.New("none of the volumes is that")
+		if v, err := l.find(e.spec); err != nil {
+			m.err = err
 		} else if m.root, m.err = openVolume(ctx, o, v.Name); m.err == nil {
 			_, m.err = m.root.Lstat(m.sub)
 		}
@@ -176,12 +176,17 @@ func parseFstab(b []byte, root mountpoint) ([]fstabEntry, mountpoint) {
 			continue
 		}
 		sub := "."
+		auto := true
 		for _, o := range strings.Split(f[3], ",") {
+			auto = auto && o != "noauto"
 			if v, ok := strings.CutPrefix(o, "subvol="); ok {
 				sub = path.Join(".", path.Clean("/" + v)[1:])
 			}
 		}
 		at := path.Clean(unescape.Replace(f[1]))
+		if !auto {
+			continue
+		}
 		switch f[2] {
 		case "swap", "tmpfs", "proc", "sysfs", "devpts", "nfs", "nfs4", "cifs", "overlay":
 			continue
@@ -192,6 +197,8 @@ func parseFstab(b []byte, root mountpoint) ([]fstabEntry, mountpoint) {
 			}
 			continue
 		}
+		// What is mounted last on a path is what is there.
+		tab = slices.DeleteFunc(tab, func(e fstabEntry) bool { return e.at == at })
 		tab = append(tab, fstabEntry{unescape.Replace(f[0]), at, sub})
 	}
 	return tab, root
@@ -200,13 +207,22 @@ func parseFstab(b []byte, root mountpoint) ([]fstabEntry, mountpoint) {
 var plainDevice = regexp.MustCompile(`^/dev/(?:[shv]d|xvd)([a-z])([0-9]*)$`)
 
 // find is the volume that a line of fstab means.
-func (l *Layout) find(spec string) (Volume, bool) {
-	match := func(ok func(Volume) bool) (Volume, bool) {
-		i := slices.IndexFunc(l.Volumes, ok)
-		if i < 0 {
-			return Volume{}, false
+func (l *Layout) find(spec string) (Volume, error) {
+	match := func(ok func(Volume) bool) (found Volume, err error) {
+		var names []string
+		for _, v := range l.Volumes {
+			if ok(v) {
+				found = v
+				names = append(names, v.Name)
+			}
 		}
-		return l.Volumes[i], true
+		switch len(names) {
+		case 0:
+			return found, errors.New("none of the volumes is that")
+		case 1:
+			return found, nil
+		}
+		return found, fmt.Errorf("%s are all that, and which of them the guest takes is not known", strings.Join(names, ", "))
 	}
 	for prefix, of := range map[string]func(Volume) string{
 		"UUID=": func(v Volume) string { return v.FS.UUID }, "/dev/disk/by-uuid/": func(v Volume) string { return v.FS.UUID },
@@ -244,7 +260,7 @@ func (l *Layout) find(spec string) (Volume, bool) {
 			}
 			return match(func(v Volume) bool { return v.Name == name })
 		}
-		return Volume{}, false
+		return Volume{}, errors.New("none of the volumes is that")
 	}
 	return match(func(v Volume) bool { return "/dev/"+v.Name == spec })
 }

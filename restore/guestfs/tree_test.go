@@ -43,13 +43,15 @@ func link(t testing.TB, dir, name, target string) {
 
 // aGuest has its root on a logical volume, /boot on a partition, /home on a subvolume and /srv on another disk.
 func aGuest(t testing.TB) (Layout, shown) {
-	s := shown{"vda/p1": t.TempDir(), "vg-0/ro-ot": t.TempDir(), "vda/p3": t.TempDir(), "vdb": t.TempDir()}
+	s := shown{"vda/p4": t.TempDir(), "vda/p5": t.TempDir(), "vda/p1": t.TempDir(), "vg-0/ro-ot": t.TempDir(), "vda/p3": t.TempDir(), "vdb": t.TempDir()}
 	fs := func(uuid, label string) FS { return FS{TypeExt, uuid, label} }
 	l := Layout{Volumes: []Volume{
 		{Name: "vda", Extents: []Extent{{"vda", 0, 1}}},
 		{Name: "vda/p1", FS: fs("AAAA-1", ""), Extents: []Extent{{"vda", 0, 1}}},
 		{Name: "vda/p2", FS: FS{Type: TypeLVM}, Extents: []Extent{{"vda", 0, 1}}},
 		{Name: "vda/p3", FS: fs("", "homes"), Extents: []Extent{{"vda", 0, 1}}},
+		{Name: "vda/p4", FS: fs("", "twin"), Extents: []Extent{{"vda", 0, 1}}},
+		{Name: "vda/p5", FS: fs("", "twin"), Extents: []Extent{{"vda", 0, 1}}},
 		{Name: "vdb", FS: fs("", ""), Extents: []Extent{{"vdb", 0, 1}}},
 		{Name: "vg-0/ro-ot", FS: fs("", ""), Extents: []Extent{{"vda", 0, 1}, {"vdb", 0, 1}}},
 	}}
@@ -60,6 +62,10 @@ UUID=aaaa-1 /boot ext4 defaults 0 2
 LABEL=homes /home btrfs subvol=/@home,compress 0 0
 /dev/sdb /srv\040data ext4 defaults 0 0
 UUID=none /lost ext4 defaults 0 0
+LABEL=twin /twin ext4 defaults 0 0
+/dev/sdb /mnt/by-hand ext4 noauto 0 0
+LABEL=homes /late ext4 defaults 0 0
+UUID=AAAA-1 /late ext4 defaults 0 0
 tmpfs /tmp tmpfs defaults 0 0
 `)
 	write(t, root, "etc/passwd", "root")
@@ -96,8 +102,14 @@ func TestAGuestsPaths(t *testing.T) {
 	tr, problems, err := GuestTree(context.Background(), s, l)
 	require.NoError(t, err)
 	defer func() { require.NoError(t, tr.Close()) }()
-	require.Len(t, problems, 1)
+	require.Len(t, problems, 2)
 	require.ErrorContains(t, problems[0], `"UUID=none" on "/lost"`)
+	require.ErrorContains(t, problems[1], "vda/p4, vda/p5 are all that")
+	_, err = tr.Resolve("/mnt/by-hand/file", true)
+	require.ErrorIs(t, err, os.ErrNotExist, "the guest has not mounted it")
+	late, err := readAll(t, tr, "/late/vmlinuz")
+	require.NoError(t, err)
+	require.Equal(t, "kernel", late, "what was mounted last is on top")
 	require.NoError(t, os.Mkdir(filepath.Join(s["vg-0/ro-ot"], "lost"), 0o755))
 	for _, p := range []string{"/lost", "/lost/x"} {
 		_, err = tr.Resolve(p, true)
@@ -136,12 +148,12 @@ func TestVolumesWithoutAGuest(t *testing.T) {
 	require.NoError(t, os.Remove(filepath.Join(s["vdb"], "etc/fstab")))
 	require.NoError(t, os.Remove(filepath.Join(s["vg-0/ro-ot"], "etc/fstab")))
 	_, _, err = GuestTree(context.Background(), s, l)
-	require.ErrorContains(t, err, "name one of vda/p1, vda/p3, vdb, vg-0/ro-ot")
+	require.ErrorContains(t, err, "name one of vda/p1, vda/p3, vda/p4, vda/p5, vdb, vg-0/ro-ot")
 	whole := l.Volumes
-	l.Volumes = append(l.Volumes[4:5:5], Volume{Name: "vda/p9", FS: FS{Type: TypeXFS}})
+	l.Volumes = append(l.Volumes[6:7:7], Volume{Name: "vda/p9", FS: FS{Type: TypeXFS}})
 	_, _, err = GuestTree(context.Background(), s, l)
 	require.ErrorContains(t, err, "name one of vdb", "the other one may be the guest's root")
-	l.Volumes = whole[4:5]
+	l.Volumes = whole[6:7]
 	tr, _, err := GuestTree(context.Background(), s, l)
 	require.NoError(t, err)
 	got, err := readAll(t, tr, "/file")

@@ -5,11 +5,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
@@ -94,7 +100,6 @@ var kinds = []kind{
 	{"ext2", []string{"mkfs.ext2", "-q", "-F"}, "ext2", []string{zoo, zooUnix, zooXattr}, false, 512 << 20},
 	{"xfs", []string{"mkfs.xfs", "-q", "-f"}, "xfs", []string{zoo, zooUnix, zooXattr}, true, 512 << 20},
 	{"btrfs", []string{"mkfs.btrfs", "-q", "-f"}, "btrfs", []string{zoo, zooUnix, zooXattr}, true, 512 << 20},
-	{"vfat", []string{"mkfs.vfat", "-F", "32"}, "vfat", nil, false, 256 << 20}, // for the isolated way: not every kernel has it
 	{"ntfs", []string{"mkfs.ntfs", "-q", "-F", "-f"}, "ntfs-3g", nil, false, 256 << 20},
 }
 
@@ -225,9 +230,6 @@ func same(t testing.TB, want, got map[string]inventory.Entry) {
 // leaves it.
 func TestTheKernelsWay(t *testing.T) {
 	for _, k := range kinds {
-		if k.name == "vfat" {
-			continue
-		}
 		t.Run(k.name, func(t *testing.T) {
 			many, large := 2000, int64(1<<30)
 			if k.name == "ext4" || k.name == "xfs" {
@@ -298,13 +300,19 @@ func TestTheIsolatedWay(t *testing.T) {
 		default:
 			continue
 		}
-		p := populate(t, k, 60, 200<<20)
+		many, large := 60, int64(200<<20)
+		if k.name == "ext4" {
+			many, large = 20000, 3<<30
+		}
+		p := populate(t, k, many, large)
 		image := p.dirty
 		if image == "" {
 			image = p.clean
 		}
 		disks[k.name], want[k.name] = openFile(t, image), reference(t, k, image)
 	}
+	fat, files := aFAT(t)
+	disks["vfat"] = fat
 	disks["broken"] = broken(t)
 	disks["swap"] = swap(t)
 	o := open(t, w, disks)
@@ -315,12 +323,38 @@ func TestTheIsolatedWay(t *testing.T) {
 			same(t, want[name], take(t, dir))
 		})
 	}
+	t.Run("vfat", func(t *testing.T) {
+		dir, err := o.Dir(context.Background(), "vfat")
+		require.NoError(t, err)
+		got := take(t, dir)
+		require.Len(t, got, len(files)+1) // and the root
+		for path, w := range files {
+			g := got[path]
+			require.Equal(t, w.Mode.Type(), g.Mode.Type(), path)
+			require.Equal(t, w.Size, g.Size, path)
+			require.Equal(t, w.Sum, g.Sum, path)
+		}
+	})
 	_, err := o.Dir(context.Background(), "broken")
 	require.ErrorContains(t, err, "can not be mounted")
 	_, err = o.Dir(context.Background(), "swap")
 	require.ErrorIs(t, err, ErrUnsupported)
 	_, err = o.Dir(context.Background(), "none")
 	require.ErrorIs(t, err, os.ErrNotExist)
+}
+
+// aFAT is a FAT32 that mtools have filled, and what with: not every host's kernel has FAT.
+func aFAT(t testing.TB) (Disk, map[string]inventory.Entry) {
+	t.Helper()
+	need(t, "mkfs.vfat", "mcopy")
+	from := t.TempDir()
+	tool(t, "cd '"+from+"'\n"+zooPlain, "sh", "-e")
+	image := sparse(t, 256<<20)
+	tool(t, "", "mkfs.vfat", "-F", "32", image)
+	tool(t, "cd '"+from+"'; LC_ALL=C.UTF-8 mcopy -s -Q -i '"+image+"' * ::", "sh", "-e")
+	files := take(t, from)
+	delete(files, "/.")
+	return openFile(t, image), files
 }
 
 // broken is an ext4 whose superblock is not.
@@ -340,4 +374,202 @@ func swap(t testing.TB) Disk {
 	path := sparse(t, 8<<20)
 	tool(t, "", "mkswap", path)
 	return load(t, path)
+}
+
+// flipped is a disk with some bits that are not what they were.
+type flipped struct {
+	Disk
+	at map[int64]byte
+}
+
+func (f flipped) ReadAt(p []byte, off int64) error {
+	if err := f.Disk.ReadAt(p, off); err != nil {
+		return err
+	}
+	for at, x := range f.at {
+		if at >= off && at < off+int64(len(p)) {
+			p[at-off] ^= x
+		}
+	}
+	return nil
+}
+
+// metadata is the blocks of an image that are not zeroes, and no file's content, which has a mark.
+func metadata(d image) (blocks []int64) {
+	for at := 0; at+1024 <= len(d); at += 1024 {
+		if b := d[at:][:1024]; !isZero(b) && !bytes.Contains(b, []byte("content")) {
+			blocks = append(blocks, int64(at))
+		}
+	}
+	return blocks
+}
+
+func isZero(b []byte) bool { return bytes.Count(b, []byte{0}) == len(b) }
+
+// flip flips one to eight bits of what is not zero in some blocks.
+func flip(r *rand.Rand, d image, blocks []int64) flipped {
+	f := flipped{d, map[int64]byte{}}
+	for n := 1 + r.IntN(8); len(f.at) < n; {
+		if at := blocks[r.IntN(len(blocks))] + int64(r.IntN(1024)); d[at] != 0 {
+			f.at[at] = 1 << r.IntN(8)
+		}
+	}
+	return f
+}
+
+// flips is how many corrupt images are read; FLIPS has more in a long test.
+func flips(t testing.TB, n int) int {
+	if s := os.Getenv("FLIPS"); s != "" {
+		m, err := strconv.Atoi(s)
+		require.NoError(t, err)
+		return m
+	}
+	return n
+}
+
+// small is an image with some files of every kind, and little content.
+func small(t testing.TB, mkfs ...string) image {
+	t.Helper()
+	needRoot(t)
+	need(t, mkfs[0], "losetup", "mount")
+	path := sparse(t, 48<<20)
+	if mkfs[0] == "mkfs.xfs" {
+		require.NoError(t, os.Truncate(path, 300<<20))
+	}
+	tool(t, "", mkfs[0], append(mkfs[1:], path)...)
+	mnt := t.TempDir()
+	tool(t, fmt.Sprintf(`mount -o loop '%s' '%s'; cd '%s'
+mkdir -p a/b/c many; for i in $(seq 300); do echo content >many/a-name-of-some-length-$i; done; ln many/a-name-of-some-length-1 a/hard; ln -s ../many a/link
+head -c 300000 /dev/zero | tr '\0' z | sed 's/zzzzzzzz/content /g' >a/b/large; truncate -s 5M a/sparse; cd /; umount '%s'`, path, mnt, mnt, mnt), "sh", "-e")
+	return load(t, path)
+}
+
+// walk reads all that can be read, and returns the number of errors. What takes long is a failure.
+func walk(dir string) (files, errs int) {
+	buf := make([]byte, 64<<10)
+	_ = filepath.WalkDir(dir+"/.", func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			errs++
+			return nil
+		}
+		files++
+		if files > 5000 {
+			return fs.SkipAll
+		}
+		switch {
+		case d.Type()&fs.ModeSymlink != 0:
+			_, err = os.Readlink(path)
+		case d.Type().IsRegular():
+			var f *os.File
+			if f, err = os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0); err == nil {
+				for n := 0; n < 1<<20 && err == nil; {
+					var k int
+					k, err = f.Read(buf)
+					n += k
+				}
+				_ = f.Close()
+			}
+		}
+		if err != nil && !errors.Is(err, io.EOF) {
+			errs++
+		}
+		return nil
+	})
+	return files, errs
+}
+
+// TestCorruptImagesByTheKernel flips bits of metadata: what the kernel makes of it is errors, or files, and ends.
+func TestCorruptImagesByTheKernel(t *testing.T) {
+	for _, mkfs := range [][]string{{"mkfs.ext4", "-q", "-F"}, {"mkfs.xfs", "-q", "-f"}, {"mkfs.ntfs", "-q", "-F", "-f"}} {
+		t.Run(mkfs[0], func(t *testing.T) {
+			image := small(t, mkfs...)
+			blocks := metadata(image)
+			refused, errs, whole := 0, 0, 0
+			for i := range flips(t, 150) {
+				disks := map[string]Disk{"vda": flip(rand.New(rand.NewPCG(1, uint64(i))), image, blocks)}
+				done := make(chan struct{})
+				t.Run("", func(t *testing.T) { // so that each ends what it began
+					defer close(done)
+					l, err := Read(disks)
+					require.NoError(t, err)
+					o, err := kernelWay(t, disks).Open(context.Background(), l.Volumes)
+					require.NoError(t, err)
+					defer func() { require.NoError(t, o.Close()) }()
+					dir, err := o.Dir(context.Background(), "vda")
+					if err != nil {
+						refused++
+						return
+					}
+					if _, bad := walk(dir); bad > 0 {
+						errs++
+					} else {
+						whole++
+					}
+				})
+				<-done
+			}
+			t.Logf("refused %d, errors in %d, none in %d", refused, errs, whole)
+			require.Positive(t, refused+errs)
+		})
+	}
+}
+
+// TestCorruptImagesInTheVM: many in one VM. If one of them ends it, or hangs it, all are errors.
+func TestCorruptImagesInTheVM(t *testing.T) {
+	images := []image{small(t, "mkfs.ext4", "-q", "-F"), small(t, "mkfs.ext4", "-q", "-F", "-O", "inline_data,^metadata_csum"), small(t, "mkfs.ext3", "-q", "-F")}
+	var blocks [][]int64
+	for _, m := range images {
+		blocks = append(blocks, metadata(m))
+	}
+	disks := map[string]Disk{}
+	for i := range min(flips(t, 90), MaxDrives) {
+		disks[fmt.Sprintf("d%03d", i)] = flip(rand.New(rand.NewPCG(2, uint64(i))), images[i%len(images)], blocks[i%len(images)])
+	}
+	l, err := Read(disks)
+	require.NoError(t, err)
+	w := isolatedWay(t, disks)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	o, err := w.Open(ctx, l.Volumes)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, o.Close()) }()
+	defer context.AfterFunc(ctx, o.Break)() // a VM that hangs is ended
+	refused, errs, whole := 0, 0, 0
+	for name := range disks {
+		dir, err := o.Dir(ctx, name)
+		if err != nil {
+			refused++
+			continue
+		}
+		if _, bad := walk(dir); bad > 0 {
+			errs++
+		} else {
+			whole++
+		}
+	}
+	t.Logf("refused %d, errors in %d, none in %d", refused, errs, whole)
+	require.Positive(t, refused+errs)
+	require.Equal(t, len(disks), refused+errs+whole)
+}
+
+// TestAVMThatIsBroken: who waits for it gets an error, and so does everybody after.
+func TestAVMThatIsBroken(t *testing.T) {
+	disks := map[string]Disk{"vda": small(t, "mkfs.ext4", "-q", "-F")}
+	o := open(t, isolatedWay(t, disks), disks)
+	go func() {
+		time.Sleep(time.Second) // somewhere in its start
+		o.Break()
+	}()
+	_, err := o.Dir(context.Background(), "vda")
+	require.Error(t, err)
+	o = open(t, isolatedWay(t, disks), disks)
+	dir, err := o.Dir(context.Background(), "vda")
+	require.NoError(t, err)
+	require.NoError(t, o.Err())
+	_, err = os.ReadFile(filepath.Join(dir, "many/a-name-of-some-length-7"))
+	require.NoError(t, err)
+	o.Break()
+	require.Error(t, o.Err())
+	_, err = os.ReadFile(filepath.Join(dir, "many/a-name-of-some-length-8"))
+	require.Error(t, err)
 }

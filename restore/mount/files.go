@@ -3,7 +3,9 @@ package mount
 import (
 	"context"
 	"errors"
+	"fmt"
 	"path"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -22,25 +24,43 @@ type volume struct {
 	name string
 }
 
-// with calls fn with where the files are; hold keeps the moment for the caller, who releases what is returned.
-func (v *volume) with(ctx context.Context, hold bool, fn func(dir string) error) (*held, error) {
+// with calls fn with a descriptor of the directory with the files; hold keeps the moment for the caller, who releases what is returned.
+func (v *volume) with(ctx context.Context, hold bool, fn func(root int) error) (*held, error) {
 	h, err := v.m.use(v.lsn)
 	if err != nil {
 		return nil, err
 	}
-	// Others may wait for the same VM: it starts though this one goes away.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startLimit)
-	defer cancel()
-	dir, err := h.m.Dir(ctx, v.name)
+	root, err := v.root(ctx, h)
 	if err == nil {
-		h.shown.Store(v.name, nil)
-		err = v.m.bounded(h.m, func() error { return fn(dir) })
+		err = v.m.bounded(h.m, func() error { return fn(root) })
 	}
 	if err != nil || !hold {
 		v.m.release(h)
 		return nil, err
 	}
 	return h, nil
+}
+
+// root opens the directory with the files, once for each time that the moment is opened.
+func (v *volume) root(ctx context.Context, h *held) (int, error) {
+	if fd, ok := h.roots.Load(v.name); ok {
+		return fd.(int), nil
+	}
+	// Others may wait for the same VM: it starts though this one goes away.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startLimit)
+	defer cancel()
+	dir, err := h.m.Dir(ctx, v.name)
+	if err != nil {
+		return -1, err
+	}
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("volume %s: %w", v.name, err)
+	}
+	if first, loaded := h.roots.LoadOrStore(v.name, fd); loaded {
+		return first.(int), unix.Close(fd)
+	}
+	return fd, nil
 }
 
 func (v *volume) ino(st *unix.Stat_t) uint64 {
@@ -61,7 +81,16 @@ type fileNode struct {
 	fs.Inode
 	v   *volume
 	rel string // without links on the way, and below the volume's root
+
+	size   int64
+	filled atomic.Bool // the kernel was given its content
 }
+
+// passthroughSize is how long a file is at least that the kernel reads by itself, in bytes: that has its price for each opening.
+const passthroughSize = 256 << 10
+
+// fillSize is how long a file may be whose content the kernel gets with its opening, in bytes.
+const fillSize = 64 << 10
 
 var (
 	_ fs.NodeGetattrer   = (*fileNode)(nil)
@@ -74,10 +103,13 @@ var (
 	_ fs.NodeAccesser    = (*fileNode)(nil)
 )
 
-func (n *fileNode) do(ctx context.Context, fn func(path string) error) syscall.Errno {
-	_, err := n.v.with(ctx, false, func(dir string) error { return fn(dir + "/" + n.rel) })
+func (n *fileNode) do(ctx context.Context, fn func(root int) error) syscall.Errno {
+	_, err := n.v.with(ctx, false, fn)
 	return n.v.m.fail(err)
 }
+
+// path is the file's for calls that take no directory's descriptor.
+func (n *fileNode) path(root int) string { return fmt.Sprintf("/proc/self/fd/%d/%s", root, n.rel) }
 
 func (n *fileNode) Getattr(ctx context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
 	if n.rel == "." && !n.v.m.shows(n.v.lsn, n.v.name) {
@@ -86,9 +118,9 @@ func (n *fileNode) Getattr(ctx context.Context, _ fs.FileHandle, out *fuse.AttrO
 		out.SetTimeout(0)
 		return 0
 	}
-	return n.do(ctx, func(path string) error {
+	return n.do(ctx, func(root int) error {
 		var st unix.Stat_t
-		if err := unix.Lstat(path, &st); err != nil {
+		if err := unix.Fstatat(root, n.rel, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 			return err
 		}
 		setAttr(&out.Attr, &st)
@@ -107,9 +139,9 @@ func (*fileNode) Access(_ context.Context, mask uint32) syscall.Errno {
 
 func (n *fileNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (c *fs.Inode, errno syscall.Errno) {
 	rel := path.Join(n.rel, name)
-	_, err := n.v.with(ctx, false, func(dir string) error {
+	_, err := n.v.with(ctx, false, func(root int) error {
 		var st unix.Stat_t
-		if err := unix.Lstat(dir+"/"+rel, &st); err != nil {
+		if err := unix.Fstatat(root, rel, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 			if errors.Is(err, syscall.ENOENT) {
 				out.SetEntryTimeout(forever)
 			}
@@ -118,27 +150,22 @@ func (n *fileNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut) 
 		setAttr(&out.Attr, &st)
 		out.SetEntryTimeout(forever)
 		out.SetAttrTimeout(forever)
-		c = n.NewInode(ctx, &fileNode{v: n.v, rel: rel}, fs.StableAttr{Mode: st.Mode & syscall.S_IFMT, Ino: n.v.ino(&st)})
+		c = n.NewInode(ctx, &fileNode{v: n.v, rel: rel, size: st.Size}, fs.StableAttr{Mode: st.Mode & syscall.S_IFMT, Ino: n.v.ino(&st)})
 		return nil
 	})
 	return c, n.v.m.fail(err)
 }
 
 // open opens a file or directory. What shows it may be hostile: no link is followed.
-func open(dir, rel string, flags uint64) (int, error) {
-	root, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return -1, err
-	}
-	defer unix.Close(root)
+func (n *fileNode) open(root int, flags uint64) (int, error) {
 	// A fifo would wait for somebody who writes.
-	return unix.Openat2(root, rel, &unix.OpenHow{Flags: flags | unix.O_RDONLY | unix.O_NONBLOCK | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS})
+	return unix.Openat2(root, n.rel, &unix.OpenHow{Flags: flags | unix.O_RDONLY | unix.O_NONBLOCK | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS})
 }
 
 func (n *fileNode) Readdir(ctx context.Context) (fs.DirStream, syscall.Errno) {
 	var s fs.DirStream
-	h, err := n.v.with(ctx, true, func(dir string) error {
-		fd, err := open(dir, n.rel, unix.O_DIRECTORY)
+	h, err := n.v.with(ctx, true, func(root int) error {
+		fd, err := n.open(root, unix.O_DIRECTORY)
 		if err != nil {
 			return err
 		}
@@ -168,16 +195,30 @@ func (s *dirStream) Close() {
 }
 
 func (n *fileNode) Open(ctx context.Context, _ uint32) (fs.FileHandle, uint32, syscall.Errno) {
-	f := &fileHandle{m: n.v.m}
-	h, err := n.v.with(ctx, true, func(dir string) (err error) {
-		f.fd, err = open(dir, n.rel, 0)
+	f := &fileHandle{m: n.v.m, passthrough: n.size >= passthroughSize}
+	h, err := n.v.with(ctx, true, func(root int) (err error) {
+		f.fd, err = n.open(root, 0)
 		return err
 	})
 	if err != nil {
 		return nil, 0, n.v.m.fail(err)
 	}
 	f.h = h
+	n.fill(f.fd)
 	return f, fuse.FOPEN_KEEP_CACHE, 0
+}
+
+// fill gives the kernel all of a short file at once: to be asked for it takes longer than to read it. What goes wrong goes wrong
+// again when it is read.
+func (n *fileNode) fill(fd int) {
+	if n.filled.Load() || n.size == 0 || n.size > fillSize {
+		return
+	}
+	b := make([]byte, n.size)
+	if k, err := unix.Pread(fd, b, 0); err != nil || k != len(b) {
+		return
+	}
+	n.filled.Store(n.WriteCache(0, b) == 0)
 }
 
 // fileHandle is an open file, and holds its moment. Where it may, the kernel reads it by itself.
@@ -185,10 +226,15 @@ type fileHandle struct {
 	m  *moments
 	h  *held
 	fd int // the library calls Release after everything else
+
+	passthrough bool
 }
 
+// Flush has nothing to do, and the kernel need not ask again.
+func (*fileHandle) Flush(context.Context) syscall.Errno { return syscall.ENOSYS }
+
 // PassthroughFd implements fs.FilePassthroughFder.
-func (h *fileHandle) PassthroughFd() (int, bool) { return h.fd, true }
+func (h *fileHandle) PassthroughFd() (int, bool) { return h.fd, h.passthrough }
 
 func (h *fileHandle) Read(_ context.Context, p []byte, off int64) (fuse.ReadResult, syscall.Errno) {
 	n := 0
@@ -215,9 +261,9 @@ func (h *fileHandle) Release(context.Context) syscall.Errno {
 }
 
 func (n *fileNode) Readlink(ctx context.Context) (target []byte, errno syscall.Errno) {
-	errno = n.do(ctx, func(path string) error {
+	errno = n.do(ctx, func(root int) error {
 		b := make([]byte, unix.PathMax)
-		k, err := unix.Readlink(path, b)
+		k, err := unix.Readlinkat(root, n.rel, b)
 		target = b[:max(0, k)]
 		return err
 	})
@@ -225,8 +271,8 @@ func (n *fileNode) Readlink(ctx context.Context) (target []byte, errno syscall.E
 }
 
 func (n *fileNode) Getxattr(ctx context.Context, attr string, dest []byte) (size uint32, errno syscall.Errno) {
-	errno = n.do(ctx, func(path string) error {
-		k, err := unix.Lgetxattr(path, attr, dest)
+	errno = n.do(ctx, func(root int) error {
+		k, err := unix.Lgetxattr(n.path(root), attr, dest)
 		size = uint32(max(0, k))
 		return err
 	})
@@ -234,8 +280,8 @@ func (n *fileNode) Getxattr(ctx context.Context, attr string, dest []byte) (size
 }
 
 func (n *fileNode) Listxattr(ctx context.Context, dest []byte) (size uint32, errno syscall.Errno) {
-	errno = n.do(ctx, func(path string) error {
-		k, err := unix.Llistxattr(path, dest)
+	errno = n.do(ctx, func(root int) error {
+		k, err := unix.Llistxattr(n.path(root), dest)
 		size = uint32(max(0, k))
 		return err
 	})

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -47,7 +49,16 @@ type held struct {
 	opened chan struct{} // closed when m and err are there
 	m      Moment
 	err    error
-	shown  sync.Map // by volume: its files have been found
+	roots  sync.Map // by volume: a descriptor of the directory with its files; closed before the moment is
+}
+
+// close ends an open moment that nobody uses.
+func (h *held) close() error {
+	h.roots.Range(func(_, fd any) bool {
+		_ = unix.Close(fd.(int)) // it was for looking only
+		return true
+	})
+	return h.m.Close()
 }
 
 // broken reports whether it is open and of no use.
@@ -126,7 +137,7 @@ func (m *moments) drop(h *held) []*held {
 func (m *moments) end(all []*held) {
 	for _, h := range all {
 		if h.m != nil {
-			if err := h.m.Close(); err != nil {
+			if err := h.close(); err != nil {
 				m.o.Problem(fmt.Errorf("close the moment of LSN %d: %w", h.lsn, err))
 			}
 		}
@@ -225,7 +236,7 @@ func (m *moments) shows(lsn uint64, volume string) bool {
 	if h == nil {
 		return false
 	}
-	_, ok := h.shown.Load(volume)
+	_, ok := h.roots.Load(volume)
 	return ok
 }
 
@@ -272,7 +283,7 @@ func (m *moments) close() error {
 	for _, h := range all {
 		<-h.opened
 		if h.m != nil {
-			errs = append(errs, h.m.Close())
+			errs = append(errs, h.close())
 		}
 	}
 	return errors.Join(errs...)

@@ -106,9 +106,17 @@ func (n *atDir) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*f
 			setTime(&out.Attr, points[i].Time)
 		}
 	}
-	// The kernel looks again: a name can mean another moment later. Who is in the directory stays with theirs.
-	d := child(ctx, &n.Inode, out, &momentDir{m: n.m, lsn: lsn, name: name}, dirMode, fresh)
-	return d, 0
+	// The kernel looks again: a name can mean another moment later. Who is in the directory stays with theirs. As long as it is the same one,
+	// so is the directory: with another one the kernel would forget all that is below it.
+	if was := n.GetChild(name); was != nil {
+		if d, ok := was.Operations().(*momentDir); ok && d.lsn == lsn {
+			out.Mode = dirMode
+			out.SetEntryTimeout(fresh)
+			out.SetAttrTimeout(fresh)
+			return was, 0
+		}
+	}
+	return child(ctx, &n.Inode, out, &momentDir{m: n.m, lsn: lsn, name: name}, dirMode, fresh), 0
 }
 
 func setTime(a *fuse.Attr, t time.Time) {
