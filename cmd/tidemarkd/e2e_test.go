@@ -39,6 +39,10 @@ func TestMain(m *testing.M) {
 			panic(err)
 		}
 		defer os.RemoveAll(binDir)
+		// A program with the race detector sleeps for a second at its end otherwise.
+		if err := os.Setenv("GORACE", "atexit_sleep_ms=0 "+os.Getenv("GORACE")); err != nil {
+			panic(err)
+		}
 		for _, p := range []string{"tidemarkd", "tidemark"} {
 			cmd := exec.Command("go", "build", "-race", "-o", binDir+"/", "../"+p)
 			cmd.Stderr = os.Stderr

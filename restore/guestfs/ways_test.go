@@ -351,7 +351,9 @@ func aFAT(t testing.TB) (Disk, map[string]inventory.Entry) {
 	tool(t, "cd '"+from+"'\n"+zooPlain, "sh", "-e")
 	image := sparse(t, 256<<20)
 	tool(t, "", "mkfs.vfat", "-F", "32", image)
-	tool(t, "cd '"+from+"'; LC_ALL=C.UTF-8 mcopy -s -Q -i '"+image+"' * ::", "sh", "-e")
+	rc := filepath.Join(t.TempDir(), "mtoolsrc") // Linux takes short names for this code page
+	require.NoError(t, os.WriteFile(rc, []byte("default_codepage=437\n"), 0o600))
+	tool(t, "cd '"+from+"'; LC_ALL=C.UTF-8 MTOOLSRC='"+rc+"' mcopy -s -Q -i '"+image+"' * ::", "sh", "-e")
 	files := take(t, from)
 	delete(files, "/.")
 	return openFile(t, image), files
