@@ -79,6 +79,7 @@ type moment struct {
 	disks   map[string]*client.Client
 	layout  guestfs.Layout
 	opened  guestfs.Opened
+	shower  *shower // nil: a VM shows the files
 	stop    stops
 }
 
@@ -130,6 +131,7 @@ func (s *momentSource) way(m *moment) (guestfs.Way, error) {
 	if err != nil {
 		return nil, err
 	}
+	m.shower = shower
 	m.stop.add(shower.stop)
 	return &guestfs.Kernel{Attach: shower.attach, Dir: m.dir}, nil
 }
@@ -227,6 +229,11 @@ func (m *moment) Err() error {
 			return err
 		}
 	}
+	if m.shower != nil {
+		if err := m.shower.Err(); err != nil {
+			return err
+		}
+	}
 	return m.opened.Err()
 }
 
@@ -236,6 +243,9 @@ func (m *moment) Break() {
 		c.Break(os.ErrClosed)
 	}
 	m.opened.Break()
+	if m.shower != nil {
+		m.shower.kill()
+	}
 }
 
 // Close undoes everything.

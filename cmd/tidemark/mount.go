@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -91,11 +92,14 @@ func (a *app) runMount(cmd *cobra.Command, out mountedAt, f filesFlags, o mount.
 		o.LSN = out.LSN
 		defer func() { _ = m.Close() }()
 	}
+	var mu sync.Mutex
 	last := ""
 	o.Problem = func(err error) {
+		mu.Lock()
+		defer mu.Unlock()
 		if line := plain(err.Error()); line != last { // a program that tries again and again
 			last = line
-			fmt.Fprintf(os.Stderr, "tidemark: %s\n", line)
+			fmt.Fprintf(cmd.ErrOrStderr(), "tidemark: %s\n", line)
 		}
 	}
 	m, err := mount.Mount(out.Dir, src, o)

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -39,10 +40,16 @@ type showAnswer struct {
 
 // shower is the parent's side.
 type shower struct {
-	cmd *exec.Cmd
+	cmd   *exec.Cmd
+	ended chan struct{} // closed when it has
+	err   error         // how it ended; written before that
+
+	killed atomic.Bool
 
 	mu  sync.Mutex // one request at a time
 	in  io.WriteCloser
+	out *os.File
+	at  string // where it shows the volumes
 	enc *json.Encoder
 	dec *json.Decoder
 }
@@ -54,21 +61,27 @@ func startShower(network, addr string, exports map[string]string, dir string) (*
 		return nil, err
 	}
 	// What is typed at the terminal is not for it.
-	s := &shower{cmd: exec.Command("/proc/self/exe", "show-volumes")}
+	s := &shower{cmd: exec.Command("/proc/self/exe", "show-volumes"), ended: make(chan struct{})}
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	s.cmd.Stderr = os.Stderr
 	in, err := s.cmd.StdinPipe()
 	if err != nil {
 		return nil, err
 	}
-	out, err := s.cmd.StdoutPipe()
+	out, answers, err := os.Pipe()
 	if err != nil {
 		return nil, err
 	}
+	s.cmd.Stdout, s.out, s.at = answers, out, at
 	s.in, s.enc, s.dec = in, json.NewEncoder(in), json.NewDecoder(out)
-	if err := s.cmd.Start(); err != nil {
-		return nil, fmt.Errorf("serve volumes to the kernel: %w", err)
+	err = s.cmd.Start()
+	if err := errors.Join(err, answers.Close()); err != nil {
+		return nil, errors.Join(fmt.Errorf("serve volumes to the kernel: %w", err), out.Close())
 	}
+	go func() {
+		s.err = s.cmd.Wait()
+		close(s.ended)
+	}()
 	if _, err := s.ask(showRequest{Network: network, Addr: addr, Exports: exports, Dir: at}); err != nil {
 		return nil, errors.Join(err, s.stop())
 	}
@@ -96,11 +109,32 @@ func (s *shower) attach(v guestfs.Volume) (path string, detach func(), err error
 
 // stop ends it. What stands on its files must be gone.
 func (s *shower) stop() error {
-	err := s.in.Close()
-	if werr := s.cmd.Wait(); werr != nil {
-		err = errors.Join(err, fmt.Errorf("serve volumes to the kernel: %w", werr))
+	_ = s.in.Close() // it may have ended
+	<-s.ended
+	err := s.out.Close()
+	if s.err != nil {
+		_ = syscall.Unmount(s.at, syscall.MNT_DETACH) // it could not
+	}
+	if s.err != nil && !s.killed.Load() {
+		err = errors.Join(err, fmt.Errorf("serve volumes to the kernel: %w", s.err))
 	}
 	return err
+}
+
+// kill ends it at once: who waits for its files gets errors, as everybody does from then on.
+func (s *shower) kill() {
+	s.killed.Store(true)
+	_ = s.cmd.Process.Kill() // it may have ended
+}
+
+// Err is why it serves nothing any more; nil if it does.
+func (s *shower) Err() error {
+	select {
+	case <-s.ended:
+		return fmt.Errorf("what serves volumes to the kernel has ended: %w", errors.Join(s.err, os.ErrClosed))
+	default:
+		return nil
+	}
 }
 
 // showVolumes is the shower's verb.

@@ -32,7 +32,7 @@ type attachments struct {
 	log    *zap.Logger
 	wg     sync.WaitGroup // of keepers and connections
 
-	mu  sync.Mutex // guards all; held while a device is attached or detached
+	mu  sync.Mutex // guards all; held while a device is attached
 	all map[int]*attachment
 }
 
@@ -57,7 +57,7 @@ func (a *attachments) backend(export, asked string) string {
 	return backendPrefix + strings.Join([]string{a.store, export, asked}, "\t")
 }
 
-// load reconnects the devices that an earlier daemon has left. What they show is held when it returns.
+// load reconnects the devices that an earlier daemon has left. What those show that could be reconnected is held when it returns.
 func (a *attachments) load() {
 	devices, err := kernel.List()
 	if err != nil {

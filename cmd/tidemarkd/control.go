@@ -174,8 +174,11 @@ func (c *control) attach(r *http.Request) (any, error) {
 	if err := decode(r, &q); err != nil {
 		return nil, err
 	}
-	if len(q.Exports) == 0 || strings.ContainsFunc(q.Asked+strings.Join(q.Exports, ""), unicode.IsControl) {
+	if len(q.Exports) == 0 {
 		return nil, fmt.Errorf("%w: name the exports to attach", errBadRequest)
+	}
+	if strings.ContainsFunc(q.Asked+strings.Join(q.Exports, ""), unicode.IsControl) {
+		return nil, fmt.Errorf("%w: a name has a control character", errBadRequest)
 	}
 	return c.attached.attach(r.Context(), q)
 }

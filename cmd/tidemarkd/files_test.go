@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -98,7 +99,7 @@ func nothingIsLeft(t *testing.T) {
 	require.Empty(t, names, "nothing is left behind")
 }
 
-// mount has the client mount a group in the background. stop ends it, and returns what it said.
+// mount has the client mount a group in the background; what it says is in said.
 func (d *served) mount(dir string, args ...string) (cmd *exec.Cmd, said *console) {
 	d.t.Helper()
 	require.NoError(d.t, os.MkdirAll(dir, 0o700))
@@ -174,12 +175,24 @@ func TestMount(t *testing.T) {
 	require.Less(t, hole, int64(64<<20))
 	require.NoError(t, f.Close())
 
-	// A name that moves stays where it was as long as it is in use, and what is idle ends, and comes back.
+	// What is idle ends, and comes back.
+	require.Equal(t, "first\n", read(t, mnt+"/at/one/vda/p2/etc/motd"))
+	out, err := exec.Command("losetup", "-a").Output()
+	require.NoError(t, err)
+	require.Contains(t, string(out), "/volumes/")
 	require.Eventually(t, func() bool {
 		out, err := exec.Command("losetup", "-a").Output()
-		return err == nil && !strings.Contains(string(out), "tidemark")
+		return err == nil && !strings.Contains(string(out), "/volumes/")
 	}, 20*time.Second, 100*time.Millisecond, "what is idle ends")
 	require.Equal(t, "first\n", read(t, mnt+"/at/one/vda/p2/etc/motd"))
+
+	// What serves the volumes to the kernel may be killed: what is open fails, and what is opened next does not.
+	tool(t, "pkill", "-KILL", "-f", "-P", strconv.Itoa(cmd.Process.Pid), "show-volumes")
+	require.Eventually(t, func() bool {
+		b, err := os.ReadFile(mnt + "/at/one/vda/p2/etc/motd")
+		return err == nil && string(b) == "first\n"
+	}, 10*time.Second, 10*time.Millisecond)
+	tool(t, "ls", "-l", mnt+"/at/one/vda/p2/etc")
 
 	// A daemon that is gone is an I/O error, not a hang, and all is well when it is there again.
 	d.kill()

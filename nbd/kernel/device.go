@@ -70,15 +70,18 @@ func Attach(ctx context.Context, dial Dial, export, backend string) (d Device, e
 	}
 }
 
-// Reattach gives a device new connections to its export. The export must be what it was: a size that differs is an error.
+// Reattach gives a device new connections to its export. The export must be what it was: another size, or a read-only one that can be written, is an error.
 func Reattach(ctx context.Context, dial Dial, export string, d Device) error {
 	socks, s, err := shake(ctx, dial, export, d.Backend)
 	if err != nil {
 		return err
 	}
 	defer closeAll(socks)
-	if s.size != d.Size || d.ReadOnly && s.flags&flagReadOnly == 0 {
+	if s.size != d.Size {
 		return fmt.Errorf("reconnect %s: export %s has %d bytes, the device %d: it is another one", d.Path(), export, s.size, d.Size)
+	}
+	if d.ReadOnly && s.flags&flagReadOnly == 0 {
+		return fmt.Errorf("reconnect %s, which is read-only: export %s can be written: it is another one", d.Path(), export)
 	}
 	return reconfigure(d.Index, s, socks)
 }

@@ -3,7 +3,7 @@
 // # Promises
 //
 //   - Attach returns when the device is there and its first requests can be served.
-//   - A connection that is lost, because its server starts anew, is replaced (Reattach): until then, and for DeadTime at most, requests wait.
+//   - Requests wait for DeadTime when the connections are lost, and go on when Reattach gives the device new ones.
 //   - A device carries the identity of what it was attached to, in the kernel. It is found by that, also by a process that did not
 //     attach it, and is never connected to anything else.
 //   - Detach refuses a device that is mounted or otherwise claimed, unless it is forced to.
@@ -12,7 +12,8 @@
 //
 //  1. be root, on a kernel with the nbd module;
 //  2. give a dialer whose server offers what is attached, unchanged, for as long as it is attached;
-//  3. not attach a disk that this host's memory may have to be written to: a server that waits for memory whose dirty pages wait
+//  3. call Reattach when connections are lost, for one because the server starts anew;
+//  4. not attach a disk that this host's memory may have to be written to: a server that waits for memory whose dirty pages wait
 //     for the server hangs with it.
 //
 // # Concurrency

@@ -23,7 +23,8 @@ type Opened interface {
 	Dir(ctx context.Context, volume string) (string, error)
 	// Err is why nothing is shown any more; nil if all is well.
 	Err() error
-	// Break has every use of the files fail from then on, also one that is waiting: what shows them may hang on what is hostile.
+	// Break ends what shows the files, so that uses fail, also those that wait: it may hang on what is hostile. What the kernel
+	// itself reads from is ended by who attached it.
 	Break()
 	Close() error
 }

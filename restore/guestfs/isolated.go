@@ -302,6 +302,11 @@ func (o *isolatedOpened) end() error {
 
 // Err implements Opened.
 func (o *isolatedOpened) Err() error {
+	select {
+	case <-o.broken:
+		return fmt.Errorf("the VM was ended: %w", os.ErrClosed)
+	default:
+	}
 	vm := o.vm.Load()
 	if vm == nil {
 		return nil

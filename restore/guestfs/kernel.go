@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -34,8 +35,9 @@ func (k *Kernel) Open(_ context.Context, volumes []Volume) (Opened, error) {
 }
 
 type kernelOpened struct {
-	k  *Kernel
-	mu sync.Mutex // guards what is in the volumes
+	k      *Kernel
+	broken atomic.Bool // set by Break, which does not wait for mu
+	mu     sync.Mutex  // guards what is in the volumes; held during a mount
 
 	volumes map[string]*kernelVolume
 }
@@ -60,6 +62,9 @@ func (o *kernelOpened) Dir(ctx context.Context, volume string) (string, error) {
 	if v.err != nil {
 		return "", v.err
 	}
+	if err := o.Err(); err != nil {
+		return "", err
+	}
 	if v.fd < 0 && v.dir == "" {
 		if err := o.mount(ctx, v); err != nil {
 			if v.off != nil {
@@ -67,7 +72,7 @@ func (o *kernelOpened) Dir(ctx context.Context, volume string) (string, error) {
 				v.off = nil
 			}
 			err = fmt.Errorf("volume %s (%s): %w", volume, v.v.FS.Type, err)
-			if ctx.Err() == nil {
+			if ctx.Err() == nil && o.Err() == nil {
 				v.err = err
 			}
 			return "", err
@@ -231,25 +236,33 @@ func (o *kernelOpened) mountNTFS(ctx context.Context, v *kernelVolume, path stri
 			tool.kill()
 			return errors.Join(ctx.Err(), os.Remove(dir))
 		case <-time.After(5 * time.Millisecond):
+			if o.broken.Load() {
+				tool.kill()
+			}
 		}
 	}
 	v.dir, v.tool = dir, tool
 	return nil
 }
 
-// Err implements Opened. What the kernel reads from is the caller's.
-func (o *kernelOpened) Err() error { return nil }
+// Err implements Opened.
+func (o *kernelOpened) Err() error {
+	if o.broken.Load() {
+		return fmt.Errorf("what shows the files was ended: %w", os.ErrClosed)
+	}
+	return nil
+}
 
-// Break implements Opened. What the kernel reads from is the caller's, and ends by itself; a program is killed.
+// Break implements Opened. What the kernel reads from is the caller's to end: reads then fail. Programs are killed.
 func (o *kernelOpened) Break() {
-	o.mu.Lock()
+	o.broken.Store(true)
+	if !o.mu.TryLock() {
+		return // who mounts sees it
+	}
 	defer o.mu.Unlock()
 	for _, v := range o.volumes {
 		if v.tool != nil {
 			v.tool.kill()
-		}
-		if v.fd < 0 && v.dir == "" {
-			v.err = os.ErrClosed
 		}
 	}
 }

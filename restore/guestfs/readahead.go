@@ -24,12 +24,12 @@ type readAhead struct {
 }
 
 type readChunk struct {
-	n    int64
+	n    int64         // its place, in chunks
 	done chan struct{} // closed when b and err are there; b does not change then
 	b    []byte
 	err  error
-	refs int // readers that use b; the readAhead's mu guards it
-	old  bool
+	refs int  // readers that use b; the readAhead's mu guards it
+	old  bool // it was given up: the last reader keeps its memory for another
 }
 
 func newReadAhead(d Disk) *readAhead {

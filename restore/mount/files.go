@@ -36,6 +36,9 @@ func (v *volume) with(ctx context.Context, hold bool, fn func(root int) error) (
 	}
 	if err != nil || !hold {
 		v.m.release(h)
+		if err != nil {
+			err = fmt.Errorf("volume %s at LSN %d: %w", v.name, v.lsn, err)
+		}
 		return nil, err
 	}
 	return h, nil
@@ -55,7 +58,7 @@ func (v *volume) root(ctx context.Context, h *held) (int, error) {
 	}
 	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return -1, fmt.Errorf("volume %s: %w", v.name, err)
+		return -1, err
 	}
 	if first, loaded := h.roots.LoadOrStore(v.name, fd); loaded {
 		return first.(int), unix.Close(fd)
@@ -189,6 +192,20 @@ type dirStream struct {
 	h *held
 }
 
+// HasNext reads the next entries, if there are none at hand.
+func (s *dirStream) HasNext() (more bool) {
+	_ = s.m.bounded(s.h.m, func() error {
+		more = s.DirStream.HasNext()
+		return nil
+	})
+	return more
+}
+
+// Seekdir implements fs.FileSeekdirer.
+func (s *dirStream) Seekdir(ctx context.Context, off uint64) syscall.Errno {
+	return s.DirStream.(fs.FileSeekdirer).Seekdir(ctx, off)
+}
+
 func (s *dirStream) Close() {
 	s.DirStream.Close()
 	s.m.release(s.h)
@@ -197,14 +214,15 @@ func (s *dirStream) Close() {
 func (n *fileNode) Open(ctx context.Context, _ uint32) (fs.FileHandle, uint32, syscall.Errno) {
 	f := &fileHandle{m: n.v.m, passthrough: n.size >= passthroughSize}
 	h, err := n.v.with(ctx, true, func(root int) (err error) {
-		f.fd, err = n.open(root, 0)
+		if f.fd, err = n.open(root, 0); err == nil {
+			n.fill(f.fd)
+		}
 		return err
 	})
 	if err != nil {
 		return nil, 0, n.v.m.fail(err)
 	}
 	f.h = h
-	n.fill(f.fd)
 	return f, fuse.FOPEN_KEEP_CACHE, 0
 }
 

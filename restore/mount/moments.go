@@ -28,6 +28,7 @@ type moments struct {
 	src  Source
 	o    Options
 	now  func() time.Time
+	ctx  context.Context // ends with the mount
 	stop context.CancelFunc
 	done chan struct{} // closed when the janitor has ended
 
@@ -86,21 +87,21 @@ type volumeID struct {
 func newMoments(src Source, o Options) *moments {
 	ctx, stop := context.WithCancel(context.Background())
 	m := &moments{
-		src: src, o: o, now: time.Now, stop: stop, done: make(chan struct{}),
+		src: src, o: o, now: time.Now, ctx: ctx, stop: stop, done: make(chan struct{}),
 		open: map[uint64]*held{}, all: map[*held]struct{}{}, names: map[string]name{}, ids: map[volumeID]uint64{},
 	}
-	go m.tidy(ctx)
+	go m.tidy()
 	return m
 }
 
 // tidy closes what is idle.
-func (m *moments) tidy(ctx context.Context) {
+func (m *moments) tidy() {
 	defer close(m.done)
 	t := time.NewTicker(max(m.o.Idle/8, 10*time.Millisecond))
 	defer t.Stop()
 	for {
 		select {
-		case <-ctx.Done():
+		case <-m.ctx.Done():
 			return
 		case <-t.C:
 		}
@@ -156,9 +157,12 @@ func (m *moments) use(lsn uint64) (*held, error) {
 	}
 	if first {
 		// Whoever asks first may go away; those who wait with them do not.
-		ctx, cancel := context.WithTimeout(context.Background(), m.o.Limit)
+		ctx, cancel := context.WithTimeout(m.ctx, m.o.Limit)
 		h.m, h.err = m.src.Open(ctx, lsn)
 		cancel()
+		if h.err == nil && m.ctx.Err() != nil {
+			h.m.Break()
+		}
 		close(h.opened)
 	}
 	<-h.opened
@@ -197,6 +201,7 @@ func (m *moments) take(lsn uint64) (h *held, first bool, old []*held, err error)
 	return h, first, old, nil
 }
 
+// longestIdle is the moment that nobody has used for the longest time; nil if all are in use. mu must be held.
 func (m *moments) longestIdle() (idle *held) {
 	for _, h := range m.open {
 		if h.users == 0 && (idle == nil || h.last.Before(idle.last)) {
@@ -218,7 +223,7 @@ func (m *moments) release(h *held) {
 	m.end(old)
 }
 
-// do calls fn with a moment. A call that takes longer than the limit breaks the moment: what shows a file may hang on what is hostile.
+// do calls fn with a moment, for as long as a use may take.
 func (m *moments) do(lsn uint64, fn func(Moment) error) error {
 	h, err := m.use(lsn)
 	if err != nil {
@@ -240,18 +245,21 @@ func (m *moments) shows(lsn uint64, volume string) bool {
 	return ok
 }
 
+// bounded calls fn. If it takes longer than the limit the moment is broken: what shows a file may hang on what is hostile.
 func (m *moments) bounded(mo Moment, fn func() error) error {
 	t := time.AfterFunc(m.o.Limit, func() {
-		m.o.Problem(fmt.Errorf("a file is not read in %v: what shows it is ended", m.o.Limit))
+		m.o.Problem(fmt.Errorf("something of a moment was not read in %v: what shows it is ended", m.o.Limit))
 		mo.Break()
 	})
 	defer t.Stop()
 	return fn()
 }
 
-// breakAll ends whatever hangs.
+// breakAll ends whatever hangs, and lets nothing begin.
 func (m *moments) breakAll() {
+	m.stop()
 	m.mu.Lock()
+	m.closed = true
 	var all []*held
 	for h := range m.all {
 		all = append(all, h)
@@ -263,7 +271,7 @@ func (m *moments) breakAll() {
 			if h.m != nil {
 				h.m.Break()
 			}
-		default: // its opening is bounded
+		default: // whoever opens it sees that the mount has ended
 		}
 	}
 }
@@ -329,7 +337,7 @@ func (m *moments) resolve(ctx context.Context, s string) (uint64, error) {
 	return lsn, nil
 }
 
-// keep says that a moment is used by a name that moves.
+// keep says that a name, if it is one that moves, is in use.
 func (m *moments) keep(s string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -65,11 +65,12 @@ type Options struct {
 	LSN uint64
 	// Idle is how long what shows files is kept after its last use; 0: 5 minutes.
 	Idle time.Duration
-	// Limit is how long one read of a guest's file may take, before its moment is broken; 0: 3 minutes.
+	// Limit is how long one use of a guest's file may take, before its moment is broken; 0: 3 minutes. Files that the kernel reads by itself
+	// (root, 256 KiB and more) are not bound by it.
 	Limit time.Duration
 	// AllowOther lets other users in, by the permissions that the files have.
 	AllowOther bool
-	// Problem is told what users see as an I/O error; may be nil.
+	// Problem is told why users see an I/O error, and what goes wrong behind them. It is called from many goroutines; may be nil.
 	Problem func(error)
 }
 
@@ -149,13 +150,13 @@ func (m *Mounted) end() error {
 			err = m.detach()
 		}
 	}
-	// A use that hangs keeps the server: it is broken.
+	// A use that hangs keeps the server: it is broken, and so is what is being opened.
 	select {
 	case <-ended:
 	case <-time.After(2 * time.Second):
-		m.moments.breakAll()
-		<-ended
 	}
+	m.moments.breakAll()
+	<-ended
 	return errors.Join(err, m.moments.close())
 }
 

@@ -132,12 +132,13 @@ func mountShelf(t *testing.T, s *shelf, o Options) (dir string, m *Mounted) {
 	}
 	dir = t.TempDir()
 	o.Problem = func(err error) { t.Log(err) }
+	ignore := goleak.IgnoreCurrent()
 	m, err := Mount(dir, s, o)
 	require.NoError(t, err)
 	t.Cleanup(func() {
 		require.NoError(t, m.Close())
 		require.Equal(t, s.opened.Load(), s.closed.Load(), "every moment is closed")
-		goleak.VerifyNone(t, goleak.IgnoreCurrent())
+		goleak.VerifyNone(t, ignore)
 	})
 	return dir, m
 }
@@ -176,6 +177,16 @@ func TestEveryFileIsShown(t *testing.T) {
 		got, err := inventory.Of(dir + "/at/p1/vg0/root")
 		require.NoError(t, err)
 		require.Empty(t, inventory.Differences(want, got))
+	}
+	d, err := os.Open(dir + "/at/p1/vg0/root/names")
+	require.NoError(t, err)
+	defer d.Close()
+	for range 2 { // a directory can be read again from its beginning
+		names, err := d.Readdirnames(-1)
+		require.NoError(t, err)
+		require.Len(t, names, 6)
+		_, err = d.Seek(0, 0)
+		require.NoError(t, err)
 	}
 	out, err := exec.Command("find", dir, "-maxdepth", "4", "-printf", "%P %y\n").Output()
 	require.NoError(t, err)

@@ -112,6 +112,7 @@ func (b *bench) back(rounds int, isolated bool) (rows []string, err error) {
 	if err := add(b.firstBlock(s, rounds)); err != nil {
 		return rows, fmt.Errorf("first block: %w", err)
 	}
+	defer func() { err = errors.Join(err, os.RemoveAll(image)) }()
 	files, err := b.files(image, rounds, isolated)
 	for _, r := range files {
 		if err := add(r, nil); err != nil {
@@ -328,7 +329,7 @@ func (b *bench) wide(rounds int) (r string, err error) {
 	if err := b.call("mark", "bench", "then"); err != nil {
 		return "", err
 	}
-	image := filepath.Join(b.dir, "image.raw")
+	image := filepath.Join(b.dir, "wide.raw")
 	ours, theirs, err := b.pair(rounds, func() (float64, error) {
 		var m *mounted
 		v, err := b.timed(func() (err error) {
