@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -201,6 +202,11 @@ func (m *moment) Volumes() (names []string) {
 		}
 	}
 	return names
+}
+
+// Numbered implements mount.Moment.
+func (m *moment) Numbered(volume string) bool {
+	return slices.ContainsFunc(m.layout.Volumes, func(v guestfs.Volume) bool { return v.Name == volume && v.FS.Numbered() })
 }
 
 // Notes implements mount.Moment.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -145,12 +144,12 @@ func (m *mountSource) Points(ctx context.Context) ([]mount.Point, error) {
 func (m *mountSource) Resolve(ctx context.Context, name string) (lsn uint64, moves bool, err error) {
 	p, err := record.ParsePoint(name)
 	if err != nil {
-		return 0, false, fmt.Errorf("%w: %w", fs.ErrNotExist, err)
+		return 0, false, fmt.Errorf("%w: %w", mount.ErrNoMoment, err)
 	}
 	r, err := m.s.client.Resolve(ctx, m.s.group, p.String())
 	var e *api.Error
 	if errors.As(err, &e) && (e.Code == api.CodeNoPoint || e.Code == api.CodeNotFound || e.Code == api.CodeBadRequest) {
-		err = fmt.Errorf("%w: %w", fs.ErrNotExist, err)
+		err = fmt.Errorf("%w: %w", mount.ErrNoMoment, err)
 	}
 	return r.LSN, p.Form == record.FormLatest || p.Form == record.FormAgo, err
 }

@@ -160,6 +160,17 @@ func showAll(in io.Reader, out io.Writer) (err error) {
 	if err != nil {
 		return enc.Encode(showAnswer{Error: err.Error()})
 	}
+	// Without the daemon it is of no use: with it go its files, which then give errors, and the parent makes another.
+	var stopping atomic.Bool
+	for _, c := range clients {
+		go func() {
+			<-c.Done()
+			if !stopping.Load() {
+				fmt.Fprintf(os.Stderr, "tidemark: volumes are not served to the kernel any more: %v\n", c.Err())
+				os.Exit(exitError)
+			}
+		}()
+	}
 	// If the parent is gone the directories are removed by nobody else.
 	stop.add(func() error {
 		err := os.Remove(r.Dir)
@@ -172,6 +183,7 @@ func showAll(in io.Reader, out io.Writer) (err error) {
 	}
 	var devices stops
 	stop.add(func() error { return errors.Join(fuse.Close(), devices.run()) })
+	defer stopping.Store(true) // before everything else is undone
 	for a := (showAnswer{}); ; {
 		var next showRequest
 		if enc.Encode(a) != nil || dec.Decode(&next) != nil {

@@ -18,7 +18,6 @@ import (
 
 	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
 	"github.com/tidemark-cdp/tidemark/journal"
-	"github.com/tidemark-cdp/tidemark/journal/record"
 	"github.com/tidemark-cdp/tidemark/nbd"
 	"github.com/tidemark-cdp/tidemark/nbd/kernel"
 )
@@ -26,11 +25,12 @@ import (
 // attachments are exports that are block devices of this host. The kernel has the list: each device carries the identity of
 // this state directory and what it is attached to, and is found by that when the daemon starts anew.
 type attachments struct {
-	ctx    context.Context // ends when the daemon stops serving
-	store  string          // the state directory's identity
-	server *nbd.Server
-	log    *zap.Logger
-	wg     sync.WaitGroup // of keepers and connections
+	ctx     context.Context // ends when the daemon stops serving
+	store   string          // the state directory's identity
+	exports *exports
+	server  *nbd.Server
+	log     *zap.Logger
+	wg      sync.WaitGroup // of keepers and connections
 
 	mu  sync.Mutex // guards all; held while a device is attached
 	all map[int]*attachment
@@ -46,8 +46,8 @@ type attachment struct {
 	dropped chan struct{} // closed when it is detached
 }
 
-func newAttachments(ctx context.Context, store string, exports nbd.Exports, log *zap.Logger) *attachments {
-	return &attachments{ctx: ctx, store: store, server: &nbd.Server{Exports: exports, Log: log}, log: log, all: map[int]*attachment{}}
+func newAttachments(ctx context.Context, store string, exports *exports, log *zap.Logger) *attachments {
+	return &attachments{ctx: ctx, store: store, exports: exports, server: &nbd.Server{Exports: exports, Log: log}, log: log, all: map[int]*attachment{}}
 }
 
 // backendPrefix begins what the kernel is told of a device: the state directory's identity, the export and the name asked for follow, between tabs.
@@ -123,7 +123,11 @@ func (a *attachments) dial(at *attachment) kernel.Dial {
 	}
 }
 
+// reconnect gives a device new connections. Its export may have become a live disk: a scratch export is promoted.
 func (a *attachments) reconnect(at *attachment) error {
+	if err := a.attachable(at.export); err != nil {
+		return err
+	}
 	return kernel.Reattach(a.ctx, a.dial(at), at.export, at.d)
 }
 
@@ -172,16 +176,27 @@ func (a *attachments) keep(at *attachment) {
 	}
 }
 
-// gone reports whether an export will not be there again.
-func (a *attachments) gone(at *attachment) bool {
-	d, err := a.server.Exports.Open(at.export)
+// attachable refuses what is not there, and live disks.
+func (a *attachments) attachable(export string) error {
+	dev, err := a.exports.Open(export)
 	if err != nil {
-		return errors.Is(err, journal.ErrNoPoint) || errors.Is(err, journal.ErrNotFound)
+		return err
 	}
-	if err := d.Close(); err != nil {
-		a.log.Warn("close an export", zap.String("export", at.export), zap.Error(err))
+	if err := dev.Close(); err != nil {
+		return err
 	}
-	return false
+	if _, is := dev.(*live); is {
+		return fmt.Errorf("%w: %q is a live disk: a host can hang on a disk of its own that it writes to; attach what it was, or a scratch export", errBadRequest, export)
+	}
+	return nil
+}
+
+// gone reports whether an export will not be there again: a group that is not configured may be again.
+func (a *attachments) gone(at *attachment) bool {
+	if scratch, _, ok := cutScratch(at.export); ok {
+		return !slices.ContainsFunc(a.exports.scratches.status(), func(s api.Scratch) bool { return s.Name == scratch })
+	}
+	return errors.Is(a.attachable(at.export), journal.ErrNoPoint)
 }
 
 func (a *attachments) drop(at *attachment) {
@@ -195,13 +210,6 @@ func (a *attachments) drop(at *attachment) {
 
 // attach makes devices of exports; all of them, or none.
 func (a *attachments) attach(ctx context.Context, r api.AttachRequest) (all []api.Attachment, err error) {
-	for _, export := range r.Exports {
-		if n, err := record.ParseExportName(export); err == nil && n.Live {
-			if _, _, scratch := cutScratch(export); !scratch {
-				return nil, fmt.Errorf("%w: %s is a live disk: a host can hang on a disk of its own that it writes to; attach what it was, or a scratch export", errBadRequest, export)
-			}
-		}
-	}
 	var made []*attachment
 	for _, export := range r.Exports {
 		at := newAttachment(export, r.Asked)
@@ -222,12 +230,7 @@ func (a *attachments) attach(ctx context.Context, r api.AttachRequest) (all []ap
 }
 
 func (a *attachments) attachOne(ctx context.Context, at *attachment) (err error) {
-	// Looked at first: what the protocol tells of an error is less.
-	dev, err := a.server.Exports.Open(at.export)
-	if err != nil {
-		return err
-	}
-	if err := dev.Close(); err != nil {
+	if err := a.attachable(at.export); err != nil {
 		return err
 	}
 	a.mu.Lock()

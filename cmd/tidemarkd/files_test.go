@@ -215,6 +215,28 @@ func TestMount(t *testing.T) {
 	nothingIsLeft(t)
 }
 
+// TestSubvolumesInAMount: files of one number in two subvolumes are two, in a moment that is opened again and again.
+func TestSubvolumesInAMount(t *testing.T) {
+	needRoot(t)
+	need(t, "mkfs.btrfs", "btrfs")
+	d := serve(t, 128<<20)
+	d.stop()
+	tool(t, "mkfs.btrfs", "-q", "-f", d.disk)
+	tool(t, "sh", "-ec", `m=$(mktemp -d); mount -o loop "$0" $m; cd $m; for s in sa sb; do btrfs subvolume create $s >/dev/null; mkdir $s/d; echo "of $s" >$s/d/f; ln $s/d/f $s/d/g; done; cd /; umount $m; rmdir $m`, d.disk)
+	d.start()
+	d.ok("mark", "web01", "one")
+	mnt := d.path("mnt")
+	d.mount(mnt, "web01", mnt, "--kernel", "--idle", "50ms")
+	for i := range 6 {
+		for _, s := range [][]string{{"sa", "sb"}, {"sb", "sa"}}[i%2] {
+			require.Equal(t, []string{"f", "g"}, list(t, mnt+"/at/one/vda/files/"+s+"/d"))
+			require.Equal(t, "of "+s+"\n", read(t, mnt+"/at/one/vda/files/"+s+"/d/g"))
+			require.Equal(t, "of "+s+"\n", read(t, mnt+"/at/one/vda/files/"+s+"/d/f"))
+		}
+		time.Sleep(150 * time.Millisecond) // it is idle, and ends
+	}
+}
+
 // TestMountOfOnePoint: its disks stand in the directory itself; it ends when it is unmounted.
 func TestMountOfOnePoint(t *testing.T) {
 	d := guestDisk(t)

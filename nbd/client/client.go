@@ -284,6 +284,9 @@ func (c *Client) Err() error {
 	return c.mu.err
 }
 
+// Done is closed when the connection has ended, for whatever reason.
+func (c *Client) Done() <-chan struct{} { return c.ended }
+
 // Break ends the connection for a reason: calls that wait get errors, as all that follow do. Close is still to be called.
 func (c *Client) Break(err error) { c.breakOff(err) }
 

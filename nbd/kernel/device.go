@@ -115,6 +115,9 @@ func shake(ctx context.Context, dial Dial, export, backend string) (socks []*os.
 		}
 		socks = append(socks, f)
 		s.size, s.flags = info.Size, info.Flags
+		if s.size%blockSize != 0 {
+			return socks, s, fmt.Errorf("export %s has %d bytes: a block device has whole sectors of %d", export, s.size, blockSize)
+		}
 		if info.Flags&flagMultiConn == 0 {
 			break
 		}

@@ -47,11 +47,15 @@ func (t *Tree) Copy(ctx context.Context, from, to string, o CopyOptions) error {
 	return c.copy(from, dir, filepath.Base(to), to)
 }
 
-// inode is a file, whatever its name. Volumes that one VM shows have one device.
+// inode is a file, whatever its name. What one VM shows has one device: its volumes, and the subvolumes of a Btrfs, each of which
+// numbers its files from 256, its root, on.
 type inode struct {
-	volume   *os.Root
-	dev, ino uint64
+	volume    *os.Root
+	subvolume string // the path of the nearest directory above with that number
+	dev, ino  uint64
 }
+
+const subvolumeRoot = 256
 
 type copier struct {
 	ctx   context.Context
@@ -60,6 +64,8 @@ type copier struct {
 	links map[inode]string // of files with several names: the one that was made
 	base  string
 	buf   []byte
+
+	subvolume string // that the files stand in which are copied now
 }
 
 // copy copies one file to a name in an open directory; to is its path, for links and messages.
@@ -84,7 +90,7 @@ func (c *copier) copy(from string, dir *os.File, name, to string) (err error) {
 	if err != nil {
 		return err
 	}
-	id := inode{root, st.Dev, st.Ino}
+	id := inode{root, c.subvolume, st.Dev, st.Ino}
 	if first, ok := c.links[id]; ok && st.Nlink > 1 && !info.IsDir() {
 		return unix.Linkat(unix.AT_FDCWD, first, int(dir.Fd()), name, 0)
 	}
@@ -126,6 +132,11 @@ func (c *copier) dir(from string, parent *os.File, name, to string, st *syscall.
 	all, err := c.t.ReadDir(from)
 	if err != nil {
 		return err
+	}
+	if st.Ino == subvolumeRoot {
+		above := c.subvolume
+		c.subvolume = from
+		defer func() { c.subvolume = above }()
 	}
 	for _, e := range all {
 		if err := c.copy(path.Join(from, e.Name()), dir, e.Name(), filepath.Join(to, e.Name())); err != nil {

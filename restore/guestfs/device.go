@@ -19,7 +19,8 @@ type Way interface {
 
 // Opened is volumes that are ready to be shown.
 type Opened interface {
-	// Dir is where this process finds a volume's files. It may take as long as the start of a small VM.
+	// Dir is where this process finds a volume's files: a directory, and no link to one. It may take as long as the start of a small VM. What
+	// is in there may be hostile: links lead to the host.
 	Dir(ctx context.Context, volume string) (string, error)
 	// Err is why nothing is shown any more; nil if all is well.
 	Err() error

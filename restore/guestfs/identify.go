@@ -35,6 +35,16 @@ func (f FS) Readable() bool {
 	return false
 }
 
+// Numbered reports whether a file's number is its own in the whole volume, and the same each time: Btrfs numbers by subvolume, FAT as
+// files are looked at.
+func (f FS) Numbered() bool {
+	switch f.Type {
+	case TypeExt, TypeXFS, TypeNTFS:
+		return true
+	}
+	return false
+}
+
 // Supported names the file systems that can be shown.
 const Supported = "ext2, ext3, ext4, XFS, Btrfs, NTFS and FAT"
 

@@ -81,7 +81,7 @@ func (o *kernelOpened) Dir(ctx context.Context, volume string) (string, error) {
 	if v.dir != "" {
 		return v.dir, nil
 	}
-	return fmt.Sprintf("/proc/self/fd/%d", v.fd), nil
+	return fmt.Sprintf("/proc/self/fd/%d/.", v.fd), nil // a directory, and no link to one
 }
 
 func (o *kernelOpened) mount(ctx context.Context, v *kernelVolume) error {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -76,6 +77,10 @@ func (p *program) unmount(dir string) error {
 
 // mounted reports whether something is mounted on a directory, and asks nothing of what is: it may hang.
 func mounted(dir string) bool {
+	// The kernel has the path without links; its last part is not to be asked.
+	if above, err := filepath.EvalSymlinks(filepath.Dir(dir)); err == nil {
+		dir = filepath.Join(above, filepath.Base(dir))
+	}
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
 		return false

@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // Tree is files of a guest at one moment, by the paths that the guest has for them. Links are followed within it: none leads to
@@ -51,7 +53,13 @@ func openVolume(ctx context.Context, o Opened, volume string) (*os.Root, error) 
 	if err != nil {
 		return nil, err
 	}
-	root, err := os.OpenRoot(dir)
+	// What shows it may be hostile: if it is a link it leads to the host.
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("volume %s: %w", volume, err)
+	}
+	defer unix.Close(fd)
+	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d/.", fd))
 	if err != nil {
 		return nil, fmt.Errorf("volume %s: %w", volume, err)
 	}

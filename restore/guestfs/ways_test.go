@@ -84,6 +84,11 @@ os.setxattr('small', 'user.short', b'v'); os.setxattr('large', 'user.long', b'x'
 X
 `
 
+// zooSubvolumes has files of one number, each with several names, in two subvolumes.
+const zooSubvolumes = `
+for s in sa sb; do btrfs subvolume create $s >/dev/null; echo "of $s" >$s/f; ln $s/f $s/g; done
+`
+
 type kind struct {
 	name  string
 	mkfs  []string
@@ -99,7 +104,7 @@ var kinds = []kind{
 	{"ext3", []string{"mkfs.ext3", "-q", "-F"}, "ext3", []string{zoo, zooUnix, zooXattr}, true, 512 << 20},
 	{"ext2", []string{"mkfs.ext2", "-q", "-F"}, "ext2", []string{zoo, zooUnix, zooXattr}, false, 512 << 20},
 	{"xfs", []string{"mkfs.xfs", "-q", "-f"}, "xfs", []string{zoo, zooUnix, zooXattr}, true, 512 << 20},
-	{"btrfs", []string{"mkfs.btrfs", "-q", "-f"}, "btrfs", []string{zoo, zooUnix, zooXattr}, true, 512 << 20},
+	{"btrfs", []string{"mkfs.btrfs", "-q", "-f"}, "btrfs", []string{zoo, zooUnix, zooXattr, zooSubvolumes}, true, 512 << 20},
 	{"ntfs", []string{"mkfs.ntfs", "-q", "-F", "-f"}, "ntfs-3g", nil, false, 256 << 20},
 }
 
@@ -323,6 +328,20 @@ func TestTheIsolatedWay(t *testing.T) {
 			same(t, want[name], take(t, dir))
 		})
 	}
+	t.Run("cp of subvolumes", func(t *testing.T) {
+		tr, err := VolumeTree(context.Background(), o, "btrfs")
+		require.NoError(t, err)
+		defer func() { require.NoError(t, tr.Close()) }()
+		to := filepath.Join(t.TempDir(), "all")
+		require.NoError(t, tr.Copy(context.Background(), "/", to, CopyOptions{Owner: true}))
+		for _, s := range []string{"sa", "sb"} {
+			for _, name := range []string{"f", "g"} {
+				b, err := os.ReadFile(filepath.Join(to, s, name))
+				require.NoError(t, err)
+				require.Equal(t, "of "+s+"\n", string(b), "files of one number in two subvolumes are two")
+			}
+		}
+	})
 	t.Run("vfat", func(t *testing.T) {
 		dir, err := o.Dir(context.Background(), "vfat")
 		require.NoError(t, err)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -25,14 +24,14 @@ type volume struct {
 }
 
 // with calls fn with a descriptor of the directory with the files; hold keeps the moment for the caller, who releases what is returned.
-func (v *volume) with(ctx context.Context, hold bool, fn func(root int) error) (*held, error) {
+func (v *volume) with(ctx context.Context, hold bool, fn func(h *held, root int) error) (*held, error) {
 	h, err := v.m.use(v.lsn)
 	if err != nil {
 		return nil, err
 	}
 	root, err := v.root(ctx, h)
 	if err == nil {
-		err = v.m.bounded(h.m, func() error { return fn(root) })
+		err = v.m.bounded(h.m, func() error { return fn(h, root) })
 	}
 	if err != nil || !hold {
 		v.m.release(h)
@@ -54,11 +53,16 @@ func (v *volume) root(ctx context.Context, h *held) (int, error) {
 	defer cancel()
 	dir, err := h.m.Dir(ctx, v.name)
 	if err != nil {
-		return -1, err
+		return -1, &unavailable{err}
 	}
-	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	fd := -1
+	err = v.m.bounded(h.m, func() (err error) {
+		// What shows it may be hostile: if it is a link it leads to the host.
+		fd, err = unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+		return err
+	})
 	if err != nil {
-		return -1, err
+		return -1, &unavailable{err}
 	}
 	if first, loaded := h.roots.LoadOrStore(v.name, fd); loaded {
 		return first.(int), unix.Close(fd)
@@ -66,8 +70,27 @@ func (v *volume) root(ctx context.Context, h *held) (int, error) {
 	return fd, nil
 }
 
-func (v *volume) ino(st *unix.Stat_t) uint64 {
-	return v.m.ino(volumeID{v.lsn, v.name, st.Dev}, st.Ino)
+// ino is a number for a file that has several names, where numbers tell. What only looks like the same file must not become it.
+func (v *volume) ino(h *held, st *unix.Stat_t) uint64 {
+	if st.Nlink < 2 || st.Mode&syscall.S_IFMT != syscall.S_IFREG || !h.m.Numbered(v.name) {
+		return 0
+	}
+	return v.m.ino(volumeID{h, v.name, st.Dev}, st.Ino)
+}
+
+// look opens a file for looking at it. What shows it may be hostile: no link is followed, not even one on the way.
+func look(root int, rel string) (int, error) {
+	return unix.Openat2(root, rel, &unix.OpenHow{Flags: unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS})
+}
+
+// stat tells of a file.
+func stat(root int, rel string, st *unix.Stat_t) error {
+	fd, err := look(root, rel)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.Fstat(fd, st)
 }
 
 // setAttr is what a file is.
@@ -107,23 +130,35 @@ var (
 )
 
 func (n *fileNode) do(ctx context.Context, fn func(root int) error) syscall.Errno {
-	_, err := n.v.with(ctx, false, fn)
+	_, err := n.v.with(ctx, false, func(_ *held, root int) error { return fn(root) })
 	return n.v.m.fail(err)
 }
 
-// path is the file's for calls that take no directory's descriptor.
-func (n *fileNode) path(root int) string { return fmt.Sprintf("/proc/self/fd/%d/%s", root, n.rel) }
+// looking calls fn with a descriptor of the file, whatever it is, that serves for looking at it.
+func (n *fileNode) looking(ctx context.Context, fn func(fd int) error) syscall.Errno {
+	return n.do(ctx, func(root int) error {
+		fd, err := look(root, n.rel)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return fn(fd)
+	})
+}
+
+// path is a descriptor's file for calls that take none.
+func path(fd int) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }
 
 func (n *fileNode) Getattr(ctx context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
-	if n.rel == "." && !n.v.m.shows(n.v.lsn, n.v.name) {
-		// Who lists the volumes is not to wait for a VM.
+	if n.rel == "." && !n.v.m.o.AllowOther && !n.v.m.shows(n.v.lsn, n.v.name) {
+		// Who lists the volumes is not to wait for a VM. With others it has to be known who may go in.
 		out.Mode = fuse.S_IFDIR | 0o755
 		out.SetTimeout(0)
 		return 0
 	}
 	return n.do(ctx, func(root int) error {
 		var st unix.Stat_t
-		if err := unix.Fstatat(root, n.rel, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		if err := stat(root, n.rel, &st); err != nil {
 			return err
 		}
 		setAttr(&out.Attr, &st)
@@ -141,10 +176,13 @@ func (*fileNode) Access(_ context.Context, mask uint32) syscall.Errno {
 }
 
 func (n *fileNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (c *fs.Inode, errno syscall.Errno) {
-	rel := path.Join(n.rel, name)
-	_, err := n.v.with(ctx, false, func(root int) error {
+	rel := name
+	if n.rel != "." {
+		rel = n.rel + "/" + name
+	}
+	_, err := n.v.with(ctx, false, func(h *held, root int) error {
 		var st unix.Stat_t
-		if err := unix.Fstatat(root, rel, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		if err := stat(root, rel, &st); err != nil {
 			if errors.Is(err, syscall.ENOENT) {
 				out.SetEntryTimeout(forever)
 			}
@@ -153,7 +191,11 @@ func (n *fileNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut) 
 		setAttr(&out.Attr, &st)
 		out.SetEntryTimeout(forever)
 		out.SetAttrTimeout(forever)
-		c = n.NewInode(ctx, &fileNode{v: n.v, rel: rel, size: st.Size}, fs.StableAttr{Mode: st.Mode & syscall.S_IFMT, Ino: n.v.ino(&st)})
+		if was := n.GetChild(name); was != nil && was.StableAttr().Mode == st.Mode&syscall.S_IFMT {
+			c = was // what the kernel knows of it stays
+			return nil
+		}
+		c = n.NewInode(ctx, &fileNode{v: n.v, rel: rel, size: st.Size}, fs.StableAttr{Mode: st.Mode & syscall.S_IFMT, Ino: n.v.ino(h, &st)})
 		return nil
 	})
 	return c, n.v.m.fail(err)
@@ -167,7 +209,7 @@ func (n *fileNode) open(root int, flags uint64) (int, error) {
 
 func (n *fileNode) Readdir(ctx context.Context) (fs.DirStream, syscall.Errno) {
 	var s fs.DirStream
-	h, err := n.v.with(ctx, true, func(root int) error {
+	h, err := n.v.with(ctx, true, func(_ *held, root int) error {
 		fd, err := n.open(root, unix.O_DIRECTORY)
 		if err != nil {
 			return err
@@ -213,7 +255,7 @@ func (s *dirStream) Close() {
 
 func (n *fileNode) Open(ctx context.Context, _ uint32) (fs.FileHandle, uint32, syscall.Errno) {
 	f := &fileHandle{m: n.v.m, passthrough: n.size >= passthroughSize}
-	h, err := n.v.with(ctx, true, func(root int) (err error) {
+	h, err := n.v.with(ctx, true, func(_ *held, root int) (err error) {
 		if f.fd, err = n.open(root, 0); err == nil {
 			n.fill(f.fd)
 		}
@@ -273,15 +315,15 @@ func (h *fileHandle) Lseek(_ context.Context, off uint64, whence uint32) (uint64
 }
 
 func (h *fileHandle) Release(context.Context) syscall.Errno {
-	err := unix.Close(h.fd)
+	err := h.m.bounded(h.h.m, func() error { return unix.Close(h.fd) })
 	h.m.release(h.h)
 	return h.m.fail(err)
 }
 
 func (n *fileNode) Readlink(ctx context.Context) (target []byte, errno syscall.Errno) {
-	errno = n.do(ctx, func(root int) error {
+	errno = n.looking(ctx, func(fd int) error {
 		b := make([]byte, unix.PathMax)
-		k, err := unix.Readlinkat(root, n.rel, b)
+		k, err := unix.Readlinkat(fd, "", b)
 		target = b[:max(0, k)]
 		return err
 	})
@@ -289,8 +331,8 @@ func (n *fileNode) Readlink(ctx context.Context) (target []byte, errno syscall.E
 }
 
 func (n *fileNode) Getxattr(ctx context.Context, attr string, dest []byte) (size uint32, errno syscall.Errno) {
-	errno = n.do(ctx, func(root int) error {
-		k, err := unix.Lgetxattr(n.path(root), attr, dest)
+	errno = n.looking(ctx, func(fd int) error {
+		k, err := unix.Getxattr(path(fd), attr, dest)
 		size = uint32(max(0, k))
 		return err
 	})
@@ -298,8 +340,8 @@ func (n *fileNode) Getxattr(ctx context.Context, attr string, dest []byte) (size
 }
 
 func (n *fileNode) Listxattr(ctx context.Context, dest []byte) (size uint32, errno syscall.Errno) {
-	errno = n.do(ctx, func(root int) error {
-		k, err := unix.Llistxattr(n.path(root), dest)
+	errno = n.looking(ctx, func(fd int) error {
+		k, err := unix.Listxattr(path(fd), dest)
 		size = uint32(max(0, k))
 		return err
 	})

@@ -40,6 +40,7 @@ type moments struct {
 	points []Point
 	asked  time.Time // when points was
 	ids    map[volumeID]uint64
+	lastID uint64
 }
 
 type held struct {
@@ -77,11 +78,11 @@ type name struct {
 	last time.Time
 }
 
-// volumeID is a file system of a volume of a moment: Btrfs has several in one.
+// volumeID is a volume, as it was opened once: another time it may have other numbers.
 type volumeID struct {
-	lsn    uint64
-	volume string
-	dev    uint64
+	opening *held
+	volume  string
+	dev     uint64
 }
 
 func newMoments(src Source, o Options) *moments {
@@ -144,6 +145,11 @@ func (m *moments) end(all []*held) {
 		}
 		m.mu.Lock()
 		delete(m.all, h)
+		for id := range m.ids {
+			if id.opening == h {
+				delete(m.ids, id)
+			}
+		}
 		m.mu.Unlock()
 	}
 }
@@ -168,7 +174,7 @@ func (m *moments) use(lsn uint64) (*held, error) {
 	<-h.opened
 	if h.err != nil {
 		m.release(h)
-		return nil, fmt.Errorf("open the moment of LSN %d: %w", lsn, h.err)
+		return nil, &unavailable{fmt.Errorf("open the moment of LSN %d: %w", lsn, h.err)}
 	}
 	return h, nil
 }
@@ -307,7 +313,7 @@ func (m *moments) list(ctx context.Context) ([]Point, error) {
 	}
 	points, err := m.src.Points(ctx)
 	if err != nil {
-		return nil, err
+		return nil, &unavailable{err}
 	}
 	m.mu.Lock()
 	m.points, m.asked = points, m.now()
@@ -326,8 +332,13 @@ func (m *moments) resolve(ctx context.Context, s string) (uint64, error) {
 	}
 	m.mu.Unlock()
 	lsn, moves, err := m.src.Resolve(ctx, s)
-	if err != nil || !moves {
-		return lsn, err
+	switch {
+	case errors.Is(err, ErrNoMoment):
+		return 0, syscall.ENOENT
+	case err != nil:
+		return 0, &unavailable{err}
+	case !moves:
+		return lsn, nil
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -348,7 +359,7 @@ func (m *moments) keep(s string) {
 
 const inoBits = 44
 
-// ino is the number that a file has in this mount: the same for all names of one file. 0: it has none, and gets any.
+// ino is the number that a file with several names has in this mount: the same for all of them. 0: it has none, and gets any.
 func (m *moments) ino(id volumeID, ino uint64) uint64 {
 	if ino >= 1<<inoBits {
 		return 0
@@ -357,7 +368,8 @@ func (m *moments) ino(id volumeID, ino uint64) uint64 {
 	defer m.mu.Unlock()
 	n, ok := m.ids[id]
 	if !ok {
-		n = uint64(len(m.ids) + 1)
+		m.lastID++
+		n = m.lastID
 		m.ids[id] = n
 	}
 	if n >= 1<<(63-inoBits) { // from 1<<63 on numbers are the library's

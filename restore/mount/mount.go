@@ -14,17 +14,21 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
 )
 
 // Source is the moments of a group.
 type Source interface {
 	// Points are the names that the directory of moments lists.
 	Points(ctx context.Context) ([]Point, error)
-	// Resolve finds the LSN that any name means now, and whether it may mean another later. Names that mean none wrap fs.ErrNotExist.
+	// Resolve finds the LSN that any name means now, and whether it may mean another later; ErrNoMoment if it means none.
 	Resolve(ctx context.Context, name string) (lsn uint64, moves bool, err error)
 	// Open opens the moment of an LSN.
 	Open(ctx context.Context, lsn uint64) (Moment, error)
 }
+
+// ErrNoMoment says that a name means no moment.
+var ErrNoMoment = errors.New("no such moment")
 
 // Point is a name of a moment.
 type Point struct {
@@ -41,6 +45,9 @@ type Moment interface {
 	Volumes() []string
 	// Notes says, for people, what has none and why; empty if there is nothing to say.
 	Notes() string
+	// Numbered reports whether the numbers of a volume's files are theirs alone, whatever directory they are in: names with one number
+	// then are names of one file.
+	Numbered(volume string) bool
 	// Dir is where this process finds the files of a volume, which do not change. It may take as long as the start of a small VM, or till
 	// ctx ends.
 	Dir(ctx context.Context, volume string) (string, error)
@@ -81,6 +88,7 @@ const DefaultIdle = 5 * time.Minute
 type Mounted struct {
 	dir     string
 	server  *fuse.Server
+	abort   string // the kernel's file that ends the connection; empty: it is not known
 	moments *moments
 	direct  bool
 	once    sync.Once // guards the end
@@ -123,7 +131,12 @@ func Mount(dir string, src Source, o Options) (*Mounted, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("mount FUSE on %s: %w", dir, err), m.close())
 	}
-	return &Mounted{dir: dir, server: server, moments: m, direct: direct}, nil
+	mounted := &Mounted{dir: dir, server: server, moments: m, direct: direct}
+	var st unix.Stat_t
+	if unix.Stat(dir, &st) == nil {
+		mounted.abort = fmt.Sprintf("/sys/fs/fuse/connections/%d/abort", unix.Minor(st.Dev))
+	}
+	return mounted, nil
 }
 
 // Wait waits until the directory is unmounted.
@@ -150,13 +163,20 @@ func (m *Mounted) end() error {
 			err = m.detach()
 		}
 	}
-	// A use that hangs keeps the server: it is broken, and so is what is being opened.
+	m.moments.stop() // what is being opened
 	select {
 	case <-ended:
+		return errors.Join(err, m.moments.close())
 	case <-time.After(2 * time.Second):
 	}
+	// A use that hangs, or somebody's working directory, keeps the server.
 	m.moments.breakAll()
-	<-ended
+	_ = os.WriteFile(m.abort, []byte("1"), 0o200) // without it the next wait is longer
+	select {
+	case <-ended:
+	case <-time.After(10 * time.Second):
+		err = errors.Join(err, fmt.Errorf("unmount %s: somebody is still in it, and gets errors", m.dir))
+	}
 	return errors.Join(err, m.moments.close())
 }
 

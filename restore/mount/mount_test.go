@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	iofs "io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -44,7 +43,7 @@ func (s *shelf) Resolve(_ context.Context, name string) (uint64, bool, error) {
 	}
 	var n uint64
 	if _, err := fmt.Sscanf(name, "p%d", &n); err != nil || n == 0 || n > uint64(len(s.dirs)) {
-		return 0, false, iofs.ErrNotExist
+		return 0, false, ErrNoMoment
 	}
 	return n, false, nil
 }
@@ -69,6 +68,8 @@ func (b *book) Volumes() []string      { return []string{"vda/p1", "vdb", "vg0/r
 func (b *book) Notes() string          { return "vda/p2 holds swap\n" }
 
 func (b *book) Dir(context.Context, string) (string, error) { return b.dir, nil }
+
+func (b *book) Numbered(volume string) bool { return volume != "vdb" }
 
 func (b *book) Err() error {
 	select {

@@ -3,7 +3,7 @@ package mount
 import (
 	"context"
 	"errors"
-	iofs "io/fs"
+	"fmt"
 	"slices"
 	"strings"
 	"syscall"
@@ -31,14 +31,21 @@ var told = []syscall.Errno{
 	syscall.ENODATA, syscall.ERANGE, syscall.E2BIG, syscall.EOPNOTSUPP, syscall.ENXIO, syscall.EINVAL,
 }
 
+// unavailable is an error of what stands between a file and who asks for it, and none of the file's.
+type unavailable struct{ err error }
+
+func (u *unavailable) Error() string { return u.err.Error() }
+
 // fail makes an error one that a system call has. Where that says little the rest is a problem.
 func (m *moments) fail(err error) syscall.Errno {
 	var e syscall.Errno
+	var gone *unavailable
 	switch {
 	case err == nil:
 		return 0
-	case errors.Is(err, iofs.ErrNotExist):
-		return syscall.ENOENT
+	case errors.As(err, &gone):
+		// That the way to the files is gone says nothing about the files.
+		errors.As(gone.err, &e)
 	case errors.As(err, &e) && slices.Contains(told, e):
 		return e
 	}
@@ -236,13 +243,13 @@ func (m *moments) lookup(ctx context.Context, parent *fs.Inode, lsn uint64, belo
 		all := entries(mo, below)
 		i := slices.IndexFunc(all, func(e entry) bool { return e.name == name })
 		if i < 0 {
-			return iofs.ErrNotExist
+			return syscall.ENOENT
 		}
 		switch e := all[i]; {
 		case e.disk != "":
 			out.Size = uint64(mo.Disks()[e.disk].Size())
 			out.Blocks = (out.Size + 511) / 512
-			n = child(ctx, parent, out, &rawFile{m: m, lsn: lsn, disk: e.disk}, fuse.S_IFREG|0o444, forever)
+			n = child(ctx, parent, out, &rawFile{m: m, lsn: lsn, disk: e.disk}, rawMode, forever)
 		case e.notes:
 			f := &fs.MemRegularFile{Data: []byte(mo.Notes()), Attr: fuse.Attr{Mode: 0o444}}
 			out.Size = uint64(len(f.Data))
@@ -259,6 +266,9 @@ func (m *moments) lookup(ctx context.Context, parent *fs.Inode, lsn uint64, belo
 	return n, m.fail(err)
 }
 
+// rawMode lets the mount's user alone read a disk: it has every file's content, whatever its permissions.
+const rawMode = fuse.S_IFREG | 0o400
+
 // rawFile is a disk as it was.
 type rawFile struct {
 	fs.Inode
@@ -271,7 +281,7 @@ func (n *rawFile) do(fn func(Disk) error) syscall.Errno {
 	return n.m.fail(n.m.do(n.lsn, func(mo Moment) error {
 		d := mo.Disks()[n.disk]
 		if d == nil {
-			return iofs.ErrNotExist
+			return syscall.ENOENT
 		}
 		return fn(d)
 	}))
@@ -279,7 +289,7 @@ func (n *rawFile) do(fn func(Disk) error) syscall.Errno {
 
 func (n *rawFile) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
 	return n.do(func(d Disk) error {
-		out.Mode, out.Size = fuse.S_IFREG|0o444, uint64(d.Size())
+		out.Mode, out.Size = rawMode, uint64(d.Size())
 		out.Blocks = (out.Size + 511) / 512
 		out.SetTimeout(forever)
 		return nil
@@ -308,7 +318,10 @@ func (h *rawHandle) Release(context.Context) syscall.Errno {
 func (n *rawFile) Read(_ context.Context, _ fs.FileHandle, p []byte, off int64) (r fuse.ReadResult, e syscall.Errno) {
 	e = n.do(func(d Disk) error {
 		p = p[:max(0, min(int64(len(p)), d.Size()-off))]
-		return d.ReadAt(p, off)
+		if err := d.ReadAt(p, off); err != nil {
+			return &unavailable{fmt.Errorf("disk %s at LSN %d: %w", n.disk, n.lsn, err)}
+		}
+		return nil
 	})
 	return fuse.ReadResultData(p), e
 }
@@ -321,14 +334,17 @@ func (n *rawFile) Lseek(_ context.Context, _ fs.FileHandle, off uint64, whence u
 			return syscall.ENXIO
 		}
 		at, err := seek(d, int64(off), whence == unix.SEEK_HOLE)
-		if err == nil && at < 0 {
+		if err != nil {
+			return &unavailable{fmt.Errorf("disk %s at LSN %d: %w", n.disk, n.lsn, err)}
+		}
+		if at < 0 {
 			if whence == unix.SEEK_DATA {
 				return syscall.ENXIO
 			}
 			at = size
 		}
 		off = uint64(at)
-		return err
+		return nil
 	})
 	return off, e
 }

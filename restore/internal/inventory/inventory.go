@@ -35,12 +35,18 @@ type Entry struct {
 	Sum      [32]byte
 }
 
-type inode struct{ dev, ino uint64 }
+// inode is a file. Subvolumes of a Btrfs, whose roots are number 256, may share a device where a VM shows them.
+type inode struct {
+	subvolume string
+	dev, ino  uint64
+}
 
 // Of is everything below a directory, by path.
 func Of(dir string) (map[string]Entry, error) {
 	all := map[string]Entry{}
 	first := map[inode]string{}
+	subvolumes := map[string]string{} // by directory: the one that it is in
+	dir = strings.TrimSuffix(dir, "/.")
 	root := dir + "/." // a descriptor's path is a link
 	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -50,6 +56,13 @@ func Of(dir string) (map[string]Entry, error) {
 		e, id, err := entry(path)
 		if err != nil {
 			return fmt.Errorf("%s: %w", path, err)
+		}
+		id.subvolume = subvolumes[filepath.Dir(path)]
+		if e.Mode.IsDir() {
+			subvolumes[path] = id.subvolume
+			if id.ino == 256 {
+				subvolumes[path] = name
+			}
 		}
 		if e.Nlink > 1 {
 			if _, ok := first[id]; !ok {
@@ -80,7 +93,7 @@ func entry(path string) (e Entry, id inode, err error) {
 		e.Sum, err = Sum(path)
 	}
 	e.Xattrs = xattrs(path)
-	return e, inode{st.Dev, st.Ino}, err
+	return e, inode{dev: st.Dev, ino: st.Ino}, err
 }
 
 // Buffers of Sum.
