@@ -237,6 +237,50 @@ func TestSubvolumesInAMount(t *testing.T) {
 	}
 }
 
+// TestMountTakesNoRoot: somebody else mounts by way of fusermount3, is shown the disks, and ends it though their shell is in it.
+func TestMountTakesNoRoot(t *testing.T) {
+	needRoot(t) // to be somebody else
+	need(t, "fusermount3", "cmp", "sleep")
+	const nobody = 65534
+	d := serve(t, 16<<20)
+	d.scribble("web01/vda", 1, 50)
+	d.ok("mark", "web01", "one")
+	image, mnt, program := d.path("image"), d.path("mnt"), d.path("tidemark")
+	d.ok("restore", "web01/vda@one", "--to", image)
+	b, err := os.ReadFile(filepath.Join(binDir, "tidemark"))
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(program, b, 0o755))
+	require.NoError(t, os.Mkdir(mnt, 0o755))
+	require.NoError(t, os.Chown(mnt, nobody, nobody))
+	for _, path := range []string{filepath.Dir(d.dir), d.dir, image, d.sock(), d.path("api.sock")} {
+		require.NoError(t, os.Chmod(path, 0o777))
+	}
+	as := func(name string, args ...string) *exec.Cmd {
+		cmd := exec.Command(name, args...)
+		cmd.Env = append(os.Environ(), "HOME=/tmp", "TIDEMARK_API=unix:"+d.path("api.sock"))
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+		return cmd
+	}
+	m, said := as(program, "mount", "web01", mnt), &console{}
+	m.Stdout, m.Stderr = said, said
+	require.NoError(t, m.Start())
+	defer func() { _ = exec.Command("umount", "-l", mnt).Run() }()
+	require.Eventually(t, func() bool { return strings.Contains(said.String(), "is mounted on") }, time.Minute, 10*time.Millisecond)
+	out, err := as("cmp", image, mnt+"/at/one/vda/disk.raw").CombinedOutput()
+	require.NoError(t, err, "%s%s", out, said.String())
+	in := as("sh", "-c", `cd "$0"; echo in; exec sleep 60`, mnt+"/at/one")
+	stdout, err := in.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, in.Start())
+	_, err = stdout.Read(make([]byte, 2))
+	require.NoError(t, err)
+	require.NoError(t, m.Process.Signal(syscall.SIGTERM))
+	require.NoError(t, m.Wait(), said.String())
+	require.NoError(t, in.Process.Kill())
+	_ = in.Wait() // it was killed
+	require.Empty(t, list(t, mnt))
+}
+
 // TestMountOfOnePoint: its disks stand in the directory itself; it ends when it is unmounted.
 func TestMountOfOnePoint(t *testing.T) {
 	d := guestDisk(t)

@@ -149,9 +149,14 @@ func (n *fileNode) looking(ctx context.Context, fn func(fd int) error) syscall.E
 // path is a descriptor's file for calls that take none.
 func path(fd int) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }
 
+// unknown reports whether this is the root of a volume that nobody has entered: who lists the volumes is not to wait for a VM. With
+// others it has to be known who may go in.
+func (n *fileNode) unknown() bool {
+	return n.rel == "." && !n.v.m.o.AllowOther && !n.v.m.shows(n.v.lsn, n.v.name)
+}
+
 func (n *fileNode) Getattr(ctx context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
-	if n.rel == "." && !n.v.m.o.AllowOther && !n.v.m.shows(n.v.lsn, n.v.name) {
-		// Who lists the volumes is not to wait for a VM. With others it has to be known who may go in.
+	if n.unknown() {
 		out.Mode = fuse.S_IFDIR | 0o755
 		out.SetTimeout(0)
 		return 0
@@ -331,6 +336,9 @@ func (n *fileNode) Readlink(ctx context.Context) (target []byte, errno syscall.E
 }
 
 func (n *fileNode) Getxattr(ctx context.Context, attr string, dest []byte) (size uint32, errno syscall.Errno) {
+	if n.unknown() {
+		return 0, syscall.ENODATA
+	}
 	errno = n.looking(ctx, func(fd int) error {
 		k, err := unix.Getxattr(path(fd), attr, dest)
 		size = uint32(max(0, k))
@@ -340,6 +348,9 @@ func (n *fileNode) Getxattr(ctx context.Context, attr string, dest []byte) (size
 }
 
 func (n *fileNode) Listxattr(ctx context.Context, dest []byte) (size uint32, errno syscall.Errno) {
+	if n.unknown() {
+		return 0, 0
+	}
 	errno = n.looking(ctx, func(fd int) error {
 		k, err := unix.Listxattr(path(fd), dest)
 		size = uint32(max(0, k))

@@ -163,7 +163,7 @@ func (m *moments) use(lsn uint64) (*held, error) {
 	}
 	if first {
 		// Whoever asks first may go away; those who wait with them do not.
-		ctx, cancel := context.WithTimeout(m.ctx, m.o.Limit)
+		ctx, cancel := m.asking()
 		h.m, h.err = m.src.Open(ctx, lsn)
 		cancel()
 		if h.err == nil && m.ctx.Err() != nil {
@@ -282,7 +282,7 @@ func (m *moments) breakAll() {
 	}
 }
 
-// close ends every moment. Nobody uses one any more.
+// close ends every moment. Hardly anybody uses one any more, and nobody begins to.
 func (m *moments) close() error {
 	m.stop()
 	<-m.done
@@ -296,21 +296,35 @@ func (m *moments) close() error {
 	m.mu.Unlock()
 	for _, h := range all {
 		<-h.opened
-		if h.m != nil {
+		m.mu.Lock()
+		used := h.users > 0
+		m.mu.Unlock()
+		switch {
+		case h.m == nil:
+		case used:
+			errs = append(errs, h.m.Close()) // its descriptors are in somebody's hands
+		default:
 			errs = append(errs, h.close())
 		}
 	}
 	return errors.Join(errs...)
 }
 
+// asking bounds a question to the source. A request's own context ends with any signal to who made it, which is no error of a file's.
+func (m *moments) asking() (context.Context, context.CancelFunc) {
+	return context.WithTimeout(m.ctx, m.o.Limit)
+}
+
 // list is the points that there are.
-func (m *moments) list(ctx context.Context) ([]Point, error) {
+func (m *moments) list() ([]Point, error) {
 	m.mu.Lock()
 	points, asked := m.points, m.asked
 	m.mu.Unlock()
 	if !asked.IsZero() && m.now().Sub(asked) < fresh {
 		return points, nil
 	}
+	ctx, cancel := m.asking()
+	defer cancel()
 	points, err := m.src.Points(ctx)
 	if err != nil {
 		return nil, &unavailable{err}
@@ -322,7 +336,7 @@ func (m *moments) list(ctx context.Context) ([]Point, error) {
 }
 
 // resolve finds the moment of a name. A name that moves stays for a while with the moment that it meant when it was last used.
-func (m *moments) resolve(ctx context.Context, s string) (uint64, error) {
+func (m *moments) resolve(s string) (uint64, error) {
 	m.mu.Lock()
 	n, ok := m.names[s]
 	if ok && m.now().Sub(n.last) < stick {
@@ -331,6 +345,8 @@ func (m *moments) resolve(ctx context.Context, s string) (uint64, error) {
 		return n.lsn, nil
 	}
 	m.mu.Unlock()
+	ctx, cancel := m.asking()
+	defer cancel()
 	lsn, moves, err := m.src.Resolve(ctx, s)
 	switch {
 	case errors.Is(err, ErrNoMoment):

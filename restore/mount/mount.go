@@ -142,7 +142,8 @@ func Mount(dir string, src Source, o Options) (*Mounted, error) {
 // Wait waits until the directory is unmounted.
 func (m *Mounted) Wait() { m.server.Wait() }
 
-// Close unmounts the directory and ends everything that it stood on. Whoever is in there gets errors.
+// Close unmounts the directory and ends everything that it stood on. Whoever is in there gets errors. Where the kernel can not be told
+// to end the connection, and somebody stays, what answers them with errors goes with the process.
 func (m *Mounted) Close() error {
 	m.once.Do(func() { m.err = m.end() })
 	return m.err
@@ -171,11 +172,11 @@ func (m *Mounted) end() error {
 	}
 	// A use that hangs, or somebody's working directory, keeps the server.
 	m.moments.breakAll()
-	_ = os.WriteFile(m.abort, []byte("1"), 0o200) // without it the next wait is longer
+	_ = os.WriteFile(m.abort, []byte("1"), 0o200) // not every system shows it
 	select {
 	case <-ended:
-	case <-time.After(10 * time.Second):
-		err = errors.Join(err, fmt.Errorf("unmount %s: somebody is still in it, and gets errors", m.dir))
+	case <-time.After(time.Second):
+		m.moments.o.Problem(fmt.Errorf("unmount %s: somebody is still in it, and gets errors", m.dir))
 	}
 	return errors.Join(err, m.moments.close())
 }

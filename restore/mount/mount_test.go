@@ -237,7 +237,7 @@ func TestNamesThatMove(t *testing.T) {
 	var now atomic.Int64
 	m.now = func() time.Time { return time.Unix(now.Load(), 0) }
 	at := func() uint64 {
-		lsn, err := m.resolve(context.Background(), "now")
+		lsn, err := m.resolve("now")
 		require.NoError(t, err)
 		return lsn
 	}

@@ -104,11 +104,11 @@ type atDir struct {
 }
 
 func (n *atDir) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
-	lsn, err := n.m.resolve(ctx, name)
+	lsn, err := n.m.resolve(name)
 	if err != nil {
 		return nil, n.m.fail(err)
 	}
-	if points, err := n.m.list(ctx); err == nil {
+	if points, err := n.m.list(); err == nil {
 		if i := slices.IndexFunc(points, func(p Point) bool { return p.Name == name }); i >= 0 {
 			setTime(&out.Attr, points[i].Time)
 		}
@@ -132,8 +132,8 @@ func setTime(a *fuse.Attr, t time.Time) {
 	}
 }
 
-func (n *atDir) Readdir(ctx context.Context) (fs.DirStream, syscall.Errno) {
-	points, err := n.m.list(ctx)
+func (n *atDir) Readdir(context.Context) (fs.DirStream, syscall.Errno) {
+	points, err := n.m.list()
 	if err != nil {
 		return nil, n.m.fail(err)
 	}
