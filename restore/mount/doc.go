@@ -3,8 +3,8 @@
 // # Promises
 //
 //   - Devices shows block devices as files, for the kernel's loop driver. What is written goes to the device, nowhere else.
-//   - Mount shows the moments of a group, read-only: every file and attribute that its Source finds, the names of one file as
-//     names of one file, and each disk as a file. Nothing of one moment is shown in another.
+//   - Mount shows the moments of a group, read-only: every file and attribute that its Source finds, and each disk as a file. Names are
+//     shown as those of one file where the file system's numbers tell that they are, and never else. Nothing of one moment is shown in another.
 //   - A moment is open while something of it is, and for a while after. One that is broken is opened anew by its next use;
 //     files that are open meanwhile give errors, never other bytes.
 //   - A use that takes longer than its limit is ended, by breaking its moment; but what the kernel reads by itself is bound by what it reads
