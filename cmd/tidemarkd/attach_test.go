@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
 )
 
 // attachInit is what the guest of TestAttachInAGuest does: it protects its own disk, which the host has made, and attaches what it was.
@@ -135,4 +137,17 @@ func TestAttachInAGuest(t *testing.T) {
 		require.Contains(t, string(out), says)
 	}
 	require.NotContains(t, strings.ReplaceAll(string(out), "\r", ""), "GUEST-FAILED")
+}
+
+// TestALiveDiskIsNotAttached, under none of its names.
+func TestALiveDiskIsNotAttached(t *testing.T) {
+	d := serve(t, 1<<20)
+	for _, export := range []string{"web01/vda", ""} {
+		_, err := d.api().Attach(t.Context(), api.AttachRequest{Exports: []string{export}, Asked: "x"})
+		require.ErrorContains(t, err, "is a live disk", "%q", export)
+	}
+	_, err := d.api().Attach(t.Context(), api.AttachRequest{})
+	require.ErrorContains(t, err, "name the exports")
+	_, err = d.api().Detach(t.Context(), "web01/vda", true)
+	require.ErrorContains(t, err, "no device is attached")
 }
