@@ -16,8 +16,12 @@ import (
 	"github.com/tidemark-cdp/tidemark/nbd"
 )
 
-// maxWrite is the longest write that the kernel sends, in bytes.
-const maxWrite = 512 << 10
+const (
+	// maxWrite is the longest read or write that the kernel sends, in bytes.
+	maxWrite = 512 << 10
+	// maxBackground is how many it sends without waiting for their answers.
+	maxBackground = 64
+)
 
 // Devices is a directory with a file for each device.
 type Devices struct {
@@ -35,7 +39,12 @@ func ServeDevices(dir string) (*Devices, error) {
 	d := &Devices{dir: dir, root: &fs.Inode{}}
 	server, err := fs.Mount(dir, d.root, &fs.Options{
 		AttrTimeout: &hour, EntryTimeout: &hour,
-		MountOptions: fuse.MountOptions{DirectMountStrict: os.Geteuid() == 0, MaxWrite: maxWrite, FsName: "tidemark", Name: "tidemark", DisableXAttrs: true},
+		MountOptions: fuse.MountOptions{
+			DirectMountStrict: os.Geteuid() == 0, MaxWrite: maxWrite, FsName: "tidemark", Name: "tidemark", DisableXAttrs: true,
+			// Without it a loop device has one request under way, whatever it is asked for.
+			ExtraCapabilities: fuse.CAP_ASYNC_DIO, MaxBackground: maxBackground,
+			DisableSplice: true, // which is for answers that are files
+		},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("mount FUSE on %s: %w", dir, err)
@@ -131,14 +140,10 @@ func (n *device) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.E
 
 func (n *device) Read(_ context.Context, _ fs.FileHandle, p []byte, off int64) (fuse.ReadResult, syscall.Errno) {
 	if off >= n.size {
-		return fuse.ReadResultData(nil), 0
+		return content(nil, 0)
 	}
 	p = p[:min(int64(len(p)), n.size-off)]
-	e := n.do(func(dev nbd.Device) error { return dev.ReadAt(p, off, false) })
-	if e != 0 {
-		return nil, e
-	}
-	return fuse.ReadResultData(p), 0
+	return content(p, n.do(func(dev nbd.Device) error { return dev.ReadAt(p, off, false) }))
 }
 
 func (n *device) Write(_ context.Context, _ fs.FileHandle, p []byte, off int64) (uint32, syscall.Errno) {

@@ -307,7 +307,7 @@ func (h *fileHandle) Read(_ context.Context, p []byte, off int64) (fuse.ReadResu
 		n, err = unix.Pread(h.fd, p, off)
 		return err
 	})
-	return fuse.ReadResultData(p[:max(0, n)]), h.m.fail(err)
+	return content(p[:max(0, n)], h.m.fail(err))
 }
 
 func (h *fileHandle) Lseek(_ context.Context, off uint64, whence uint32) (uint64, syscall.Errno) {

@@ -118,7 +118,8 @@ func Mount(dir string, src Source, o Options) (*Mounted, error) {
 		MountOptions: fuse.MountOptions{
 			DirectMountStrict: direct, DirectMountFlags: syscall.MS_RDONLY | syscall.MS_NOSUID | syscall.MS_NODEV, AllowOther: o.AllowOther,
 			MaxWrite: maxWrite, MaxReadAhead: maxWrite, FsName: "tidemark", Name: "tidemark", EnableSymlinkCaching: true,
-			Logger: log.New(io.Discard, "", 0), // of requests that nobody waits for any more
+			DisableSplice: true,                       // which is for answers that are files
+			Logger:        log.New(io.Discard, "", 0), // of requests that nobody waits for any more
 		},
 	}
 	if !direct {

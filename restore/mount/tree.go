@@ -323,7 +323,15 @@ func (n *rawFile) Read(_ context.Context, _ fs.FileHandle, p []byte, off int64) 
 		}
 		return nil
 	})
-	return fuse.ReadResultData(p), e
+	return content(p, e)
+}
+
+// content is what a read returns. With an error there must be none: the library, where it does not splice, forgets the error over it.
+func content(p []byte, e syscall.Errno) (fuse.ReadResult, syscall.Errno) {
+	if e != 0 {
+		return nil, e
+	}
+	return fuse.ReadResultData(p), 0
 }
 
 // Lseek finds data and holes.
