@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
@@ -22,7 +21,7 @@ const (
 	smallFiles  = 20000     // of 4 KiB
 )
 
-// makeDisk makes an ext4 on a sparse disk: large files of a GiB together, small ones, and as much beside them as is asked for.
+// makeDisk makes an ext4 on a sparse disk: large files of a GiB together, small ones, and fill files of 256 MiB beside them.
 func (b *bench) makeDisk(size int64, fill int) error {
 	if err := os.RemoveAll(b.disk); err != nil {
 		return err
@@ -57,7 +56,7 @@ func (b *bench) timed(fn func() error) (float64, error) {
 
 // pair times two things in turn, and returns their medians.
 func (b *bench) pair(rounds int, ours, theirs func() (float64, error)) (a, o float64, err error) {
-	var as, os []float64
+	var as, bs []float64
 	for range rounds {
 		v, err := ours()
 		if err != nil {
@@ -67,9 +66,9 @@ func (b *bench) pair(rounds int, ours, theirs func() (float64, error)) (a, o flo
 		if err != nil {
 			return 0, 0, err
 		}
-		as, os = append(as, v), append(os, w)
+		as, bs = append(as, v), append(bs, w)
 	}
-	return median(as), median(os), nil
+	return median(as), median(bs), nil
 }
 
 func row(job, against string, ours, theirs float64, atLeast, aim string) string {
@@ -247,73 +246,62 @@ func (b *bench) copyOut(from string) (float64, error) {
 	return v, errors.Join(err, os.RemoveAll(to))
 }
 
+// fileWay is a way of showing files, and what it is compared with: another mount of a restored image.
+type fileWay struct {
+	name, against  string
+	args           []string // of tidemark mount
+	mount, unmount string   // the other's commands: of image and directory, and of the directory
+	atLeast, aim   [2]string
+}
+
+var fileWays = []fileWay{
+	{"`--kernel`", "the kernel's loop mount of the restored image", []string{"--kernel"},
+		"mount -o loop,ro '%s' '%s'", "umount '%s'", [2]string{"0.5", "0.3"}, [2]string{"0.8", "0.7"}},
+	{"isolated", "guestmount of the restored image", nil,
+		"LIBGUESTFS_BACKEND=direct guestmount --ro --format=raw -a '%s' -m /dev/sda '%s'", "guestunmount '%s'", [2]string{"0.8", "0.8"}, [2]string{"1", "1"}},
+}
+
 // files copies files out of mounts, against mounts of a restored image.
 func (b *bench) files(image string, rounds int, isolated bool) (rows []string, err error) {
-	jobs := []struct{ name, dir, atLeast, aim string }{
-		{"copying 1 GiB in large files out of a mount, `--kernel`", "large", "0.5", "0.8"},
-		{"copying 20,000 small files out, `--kernel`", "small", "0.3", "0.7"},
-	}
-	for _, j := range jobs {
-		ours, theirs, err := b.pair(rounds, func() (float64, error) {
-			m, err := b.mount("--kernel")
-			if err != nil {
-				return 0, err
-			}
-			files := filepath.Join(m.dir, "at/then/disk/files")
-			if _, err := os.ReadDir(files); err != nil {
-				return 0, errors.Join(err, m.end())
-			}
-			v, err := b.copyOut(filepath.Join(files, j.dir))
-			return v, errors.Join(err, m.end())
-		}, func() (v float64, err error) {
-			dir, err := os.MkdirTemp(b.dir, "loop")
-			if err != nil {
-				return 0, err
-			}
-			if err := b.sh(fmt.Sprintf("mount -o loop,ro '%s' '%s'", image, dir)); err != nil {
-				return 0, err
-			}
-			v, err = b.copyOut(filepath.Join(dir, j.dir))
-			return v, errors.Join(err, b.sh("umount '"+dir+"'"), os.Remove(dir))
-		})
-		if err != nil {
-			return rows, fmt.Errorf("%s: %w", j.name, err)
+	jobs := []struct{ name, dir string }{{"copying 1 GiB in large files out of a mount", "large"}, {"copying 20,000 small files out", "small"}}
+	for _, w := range fileWays {
+		if w.args == nil && !isolated {
+			continue
 		}
-		rows = append(rows, row(j.name, "the kernel's loop mount of the restored image", ours, theirs, j.atLeast, j.aim))
-	}
-	if !isolated {
-		return rows, nil
-	}
-	for _, j := range jobs {
-		ours, theirs, err := b.pair(1, func() (float64, error) {
-			m, err := b.mount()
+		for i, j := range jobs {
+			ours, theirs, err := b.pair(rounds, func() (float64, error) { return b.copyOurs(w, j.dir) }, func() (float64, error) { return b.copyTheirs(w, image, j.dir) })
 			if err != nil {
-				return 0, err
+				return rows, fmt.Errorf("%s, %s: %w", j.name, w.name, err)
 			}
-			files := filepath.Join(m.dir, "at/then/disk/files")
-			if _, err := os.ReadDir(files); err != nil {
-				return 0, errors.Join(err, m.end())
-			}
-			v, err := b.copyOut(filepath.Join(files, j.dir))
-			return v, errors.Join(err, m.end())
-		}, func() (v float64, err error) {
-			dir, err := os.MkdirTemp(b.dir, "guestmount")
-			if err != nil {
-				return 0, err
-			}
-			if err := b.sh(fmt.Sprintf("LIBGUESTFS_BACKEND=direct guestmount --ro --format=raw -a '%s' -m /dev/sda '%s'", image, dir)); err != nil {
-				return 0, err
-			}
-			v, err = b.copyOut(filepath.Join(dir, j.dir))
-			return v, errors.Join(err, b.sh("guestunmount '"+dir+"'"), os.Remove(dir))
-		})
-		name := strings.Replace(j.name, "`--kernel`", "isolated", 1)
-		if err != nil {
-			return rows, fmt.Errorf("%s: %w", name, err)
+			rows = append(rows, row(j.name+", "+w.name, w.against, ours, theirs, w.atLeast[i], w.aim[i]))
 		}
-		rows = append(rows, row(name, "guestmount of the restored image", ours, theirs, "0.8", "1"))
 	}
 	return rows, nil
+}
+
+func (b *bench) copyOurs(w fileWay, dir string) (v float64, err error) {
+	m, err := b.mount(w.args...)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, m.end()) }()
+	files := filepath.Join(m.dir, "at/then/disk/files")
+	if _, err := os.ReadDir(files); err != nil {
+		return 0, err
+	}
+	return b.copyOut(filepath.Join(files, dir))
+}
+
+func (b *bench) copyTheirs(w fileWay, image, dir string) (v float64, err error) {
+	at, err := os.MkdirTemp(b.dir, "other")
+	if err != nil {
+		return 0, err
+	}
+	if err := b.sh(fmt.Sprintf(w.mount, image, at)); err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, b.sh(fmt.Sprintf(w.unmount, at)), os.Remove(at)) }()
+	return b.copyOut(filepath.Join(at, dir))
 }
 
 // wide mounts a disk of 100 GiB until its first directory is listed, against a restore and a loop mount.
