@@ -25,7 +25,7 @@ var mayImport = map[string][]string{
 	"cmd":                        {"cmd", "nbd", "journal", "guest", "restore"},
 	"nbd":                        {},
 	"nbd/client":                 {"nbd/internal/proto"},
-	"nbd/kernel":                 {"nbd/client"},
+	"nbd/kernel":                 {"nbd/client", "nbd/internal/proto"},
 	"nbd/internal/proto":         {},
 	"journal":                    {},
 	"journal/record":             {},

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tidemark-cdp/tidemark/nbd/client"
+	"github.com/tidemark-cdp/tidemark/nbd/internal/proto"
 )
 
 const (
@@ -58,7 +59,7 @@ func Attach(ctx context.Context, dial Dial, export, backend string) (d Device, e
 	if d.Index, err = connect(s, socks); err != nil {
 		return d, err
 	}
-	d.Backend, d.Size, d.ReadOnly = backend, s.size, s.flags&flagReadOnly != 0
+	d.Backend, d.Size, d.ReadOnly = backend, s.size, s.flags&proto.FlagReadOnly != 0
 	// The file comes by udev or devtmpfs.
 	for end := time.Now().Add(settleTime); ; time.Sleep(5 * time.Millisecond) {
 		if _, err = os.Stat(d.Path()); err == nil {
@@ -80,16 +81,11 @@ func Reattach(ctx context.Context, dial Dial, export string, d Device) error {
 	if s.size != d.Size {
 		return fmt.Errorf("reconnect %s: export %s has %d bytes, the device %d: it is another one", d.Path(), export, s.size, d.Size)
 	}
-	if d.ReadOnly && s.flags&flagReadOnly == 0 {
+	if d.ReadOnly && s.flags&proto.FlagReadOnly == 0 {
 		return fmt.Errorf("reconnect %s, which is read-only: export %s can be written: it is another one", d.Path(), export)
 	}
 	return reconfigure(d.Index, s, socks)
 }
-
-const (
-	flagReadOnly  = 1 << 1
-	flagMultiConn = 1 << 8
-)
 
 // shake does the handshake on as many connections as there may be.
 func shake(ctx context.Context, dial Dial, export, backend string) (socks []*os.File, s setup, err error) {
@@ -118,7 +114,7 @@ func shake(ctx context.Context, dial Dial, export, backend string) (socks []*os.
 		if s.size%blockSize != 0 {
 			return socks, s, fmt.Errorf("export %s has %d bytes: a block device has whole sectors of %d", export, s.size, blockSize)
 		}
-		if info.Flags&flagMultiConn == 0 {
+		if info.Flags&proto.FlagMultiConn == 0 {
 			break
 		}
 	}
