@@ -165,15 +165,7 @@ func (o *isolatedOpened) script(mnt string) string {
 	var b strings.Builder
 	b.WriteString("run\n")
 	for i, v := range o.drives {
-		options := "ro,nosuid,nodev,noexec"
-		switch v.FS.Type {
-		case TypeXFS:
-			options += ",nouuid"
-		case TypeFAT:
-			options += ",utf8"
-		case TypeBtrfs:
-			options += ",subvolid=5" // the top, whichever the guest has as its default
-		}
+		options := strings.Join(append([]string{"ro", "nosuid", "nodev", "noexec"}, mountOptions(v.FS.Type)...), ",")
 		if v.FS.Type == TypeNTFS {
 			// The probe's answer counts: a mount that is read-only looks at no journal.
 			options = "ro,norecover"
@@ -183,16 +175,6 @@ func (o *isolatedOpened) script(mnt string) string {
 	}
 	fmt.Fprintf(&b, "mountpoints\necho mounted\nmount-local %s options:use_ino\nmount-local-run\n", mnt)
 	return b.String()
-}
-
-func driver(fstype string) string {
-	switch fstype {
-	case TypeExt:
-		return "ext4"
-	case TypeNTFS:
-		return "ntfs-3g"
-	}
-	return fstype
 }
 
 // run starts guestfish and waits until it shows the files.

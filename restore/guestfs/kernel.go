@@ -150,30 +150,22 @@ func attachLoop(path string) (*os.File, error) {
 
 // mountDetached mounts a device read-only, and nowhere: the mount is its descriptor's.
 func mountDetached(fstype, dev string) (fd int, err error) {
-	driver := map[string]string{TypeExt: "ext4"}[fstype]
-	if driver == "" {
-		driver = fstype
-	}
-	ctx, err := unix.Fsopen(driver, unix.FSOPEN_CLOEXEC)
+	ctx, err := unix.Fsopen(driver(fstype), unix.FSOPEN_CLOEXEC)
 	if err != nil {
-		return -1, fmt.Errorf("the kernel has no driver for %s: %w", driver, err)
+		return -1, fmt.Errorf("the kernel has no driver for %s: %w", driver(fstype), err)
 	}
 	defer unix.Close(ctx)
 	steps := []func() error{
 		func() error { return unix.FsconfigSetString(ctx, "source", dev) },
 		func() error { return unix.FsconfigSetFlag(ctx, "ro") },
 	}
-	switch driver {
-	case "ext4":
-		// An image may ask for a panic.
-		steps = append(steps, func() error { return unix.FsconfigSetString(ctx, "errors", "remount-ro") })
-	case TypeXFS:
-		steps = append(steps, func() error { return unix.FsconfigSetFlag(ctx, "nouuid") })
-	case TypeFAT:
-		steps = append(steps, func() error { return unix.FsconfigSetFlag(ctx, "utf8") })
-	case TypeBtrfs:
-		// The top, whichever the guest has as its default.
-		steps = append(steps, func() error { return unix.FsconfigSetString(ctx, "subvolid", "5") })
+	for _, o := range mountOptions(fstype) {
+		steps = append(steps, func() error {
+			if key, value, ok := strings.Cut(o, "="); ok {
+				return unix.FsconfigSetString(ctx, key, value)
+			}
+			return unix.FsconfigSetFlag(ctx, o)
+		})
 	}
 	steps = append(steps, func() error { return unix.FsconfigCreate(ctx) })
 	for _, step := range steps {

@@ -132,6 +132,18 @@ func cutName(name string) (first, rest string, ok bool) {
 	return name, "", false
 }
 
+// Unsupported is why the files of a volume can not be shown; nil if they can.
+func (v Volume) Unsupported() error {
+	if v.FS.Readable() {
+		return nil
+	}
+	what := v.FS.Type
+	if what == TypeNone {
+		what = "nothing that is known"
+	}
+	return fmt.Errorf("volume %s holds %s: %w: %s are; disk.raw has all of the disk", v.Name, what, ErrUnsupported, Supported)
+}
+
 // Open is a volume as a disk of its own.
 func (v Volume) Open(disks map[string]Disk) (Disk, error) {
 	var n int64
