@@ -123,7 +123,7 @@ func (a *attachments) dial(at *attachment) kernel.Dial {
 	}
 }
 
-// reconnect gives a device new connections. Its export may have become a live disk: a scratch export is promoted.
+// reconnect gives a device new connections.
 func (a *attachments) reconnect(at *attachment) error {
 	if err := a.attachable(at.export); err != nil {
 		return err
@@ -176,8 +176,14 @@ func (a *attachments) keep(at *attachment) {
 	}
 }
 
-// attachable refuses what is not there, and live disks.
+// errLive refuses a live disk: a host can hang on a disk of its own that it writes to.
+var errLive = fmt.Errorf("%w: a host can hang on a disk of its own that it writes to: attach what it was, or a scratch export", errBadRequest)
+
+// attachable refuses what is not there, and what is a live disk or becomes one.
 func (a *attachments) attachable(export string) error {
+	if scratch, _, ok := cutScratch(export); ok && slices.ContainsFunc(a.exports.scratches.status(), func(s api.Scratch) bool { return s.Name == scratch && s.Promotion != nil }) {
+		return fmt.Errorf("%q is promoted to a live disk: %w", export, errLive)
+	}
 	dev, err := a.exports.Open(export)
 	if err != nil {
 		return err
@@ -186,17 +192,33 @@ func (a *attachments) attachable(export string) error {
 		return err
 	}
 	if _, is := dev.(*live); is {
-		return fmt.Errorf("%w: %q is a live disk: a host can hang on a disk of its own that it writes to; attach what it was, or a scratch export", errBadRequest, export)
+		return fmt.Errorf("%q is a live disk: %w", export, errLive)
 	}
 	return nil
 }
 
 // gone reports whether an export will not be there again: a group that is not configured may be again.
 func (a *attachments) gone(at *attachment) bool {
+	err := a.attachable(at.export)
+	if errors.Is(err, errLive) {
+		return true
+	}
 	if scratch, _, ok := cutScratch(at.export); ok {
 		return !slices.ContainsFunc(a.exports.scratches.status(), func(s api.Scratch) bool { return s.Name == scratch })
 	}
-	return errors.Is(a.attachable(at.export), journal.ErrNoPoint)
+	return errors.Is(err, journal.ErrNoPoint)
+}
+
+// promotable refuses a scratch export that is attached: it would become a live disk.
+func (a *attachments) promotable(scratch string) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, at := range a.all {
+		if name, _, ok := cutScratch(at.export); ok && name == scratch {
+			return fmt.Errorf("scratch export %s: %w: it is attached as %s, and would become a live disk of this host's: detach it first", scratch, journal.ErrInUse, at.d.Path())
+		}
+	}
+	return nil
 }
 
 func (a *attachments) drop(at *attachment) {

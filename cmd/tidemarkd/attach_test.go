@@ -89,6 +89,16 @@ ok tidemark detach --force scratch/s/vda
 umount -l /b
 dmesg | grep -v "$(basename $dev)" | grep -iE 'i/o error|ext4-fs error' && fail dmesg
 
+# What is attached is not promoted, and what is promoted is not attached: it would be a live disk of this host's.
+ok tidemark export web01@one --scratch --name p
+ok tidemark attach scratch/p
+code 9 tidemark promote p --group web02 --to /t/images
+grep -q "it is attached as /dev/nbd" /t/err || fail "why it is not promoted"
+ok tidemark detach scratch/p
+ok tidemark promote p --group web02 --to /t/images --wait
+code 2 tidemark attach scratch/p
+grep -q "live disk" /t/err || fail "why it is not attached"
+
 ok tidemark status --json
 grep -q '"attachments": \[\]' /t/out || fail "attachments are left"
 echo GUEST-WROTE

@@ -658,6 +658,9 @@ func (c *control) promote(r *http.Request) (any, error) {
 	if err := decode(r, &req); err != nil {
 		return nil, err
 	}
+	if err := c.attached.promotable(r.PathValue("name")); err != nil {
+		return nil, err
+	}
 	one, err := c.exports.scratches.promote(r.PathValue("name"), req)
 	if err != nil {
 		return nil, err
