@@ -53,6 +53,7 @@ second one's. Exit code 1 is an error; that files differ is none.`,
 		},
 	}
 	f.add(cmd)
+	f.addKeep(cmd)
 	return cmd
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -18,11 +19,20 @@ import (
 type filesFlags struct {
 	kernel bool
 	nbd    string
+	keep   time.Duration
 }
 
 func (f *filesFlags) add(cmd *cobra.Command) {
 	cmd.Flags().BoolVar(&f.kernel, "kernel", false, "read with the host's kernel: fast, takes root, and a guest that is trusted")
 	cmd.Flags().StringVar(&f.nbd, "nbd", "", "the daemon's NBD socket, unix:PATH or tcp:HOST:PORT; asked of the daemon by default")
+}
+
+// keepFor is how long a VM that shows files is kept for the next command, unless the user says otherwise.
+const keepFor = time.Minute
+
+// addKeep adds the flag of those whose VM may serve the next command.
+func (f *filesFlags) addKeep(cmd *cobra.Command) {
+	cmd.Flags().DurationVar(&f.keep, "keep", keepFor, "how long the VM that reads is kept for the next command; 0: it ends with this one")
 }
 
 // fileName is GROUP@POINT:/PATH, a guest's file, or GROUP/VOLUME@POINT:/PATH, one of a disk, partition or logical volume.

@@ -45,6 +45,7 @@ one disk, partition or logical volume. The file systems are opened in a small VM
 		},
 	}
 	f.add(cmd)
+	f.addKeep(cmd)
 	return cmd
 }
 
@@ -115,6 +116,7 @@ holes are kept, and, as root, owners and devices. The target must not exist, or 
 		},
 	}
 	f.add(cmd)
+	f.addKeep(cmd)
 	return cmd
 }
 

@@ -44,7 +44,8 @@ type momentSource struct {
 	group   string
 	network string // of the daemon's NBD server
 	addr    string
-	kernel  bool // by the host's kernel
+	kernel  bool          // by the host's kernel
+	keep    time.Duration // how long a VM is kept for the next command
 }
 
 func (a *app) momentSource(cmd *cobra.Command, group string, f filesFlags) (*momentSource, error) {
@@ -59,7 +60,7 @@ func (a *app) momentSource(cmd *cobra.Command, group string, f filesFlags) (*mom
 	if f.kernel && os.Geteuid() != 0 {
 		return nil, errors.New("--kernel takes root: it mounts")
 	}
-	return &momentSource{client: r.client, group: group, network: r.network, addr: r.addr, kernel: f.kernel || g.Trusted && os.Geteuid() == 0}, nil
+	return &momentSource{client: r.client, group: group, network: r.network, addr: r.addr, kernel: f.kernel || g.Trusted && os.Geteuid() == 0, keep: f.keep}, nil
 }
 
 // resolve finds the LSN of a point.
@@ -74,19 +75,38 @@ func (s *momentSource) resolve(ctx context.Context, point string) (uint64, error
 
 // moment is a group's file systems at a point.
 type moment struct {
-	lsn     uint64
-	dir     string            // for what it needs in files; removed with it
-	exports map[string]string // by disk: its NBD name
-	disks   map[string]*client.Client
-	layout  guestfs.Layout
-	opened  guestfs.Opened
-	shower  *shower // nil: a VM shows the files
-	stop    stops
+	place
+	lsn    uint64
+	dir    string // for what it needs in files; removed with it
+	disks  map[string]*client.Client
+	layout guestfs.Layout
+	opened guestfs.Opened
+	shower *shower // nil: a VM shows the files
+	stop   stops
 }
 
 // look finds the volumes of an LSN. Nothing of them is shown yet.
-func (s *momentSource) look(ctx context.Context, lsn uint64) (m *moment, err error) {
-	m = &moment{lsn: lsn}
+func (s *momentSource) look(ctx context.Context, lsn uint64) (*moment, error) {
+	exports, err := s.exports(ctx, lsn)
+	if err != nil {
+		return nil, err
+	}
+	m, err := look(ctx, place{s.network, s.addr, exports})
+	if err != nil {
+		return nil, err
+	}
+	m.lsn = lsn
+	return m, nil
+}
+
+// place is where the disks of a moment are read.
+type place struct {
+	Network, Addr string            `json:",omitempty"`
+	Exports       map[string]string `json:",omitempty"` // NBD names, by disk
+}
+
+func look(ctx context.Context, p place) (m *moment, err error) {
+	m = &moment{place: p}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.stop.run())
@@ -97,10 +117,7 @@ func (s *momentSource) look(ctx context.Context, lsn uint64) (m *moment, err err
 		return m, err
 	}
 	m.stop.add(func() error { return os.RemoveAll(m.dir) })
-	if m.exports, err = s.exports(ctx, lsn); err != nil {
-		return m, err
-	}
-	if m.disks, err = dialDisks(ctx, s.network, s.addr, m.exports, &m.stop); err != nil {
+	if m.disks, err = dialDisks(ctx, p, &m.stop); err != nil {
 		return m, err
 	}
 	m.layout, err = guestfs.Read(asDisks(m.disks))
@@ -125,16 +142,25 @@ func (s *momentSource) open(ctx context.Context, lsn uint64) (m *moment, err err
 
 // way is how the file systems of a moment are shown.
 func (s *momentSource) way(m *moment) (guestfs.Way, error) {
-	if !s.kernel {
-		return &guestfs.Isolated{Device: m.device, Dir: m.dir, Log: zap.NewNop()}, nil
+	switch {
+	case s.kernel:
+	case s.keep > 0:
+		return &keptWay{m.place, s.keep, m.isolated()}, nil
+	default:
+		return m.isolated(), nil
 	}
-	shower, err := startShower(s.network, s.addr, m.exports, m.dir)
+	shower, err := startShower(m.place, m.dir)
 	if err != nil {
 		return nil, err
 	}
 	m.shower = shower
 	m.stop.add(shower.stop)
 	return &guestfs.Kernel{Attach: shower.attach, Dir: m.dir}, nil
+}
+
+// isolated is the way by a VM of this process's own.
+func (m *moment) isolated() *guestfs.Isolated {
+	return &guestfs.Isolated{Device: m.device, Dir: m.dir, Log: zap.NewNop()}
 }
 
 func (m *moment) device(v guestfs.Volume) (nbd.Device, error) {
@@ -162,11 +188,11 @@ func (s *momentSource) exportsOf(status api.Status, lsn uint64) (map[string]stri
 	return exports, nil
 }
 
-// dialDisks connects to exports.
-func dialDisks(ctx context.Context, network, addr string, exports map[string]string, stop *stops) (map[string]*client.Client, error) {
+// dialDisks connects to the disks.
+func dialDisks(ctx context.Context, p place, stop *stops) (map[string]*client.Client, error) {
 	disks := map[string]*client.Client{}
-	for name, export := range exports {
-		c, err := client.Dial(ctx, network, addr, export, nil)
+	for name, export := range p.Exports {
+		c, err := client.Dial(ctx, p.Network, p.Addr, export, nil)
 		if err != nil {
 			return nil, err
 		}

@@ -25,9 +25,8 @@ import (
 
 // showRequest is what the shower reads from its input: first where the disks are, then volumes, one at a time.
 type showRequest struct {
-	Network, Addr string            `json:",omitempty"`
-	Exports       map[string]string `json:",omitempty"` // by disk
-	Dir           string            `json:",omitempty"`
+	place
+	Dir string `json:",omitempty"`
 
 	Volume *guestfs.Volume `json:",omitempty"`
 }
@@ -55,7 +54,7 @@ type shower struct {
 }
 
 // startShower starts one; it shows volumes in a directory of its own below dir.
-func startShower(network, addr string, exports map[string]string, dir string) (*shower, error) {
+func startShower(p place, dir string) (*shower, error) {
 	at := filepath.Join(dir, "volumes")
 	if err := os.Mkdir(at, 0o700); err != nil {
 		return nil, err
@@ -82,7 +81,7 @@ func startShower(network, addr string, exports map[string]string, dir string) (*
 		s.err = s.cmd.Wait()
 		close(s.ended)
 	}()
-	if _, err := s.ask(showRequest{Network: network, Addr: addr, Exports: exports, Dir: at}); err != nil {
+	if _, err := s.ask(showRequest{place: p, Dir: at}); err != nil {
 		return nil, errors.Join(err, s.stop())
 	}
 	return s, nil
@@ -156,7 +155,7 @@ func showAll(in io.Reader, out io.Writer) (err error) {
 	}
 	var stop stops
 	defer func() { err = errors.Join(err, stop.run()) }()
-	clients, err := dialDisks(context.Background(), r.Network, r.Addr, r.Exports, &stop)
+	clients, err := dialDisks(context.Background(), r.place, &stop)
 	if err != nil {
 		return enc.Encode(showAnswer{Error: err.Error()})
 	}

@@ -215,6 +215,93 @@ func TestMount(t *testing.T) {
 	nothingIsLeft(t)
 }
 
+// needVM skips a test where libguestfs has no VM, and sets it up for the programs of the test.
+func needVM(t *testing.T) {
+	t.Helper()
+	need(t, "guestfish", "fusermount3", "qemu-system-x86_64", "depmod")
+	if kernels, err := filepath.Glob(filepath.Join(guestImage, "kernel/boot/vmlinuz-*")); err != nil || len(kernels) == 0 {
+		t.Skip("there is no kernel for the VM: run make guest-deps")
+	}
+	for line := range strings.Lines(tool(t, "../../testdata/libguestfs", "env")) {
+		if name, value, _ := strings.Cut(strings.TrimSpace(line), "="); strings.HasPrefix(name, "LIBGUESTFS_") || strings.HasPrefix(name, "SUPERMIN_") {
+			t.Setenv(name, value)
+		}
+	}
+}
+
+// TestMountInAVM shows files by way of a VM, which may be killed, and over a restart of the daemon.
+func TestMountInAVM(t *testing.T) {
+	d := guestDisk(t)
+	needVM(t)
+	mnt := d.path("all")
+	cmd, said := d.mount(mnt, "web01", mnt)
+	require.Equal(t, []string{"disk.raw", "p1", "p2"}, list(t, mnt+"/at/one/vda"))
+	require.Equal(t, "first\n", read(t, mnt+"/at/one/vda/p2/etc/motd"))
+	require.Equal(t, "kernel\n", read(t, mnt+"/at/one/vda/p1/vmlinuz"))
+	target, err := os.Readlink(mnt + "/at/one/vda/p2/etc/escape")
+	require.NoError(t, err)
+	require.Equal(t, "/etc/passwd", target, "as it is")
+	err = os.WriteFile(mnt+"/at/one/vda/p2/etc/motd", []byte("x"), 0o600)
+	require.ErrorIs(t, err, syscall.EROFS)
+	reads := func() bool {
+		b, err := os.ReadFile(mnt + "/at/one/vda/p2/etc/passwd")
+		return err == nil && string(b) == "guest\n"
+	}
+	tool(t, "pkill", "-KILL", "-P", strconv.Itoa(cmd.Process.Pid), "guestfish")
+	require.Eventually(t, reads, time.Minute, 10*time.Millisecond)
+	d.kill()
+	_, err = os.ReadFile(mnt + "/at/one/vda/p1/vmlinuz")
+	require.ErrorIs(t, err, syscall.EIO)
+	_, err = os.Stat(mnt + "/at/-1ms")
+	require.ErrorIs(t, err, syscall.EIO)
+	d.start()
+	require.Eventually(t, func() bool { return reads() && read(t, mnt+"/at/one/vda/p2/etc/motd") == "first\n" }, time.Minute, 10*time.Millisecond)
+	require.NoError(t, cmd.Process.Signal(syscall.SIGTERM))
+	require.NoError(t, cmd.Wait(), said.String())
+	require.Empty(t, list(t, mnt))
+	nothingIsLeft(t)
+}
+
+// TestAVMIsKept for the next command, and ends when it is idle or the daemon does.
+func TestAVMIsKept(t *testing.T) {
+	d := guestDisk(t)
+	needVM(t)
+	t.Setenv("TMPDIR", t.TempDir())
+	kept := func() []string {
+		all, err := filepath.Glob(filepath.Join(os.TempDir(), "tidemark-*/*.sock"))
+		require.NoError(t, err)
+		return all
+	}
+	require.Contains(t, d.ok("ls", "web01@one:/boot"), "vmlinuz")
+	first := kept()
+	require.Len(t, first, 1)
+	require.Contains(t, d.ok("ls", "web01@one:/etc", "--keep", "1s"), "motd")
+	d.ok("cp", "web01@one:/etc/motd", d.path("motd"))
+	require.Equal(t, "first\n", read(t, d.path("motd")))
+	require.Equal(t, first, kept(), "it is the same one")
+
+	require.Equal(t, "! /etc/motd (size, time)\n", d.ok("diff", "--keep", "2s", "web01@one", "web01@latest:/etc"))
+	require.Len(t, kept(), 2)
+	require.Eventually(t, func() bool { return len(kept()) == 1 }, time.Minute, 10*time.Millisecond, "one that is idle ends")
+	require.Equal(t, first, kept())
+
+	// One whose VM is killed ends, and so does one without a daemon.
+	tool(t, "pkill", "-KILL", "-P", strings.Split(first[0], ".")[len(strings.Split(first[0], "."))-2], "guestfish")
+	require.Eventually(t, func() bool { return len(kept()) == 0 }, time.Minute, 10*time.Millisecond)
+	require.Contains(t, d.ok("ls", "web01@one:/etc"), "motd")
+	require.Len(t, kept(), 1)
+	d.kill()
+	require.Eventually(t, func() bool { return len(kept()) == 0 }, time.Minute, 10*time.Millisecond)
+	d.start()
+	require.Contains(t, d.ok("ls", "--keep", "0", "web01@one:/etc"), "motd")
+	require.Empty(t, kept())
+	require.Eventually(t, func() bool {
+		left, err := filepath.Glob(filepath.Join(os.TempDir(), "tidemark*"))
+		require.NoError(t, err)
+		return len(left) == 1
+	}, time.Minute, 10*time.Millisecond, "nothing is left behind but the directory")
+}
+
 // TestSubvolumesInAMount: files of one number in two subvolumes are two, in a moment that is opened again and again.
 func TestSubvolumesInAMount(t *testing.T) {
 	needRoot(t)
