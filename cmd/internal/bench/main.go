@@ -175,7 +175,7 @@ func write(out, head, part string) error {
 
 func backPage(rows []string, rounds int) string {
 	return backHead + fmt.Sprintf(`
-Made by `+"`make bench-back`"+` on %s: %s. %d rounds, medians; each from a cold cache. The disks have an ext4 with random bytes: 1 GiB in large files, 20,000 files of 4 KiB, the rest in files of
+Made by `+"`make bench-back`"+` on %s: %s. %d rounds, medians; each from a cold cache, and with memory that the host, where there is one, has not taken back. The disks have an ext4 with random bytes: 1 GiB in large files, 20,000 files of 4 KiB, the rest in files of
 256 MiB. After the point 2 GiB were written over the disk at random, 64 KiB each, and are applied: a quarter of what the point shows comes from the journal's originals. Files are copied with `+"`cp -r`"+` to memory. The time of the
 isolated ways does not include the start of the VM, on either side.
 
