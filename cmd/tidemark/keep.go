@@ -27,8 +27,12 @@ import (
 // own, the keeper, which is this program with a verb that is not listed. Commands find it by a socket, in a directory that only
 // the user can enter; it ends some time after its last user, and at once when the daemon or its VM does.
 
-// maxKept bounds the keepers of a user; with more, a command's VM ends with it.
-const maxKept = 4
+const (
+	// maxKept bounds the keepers of a user; with more, a command's VM ends with it.
+	maxKept = 4
+	// helloTime is how long a keeper may take to answer a connection, before another is started.
+	helloTime = 10 * time.Second
+)
 
 // keepRequest is what a keeper reads from its input.
 type keepRequest struct {
@@ -185,9 +189,9 @@ func findKept(dir string, p place) (guestfs.Opened, error) {
 	return nil, nil
 }
 
-// notThere reports whether there is no keeper, or one that was about to end.
+// notThere reports whether there is no keeper, or one that is about to end or does not answer.
 func notThere(err error) bool {
-	for _, e := range []error{syscall.ENOENT, syscall.ECONNREFUSED, syscall.ECONNRESET, io.EOF} {
+	for _, e := range []error{syscall.ENOENT, syscall.ECONNREFUSED, syscall.ECONNRESET, io.EOF, os.ErrDeadlineExceeded} {
 		if errors.Is(err, e) {
 			return true
 		}
@@ -214,7 +218,7 @@ func dialKept(sock string) (guestfs.Opened, error) {
 	o := &keptOpened{conn: c, answers: make(chan keptAnswer), done: make(chan struct{})}
 	dec := json.NewDecoder(c)
 	var hello keptAnswer
-	if err := dec.Decode(&hello); err != nil {
+	if err := errors.Join(c.SetReadDeadline(time.Now().Add(helloTime)), dec.Decode(&hello), c.SetReadDeadline(time.Time{})); err != nil {
 		return nil, errors.Join(fmt.Errorf("what keeps the VM: %w", err), c.Close())
 	}
 	go func() {
