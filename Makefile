@@ -41,10 +41,11 @@ test-guest: guest-deps
 	$(GO) test -race -timeout 20m $(TESTFLAGS) ./guest
 	$(GO) test -race -timeout 20m $(TESTFLAGS) ./cmd/tidemarkd -run 'Guest|Markers|Libvirt'
 
-# test-long is for a night: more seeds, more kills, more fuzzing.
+# test-long is for a night: more seeds, more kills, more corrupt images, more fuzzing.
 test-long: guest-deps
 	$(GO) test -timeout 8h ./journal -run TestModel -model.seeds=20000
 	TIDEMARK_KILLS=200 $(GO) test -race -timeout 2h ./cmd/tidemarkd -run TestKill
+	FLIPS=2000 $(GO) test -timeout 4h ./restore/guestfs -run TestCorrupt
 	$(MAKE) fuzz FUZZTIME=5m
 
 fuzz:

@@ -486,14 +486,40 @@ func walk(dir string) (files, errs int) {
 	return files, errs
 }
 
+// tally counts what came of reading volumes.
+type tally struct{ refused, errs, whole int }
+
+// read reads all of a volume's files.
+func (c *tally) read(ctx context.Context, o Opened, volume string) {
+	dir, err := o.Dir(ctx, volume)
+	if err != nil {
+		c.refused++
+		return
+	}
+	if _, bad := walk(dir); bad > 0 {
+		c.errs++
+	} else {
+		c.whole++
+	}
+}
+
+// counted fails if not all were read, or nothing was wrong with any.
+func (c *tally) counted(t *testing.T, n int) {
+	t.Helper()
+	t.Logf("refused %d, errors in %d, none in %d", c.refused, c.errs, c.whole)
+	require.Positive(t, c.refused+c.errs)
+	require.Equal(t, n, c.refused+c.errs+c.whole)
+}
+
 // TestCorruptImagesByTheKernel flips bits of metadata: what the kernel makes of it is errors, or files, and ends.
 func TestCorruptImagesByTheKernel(t *testing.T) {
 	for _, mkfs := range [][]string{{"mkfs.ext4", "-q", "-F"}, {"mkfs.xfs", "-q", "-f"}, {"mkfs.ntfs", "-q", "-F", "-f"}} {
 		t.Run(mkfs[0], func(t *testing.T) {
 			image := small(t, mkfs...)
 			blocks := metadata(image)
-			refused, errs, whole := 0, 0, 0
-			for i := range flips(t, 150) {
+			var c tally
+			n := flips(t, 150)
+			for i := range n {
 				disks := map[string]Disk{"vda": flip(rand.New(rand.NewPCG(1, uint64(i))), image, blocks)}
 				t.Run("", func(t *testing.T) { // so that each ends what it began
 					l, err := Read(disks)
@@ -501,20 +527,10 @@ func TestCorruptImagesByTheKernel(t *testing.T) {
 					o, err := kernelWay(t, disks).Open(context.Background(), l.Volumes)
 					require.NoError(t, err)
 					defer func() { require.NoError(t, o.Close()) }()
-					dir, err := o.Dir(context.Background(), "vda")
-					if err != nil {
-						refused++
-						return
-					}
-					if _, bad := walk(dir); bad > 0 {
-						errs++
-					} else {
-						whole++
-					}
+					c.read(context.Background(), o, "vda")
 				})
 			}
-			t.Logf("refused %d, errors in %d, none in %d", refused, errs, whole)
-			require.Positive(t, refused+errs)
+			c.counted(t, n)
 		})
 	}
 }
@@ -539,22 +555,11 @@ func TestCorruptImagesInTheVM(t *testing.T) {
 	require.NoError(t, err)
 	defer func() { require.NoError(t, o.Close()) }()
 	defer context.AfterFunc(ctx, o.Break)() // a VM that hangs is ended
-	refused, errs, whole := 0, 0, 0
+	var c tally
 	for name := range disks {
-		dir, err := o.Dir(ctx, name)
-		if err != nil {
-			refused++
-			continue
-		}
-		if _, bad := walk(dir); bad > 0 {
-			errs++
-		} else {
-			whole++
-		}
+		c.read(ctx, o, name)
 	}
-	t.Logf("refused %d, errors in %d, none in %d", refused, errs, whole)
-	require.Positive(t, refused+errs)
-	require.Equal(t, len(disks), refused+errs+whole)
+	c.counted(t, len(disks))
 }
 
 // TestAVMThatIsBroken: who waits for it gets an error, and so does everybody after.
