@@ -150,3 +150,21 @@ func TestACopyThatWasMadeAnew(t *testing.T) {
 	require.NoError(t, err)
 	require.True(t, bytes.Equal(two, got), "wrong bytes")
 }
+
+// TestANoteIsNotBelievedBeforeItsImage: beside the note of a restore that has done nothing there may be, after a power cut, what another one left.
+func TestANoteIsNotBelievedBeforeItsImage(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "img")
+	const size = 64 << 20
+	one, other := Options{Origin: Origin{Store: "s", Disk: "g/a", LSN: 10}}, Options{Origin: Origin{Store: "s", Disk: "g/a", LSN: 20}}
+	require.Error(t, ToFile(context.Background(), &breaking{b: pattern(1, size), stop: size / 2}, path, one))
+	nf, err := openNote(notePath(path))
+	require.NoError(t, err)
+	o := other
+	o.fill()
+	require.NoError(t, nf.begin(o.note(path, size)))
+	require.NoError(t, nf.close())
+	require.NoError(t, ToFile(context.Background(), &breaking{b: make([]byte, size), stop: 2 * size}, path, other))
+	got, err := os.ReadFile(path)
+	require.NoError(t, err)
+	require.True(t, bytes.Equal(make([]byte, size), got))
+}

@@ -105,23 +105,24 @@ func writeBeside(ctx context.Context, src Source, path string, nf *noteFile, o O
 	partial := partialPath(path)
 	n := o.note(path, src.Size())
 	was, ok := nf.read()
-	if ok = ok && was.goesOn(n) && !o.Fresh; ok {
+	if ok = ok && was.goesOn(n) && !allZero(was.Done) && !o.Fresh; ok {
 		_, serr := os.Lstat(partial)
 		ok = serr == nil
 	}
-	flags := os.O_RDWR | os.O_CREATE | unix.O_NOFOLLOW
 	if !ok {
-		flags |= os.O_TRUNC
-		if err := nf.begin(n); err != nil {
+		if err := nf.forget(); err != nil {
 			return errors.Join(err, nf.close())
 		}
 	}
-	f, err := os.OpenFile(partial, flags, 0o600)
+	f, err := os.OpenFile(partial, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return errors.Join(err, nf.remove())
 	}
 	if ok {
 		n = was
+	} else if err := errors.Join(f.Truncate(0), f.Sync(), nf.write(n)); err != nil {
+		// What is not written of the image is zeroes: it is durably empty before there is a note of it.
+		return errors.Join(err, f.Close(), nf.close())
 	}
 	j := &job{src: src, blank: true, progress: o.Progress}
 	j.mu.done = n.Done

@@ -102,11 +102,14 @@ func (nf *noteFile) write(n note) error {
 
 // begin replaces what the file says by a note of other work, before that begins: a mix of both would be believed.
 func (nf *noteFile) begin(n note) error {
-	if err := errors.Join(nf.f.Truncate(0), nf.f.Sync()); err != nil {
+	if err := nf.forget(); err != nil {
 		return err
 	}
 	return nf.write(n)
 }
+
+// forget has the file say nothing, durably.
+func (nf *noteFile) forget() error { return errors.Join(nf.f.Truncate(0), nf.f.Sync()) }
 
 func (nf *noteFile) close() error { return nf.f.Close() }
 
