@@ -23,7 +23,7 @@ import (
 )
 
 // Isolated is the way by libguestfs: a small VM of its own opens the volumes, and shows their files by FUSE. An image from a
-// guest is hostile input, and the VM stands between it and the host. It takes guestfish; not root.
+// guest is hostile input, and the VM stands between it and the host. It takes guestfish and fusermount3; not root.
 type Isolated struct {
 	// Device opens a volume, with an overlay that is thrown away.
 	Device func(v Volume) (nbd.Device, error)
@@ -41,8 +41,10 @@ const (
 
 // Open implements Way. The VM is started by the first Dir.
 func (w *Isolated) Open(_ context.Context, volumes []Volume) (Opened, error) {
-	if _, err := exec.LookPath("guestfish"); err != nil {
-		return nil, errors.New("files are shown by way of libguestfs: install it (apt-get install guestmount guestfish libguestfs-xfs), or use --kernel for guests that are trusted")
+	for _, tool := range []string{"guestfish", "fusermount3"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			return nil, fmt.Errorf("files are shown by way of libguestfs, which takes %s: install it (apt-get install guestmount guestfish libguestfs-xfs fuse3), or use --kernel for guests that are trusted", tool)
+		}
 	}
 	o := &isolatedOpened{w: w, volumes: map[string]Volume{}, places: map[string]string{}, failed: map[string]string{}, broken: make(chan struct{})}
 	for _, v := range volumes {
@@ -90,6 +92,7 @@ func (o *isolatedOpened) Dir(ctx context.Context, volume string) (string, error)
 		o.tried = true
 		if o.err = o.launch(ctx); o.err != nil {
 			o.err = errors.Join(fmt.Errorf("libguestfs: %w", o.err), o.end())
+			o.once.Do(func() { close(o.broken) }) // another time it may start
 		}
 	}
 	if o.err != nil {
@@ -173,7 +176,7 @@ func (o *isolatedOpened) script(mnt string) string {
 		}
 		fmt.Fprintf(&b, "mkmountpoint /%d\n-mount-vfs %s %s %s /%d\n", i, options, driver(v.FS.Type), driveName(i), i)
 	}
-	fmt.Fprintf(&b, "mountpoints\necho mounted\nmount-local %s options:use_ino\nmount-local-run\n", mnt)
+	fmt.Fprintf(&b, "mountpoints\necho mounted\nmount-local \"%s\" options:use_ino\nmount-local-run\n", strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(mnt))
 	return b.String()
 }
 
@@ -219,7 +222,7 @@ func (o *isolatedOpened) run(ctx context.Context, sock, mnt string) error {
 		case <-vm.ended:
 			return fmt.Errorf("guestfish ended: %w: %s", vm.err, &vm.stderr)
 		case <-o.broken:
-			return os.ErrClosed
+			return ErrEnded
 		case <-launched.Done():
 			return fmt.Errorf("the VM does not start: %w", launched.Err())
 		case <-time.After(20 * time.Millisecond):
@@ -286,7 +289,7 @@ func (o *isolatedOpened) end() error {
 func (o *isolatedOpened) Err() error {
 	select {
 	case <-o.broken:
-		return fmt.Errorf("the VM was ended: %w", os.ErrClosed)
+		return ErrEnded
 	default:
 	}
 	vm := o.vm.Load()
@@ -295,7 +298,7 @@ func (o *isolatedOpened) Err() error {
 	}
 	select {
 	case <-vm.ended:
-		return fmt.Errorf("the VM has ended: %w: %s", errors.Join(vm.err, os.ErrClosed), &vm.stderr)
+		return fmt.Errorf("the VM has ended: %w: %s", errors.Join(vm.err, ErrEnded), &vm.stderr)
 	default:
 		return nil
 	}
@@ -313,6 +316,6 @@ func (o *isolatedOpened) Break() {
 func (o *isolatedOpened) Close() error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.tried, o.err = true, os.ErrClosed
+	o.tried, o.err = true, ErrEnded
 	return o.end()
 }

@@ -234,13 +234,17 @@ func (o *kernelOpened) mountNTFS(ctx context.Context, v *kernelVolume, path stri
 		}
 	}
 	v.dir, v.tool = dir, tool
+	go func() { // until Close, if nothing ends it before
+		<-tool.ended
+		o.broken.Store(true)
+	}()
 	return nil
 }
 
 // Err implements Opened.
 func (o *kernelOpened) Err() error {
 	if o.broken.Load() {
-		return fmt.Errorf("what shows the files was ended: %w", os.ErrClosed)
+		return ErrEnded
 	}
 	return nil
 }

@@ -135,7 +135,13 @@ type volumeGroup struct {
 func logical(pvs []physical) (volumes []Volume, problems []error) {
 	newest := map[string]volumeGroup{} // by the group's id
 	byUUID := map[string]Volume{}
+	twice := map[string]bool{}
 	for _, p := range pvs {
+		if was, ok := byUUID[p.uuid]; ok {
+			// The disk of a clone that is attached: which of them is the guest's, nobody can say.
+			problems = append(problems, fmt.Errorf("LVM on %s and on %s: both are the physical volume %s, and none is taken", was.Name, p.v.Name, p.uuid))
+			twice[p.uuid] = true
+		}
 		byUUID[p.uuid] = p.v
 		if p.text == nil {
 			continue
@@ -149,13 +155,22 @@ func logical(pvs []physical) (volumes []Volume, problems []error) {
 			newest[id] = g
 		}
 	}
+	for uuid := range twice {
+		delete(byUUID, uuid)
+	}
 	ids := make([]string, 0, len(newest))
-	for id := range newest {
+	named := map[string]int{}
+	for id, g := range newest {
 		ids = append(ids, id)
+		named[g.name]++
 	}
 	sort.Strings(ids)
 	for _, id := range ids {
 		g := newest[id]
+		if named[g.name] > 1 {
+			problems = append(problems, fmt.Errorf("volume group %s (%s): another has its name, and none is taken", g.name, id))
+			continue
+		}
 		found, err := g.volumes(byUUID)
 		volumes = append(volumes, found...)
 		if err != nil {

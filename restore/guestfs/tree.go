@@ -113,7 +113,11 @@ func findRoot(ctx context.Context, o Opened, l Layout) (root mountpoint, tab []f
 			continue
 		}
 		shown = append(shown, v.Name)
-		sub, b, ok := findFstab(r, v.FS.Type)
+		sub, b, ok, err := findFstab(r, v.FS.Type)
+		if err != nil {
+			// It may be the guest's root: another one is not to be taken for it.
+			return root, nil, nil, errors.Join(fmt.Errorf("volume %s: whether it is the guest's root can not be told: name a volume: %w", v.Name, err), r.Close(), closeRoot(root))
+		}
 		if ok {
 			guests = append(guests, v.Name)
 		}
@@ -146,18 +150,24 @@ func closeRoot(m mountpoint) error {
 	return m.root.Close()
 }
 
-// findFstab finds a guest's fstab. A subvolume of Btrfs may be its root.
-func findFstab(r *os.Root, fstype string) (sub string, b []byte, ok bool) {
+// findFstab finds a guest's fstab. A subvolume of Btrfs may be its root. That it can not be read is an error; that there is none, or something else in
+// its place, is none.
+func findFstab(r *os.Root, fstype string) (sub string, b []byte, ok bool, err error) {
 	subs := []string{"."}
 	if fstype == TypeBtrfs {
 		subs = append(subs, "@", "root")
 	}
 	for _, sub := range subs {
-		if b, err := readSmall(r, path.Join(sub, "etc/fstab")); err == nil {
-			return sub, b, true
+		b, err := readSmall(r, path.Join(sub, "etc/fstab"))
+		var e syscall.Errno
+		switch {
+		case err == nil:
+			return sub, b, true, nil
+		case errors.As(err, &e) && e != syscall.ENOENT && e != syscall.ENOTDIR && e != syscall.ELOOP:
+			return "", nil, false, err
 		}
 	}
-	return "", nil, false
+	return "", nil, false, nil
 }
 
 func readSmall(r *os.Root, name string) ([]byte, error) {

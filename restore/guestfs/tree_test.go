@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 )
 
 // shown is volumes that are directories.
@@ -237,4 +238,26 @@ func TestDiffTellsWhatDiffers(t *testing.T) {
 	}
 	require.NoError(t, ta.Close())
 	require.NoError(t, tb.Close())
+}
+
+// TestAnFstabThatCanNotBeRead: another volume's is not taken for the guest's.
+func TestAnFstabThatCanNotBeRead(t *testing.T) {
+	needRoot(t)
+	a, b := t.TempDir(), t.TempDir()
+	for _, dir := range []string{a, b} {
+		require.NoError(t, os.MkdirAll(filepath.Join(dir, "etc"), 0o755))
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "etc/fstab"), []byte("/dev/vda1 / ext4 defaults 0 1\n"), 0o644))
+	}
+	l := Layout{Volumes: []Volume{
+		{Name: "vda/p1", FS: FS{TypeExt, "A", ""}, Extents: []Extent{{"vda", 0, 1}}},
+		{Name: "vdb/p1", FS: FS{TypeExt, "B", ""}, Extents: []Extent{{"vdb", 0, 1}}},
+	}}
+	fstab := filepath.Join(a, "etc/fstab")
+	require.NoError(t, unix.Mount("/proc/self/mem", fstab, "", unix.MS_BIND, "")) // reading it is EIO
+	defer func() { require.NoError(t, unix.Unmount(fstab, unix.MNT_DETACH)) }()
+	_, err := os.ReadFile(fstab)
+	require.ErrorIs(t, err, unix.EIO)
+	_, _, err = GuestTree(context.Background(), shown{"vda/p1": a, "vdb/p1": b}, l)
+	require.ErrorIs(t, err, unix.EIO)
+	require.ErrorContains(t, err, "name a volume")
 }

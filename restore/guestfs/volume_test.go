@@ -2,6 +2,7 @@ package guestfs
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -371,4 +372,48 @@ func TestMain(m *testing.M) {
 		panic(err)
 	}
 	os.Exit(m.Run())
+}
+
+// TestACloneOfAPhysicalVolume: of two that say they are the same one neither is taken, nor of two groups of one name.
+func TestACloneOfAPhysicalVolume(t *testing.T) {
+	text := func(id, uuid string) []byte {
+		return fmt.Appendf(nil, `vg0 {
+id = "%s"
+seqno = 3
+extent_size = 8
+physical_volumes {
+pv0 {
+id = "%s"
+pe_start = 8
+pe_count = 10
+}
+}
+logical_volumes {
+root {
+status = ["READ", "WRITE", "VISIBLE"]
+segment_count = 1
+segment1 {
+start_extent = 0
+extent_count = 4
+type = "striped"
+stripe_count = 1
+stripes = ["pv0", 0]
+}
+}
+}
+}
+`, id, uuid)
+	}
+	pv := func(disk, id, uuid string) physical {
+		return physical{v: Volume{Name: disk, Size: 1 << 20, Extents: []Extent{{disk, 0, 1 << 20}}}, uuid: uuid, text: text(id, uuid)}
+	}
+	found, problems := logical([]physical{pv("vda", "A", "u")})
+	require.Len(t, found, 1)
+	require.Empty(t, problems)
+	found, problems = logical([]physical{pv("vda", "A", "u"), pv("vdb", "A", "u")})
+	require.Empty(t, found)
+	require.ErrorContains(t, errors.Join(problems...), "vda and on vdb")
+	found, problems = logical([]physical{pv("vda", "A", "u"), pv("vdb", "B", "w")})
+	require.Empty(t, found)
+	require.Len(t, problems, 2)
 }

@@ -14,19 +14,23 @@ type Way interface {
 
 // Opened is volumes that are ready to be shown.
 type Opened interface {
-	// Dir is where this process finds a volume's files: a directory, and no link to one. It may take as long as the start of a small VM. What
-	// is in there may be hostile: links lead to the host.
+	// Dir is where this process finds a volume's files, until Close: a directory, and no link to one. It may take as long as the start of a
+	// small VM. What is in there may be hostile: links lead to the host.
 	Dir(ctx context.Context, volume string) (string, error)
 	// Err is why nothing is shown any more; nil if all is well.
 	Err() error
-	// Break ends what shows the files, so that uses fail, also those that wait: it may hang on what is hostile. What the kernel
-	// itself reads from is ended by who attached it.
+	// Break ends what shows the files, so that uses fail, also those that wait: it may hang on what is hostile. Where several share it,
+	// it ends when the last of them has given it up. What the kernel itself reads from is ended by who attached it.
 	Break()
+	// Close ends it in order. Files that are open then are errors sooner or later.
 	Close() error
 }
 
 // ErrUnsupported says that a volume holds nothing that can be shown as files.
 var ErrUnsupported = errors.New("no file system that is supported")
+
+// ErrEnded says that what showed the files has ended, or was ended.
+var ErrEnded = errors.New("what shows the files has ended")
 
 // ErrStale says that a file system would not be shown as its guest would see it.
 var ErrStale = errors.New("it would be shown as it never was")
