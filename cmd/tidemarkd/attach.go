@@ -18,6 +18,7 @@ import (
 
 	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
 	"github.com/tidemark-cdp/tidemark/journal"
+	"github.com/tidemark-cdp/tidemark/journal/record"
 	"github.com/tidemark-cdp/tidemark/nbd"
 	"github.com/tidemark-cdp/tidemark/nbd/kernel"
 )
@@ -32,7 +33,7 @@ type attachments struct {
 	log     *zap.Logger
 	wg      sync.WaitGroup // of keepers and connections
 
-	mu  sync.Mutex // guards all; held while a device is attached
+	mu  sync.Mutex // guards all; held while a device is attached or a scratch export is promoted
 	all map[int]*attachment
 }
 
@@ -184,6 +185,9 @@ func (a *attachments) attachable(export string) error {
 	if scratch, _, ok := cutScratch(export); ok && slices.ContainsFunc(a.exports.scratches.status(), func(s api.Scratch) bool { return s.Name == scratch && s.Promotion != nil }) {
 		return fmt.Errorf("%q is promoted to a live disk: %w", export, errLive)
 	}
+	if n, err := record.ParseExportName(export); err == nil && !n.Live && n.Point.Form != record.FormLSN {
+		return fmt.Errorf("%w: %q may mean another moment when it is connected again: name its LSN", errBadRequest, export)
+	}
 	dev, err := a.exports.Open(export)
 	if err != nil {
 		return err
@@ -209,8 +213,8 @@ func (a *attachments) gone(at *attachment) bool {
 	return errors.Is(err, journal.ErrNoPoint)
 }
 
-// promotable refuses a scratch export that is attached: it would become a live disk.
-func (a *attachments) promotable(scratch string) error {
+// whileDetached calls fn, which promotes a scratch export, unless that is attached; and nobody attaches it meanwhile: it becomes a live disk.
+func (a *attachments) whileDetached(scratch string, fn func() error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, at := range a.all {
@@ -218,7 +222,7 @@ func (a *attachments) promotable(scratch string) error {
 			return fmt.Errorf("scratch export %s: %w: it is attached as %s, and would become a live disk of this host's: detach it first", scratch, journal.ErrInUse, at.d.Path())
 		}
 	}
-	return nil
+	return fn()
 }
 
 func (a *attachments) drop(at *attachment) {
@@ -252,11 +256,11 @@ func (a *attachments) attach(ctx context.Context, r api.AttachRequest) (all []ap
 }
 
 func (a *attachments) attachOne(ctx context.Context, at *attachment) (err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	if err := a.attachable(at.export); err != nil {
 		return err
 	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
 	if a.ctx.Err() != nil {
 		return a.ctx.Err()
 	}

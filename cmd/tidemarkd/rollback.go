@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -195,6 +196,9 @@ func (r *rollbacks) rollback(ctx context.Context, g *journal.Group, req api.Roll
 	if again := r.before(g.Name()); again != nil {
 		// It is sealed already, and what there is now is a mix that deserves no name: the way back is the first one's.
 		note.Before, note.BeforeLSN = again.note.Before, again.note.BeforeLSN
+		if err := coversAll(g, again.note.Disks, names, lsn); err != nil {
+			return done, err
+		}
 		if err := writeNote(r.path(g.Name()), note); err != nil {
 			return done, err
 		}
@@ -208,6 +212,18 @@ func (r *rollbacks) rollback(ctx context.Context, g *journal.Group, req api.Roll
 	}
 	done.Before, done.BeforeLSN, done.Untouched = note.Before, note.BeforeLSN, untouched
 	return done, nil
+}
+
+// coversAll refuses a rollback that would leave a disk a mix which one that broke off has begun to write: it had those that its note
+// names, or, where that can not be read, perhaps any.
+func coversAll(g *journal.Group, mixed, names []string, lsn record.LSN) error {
+	for _, d := range g.Disks() {
+		if (len(mixed) == 0 || slices.Contains(mixed, d.Name)) && !slices.Contains(names, d.Name) {
+			return fmt.Errorf("%w: disk %s of group %s may be a mix, as a rollback of it broke off, and it came to the group after LSN %d: choose a point at which it was there (LSN %d or later)",
+				errBadRequest, d.Name, g.Name(), lsn, d.Added)
+		}
+	}
+	return nil
 }
 
 // prepare keeps clients out, marks the state before, and notes what is to be done. It returns that state, held.
@@ -426,8 +442,8 @@ func (r *rollbacks) reopen(group string, note *rollbackNote) (t, before *rollbac
 	if err := readNote(r.path(group), note); err != nil {
 		return nil, nil, err
 	}
-	if note.Version != rollbackNoteVersion || note.Group != group {
-		return nil, nil, fmt.Errorf("note %s is of group %q and version %d", r.path(group), note.Group, note.Version)
+	if note.Version != rollbackNoteVersion || note.Group != group || len(note.Disks) == 0 {
+		return nil, nil, fmt.Errorf("note %s is of group %q, version %d and %d disks", r.path(group), note.Group, note.Version, len(note.Disks))
 	}
 	g, err := r.store.Group(group)
 	if err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"os"
 	"os/exec"
@@ -13,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+	"github.com/tidemark-cdp/tidemark/nbd/client"
 )
 
 func (d *served) rollback(args ...string) api.RolledBack {
@@ -119,4 +121,38 @@ func TestARollbackChecksFirst(t *testing.T) {
 	require.Contains(t, out, "nothing was changed")
 	require.NoFileExists(t, d.path("state/rollback/web01.json"))
 	require.True(t, bytes.Equal(want, d.bytesOf("web01/vda")), "and it is served")
+}
+
+// TestAMixIsNotServed: a rollback that broke off in the midst of a disk is not ended by one to a point before that disk was there.
+func TestAMixIsNotServed(t *testing.T) {
+	d := &served{t: t, dir: t.TempDir()}
+	d.raw("a", 8<<20)
+	d.raw("b", 8<<20)
+	d.configure("groups:\n  web01:\n    disks: {vda: {backing: %DIR/a}}\n")
+	d.start()
+	d.scribble("web01/vda", 1, 20)
+	d.ok("mark", "web01", "early")
+	d.scribble("web01/vda", 9, 3)
+	d.configure("groups:\n  web01:\n    disks: {vda: {backing: %DIR/a}, vdb: {backing: %DIR/b}}\n")
+	d.ok("reload")
+	d.scribble("web01/vdb", 2, 100)
+	d.ok("mark", "web01", "one")
+	d.scribble("web01/vdb", 3, 100)
+	one := d.bytesOf("web01/vdb@one")
+	// Half of the disk is written, and the note that is left can not be followed.
+	c := d.dial("web01/vdb")
+	require.NoError(t, c.WriteAt(one[:4<<20], 0, false))
+	require.NoError(t, c.Close())
+	for _, note := range []string{`"version": 1, "disks": ["vda", "vdb"]`, `"version": 99`, `"version": 1`} {
+		d.stop()
+		require.NoError(t, os.WriteFile(d.path("state/rollback/web01.json"), []byte(`{`+note+`, "group": "web01", "point": "one", "lsn": 1099511627776, "before": "x", "before_lsn": 1099511627776}`), 0o600))
+		d.start()
+		out, code := d.tidemark("rollback", "web01", "--to", "early")
+		require.Equal(t, 2, code, out)
+		require.Contains(t, out, "disk vdb of group web01 may be a mix")
+		_, err := client.Dial(context.Background(), "unix", d.sock(), "web01/vdb", nil)
+		require.Error(t, err, "it is not served")
+	}
+	d.ok("rollback", "web01", "--to", "one")
+	require.True(t, bytes.Equal(one, d.bytesOf("web01/vdb")))
 }

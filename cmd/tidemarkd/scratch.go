@@ -658,10 +658,11 @@ func (c *control) promote(r *http.Request) (any, error) {
 	if err := decode(r, &req); err != nil {
 		return nil, err
 	}
-	if err := c.attached.promotable(r.PathValue("name")); err != nil {
-		return nil, err
-	}
-	one, err := c.exports.scratches.promote(r.PathValue("name"), req)
+	var one *scratch
+	err := c.attached.whileDetached(r.PathValue("name"), func() (err error) {
+		one, err = c.exports.scratches.promote(r.PathValue("name"), req)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
