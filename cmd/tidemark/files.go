@@ -32,7 +32,7 @@ const keepFor = time.Minute
 
 // addKeep adds the flag of those whose VM may serve the next command.
 func (f *filesFlags) addKeep(cmd *cobra.Command) {
-	cmd.Flags().DurationVar(&f.keep, "keep", keepFor, "how long the VM that reads is kept for the next command; 0: it ends with this one")
+	cmd.Flags().DurationVar(&f.keep, "keep", keepFor, "how long the VM that reads is kept for the next command about the same moment; 0: one for this command alone")
 }
 
 // fileName is GROUP@POINT:/PATH, a guest's file, or GROUP/VOLUME@POINT:/PATH, one of a disk, partition or logical volume.
@@ -104,6 +104,9 @@ func (a *app) withTree(cmd *cobra.Command, name string, f filesFlags, fn func(t 
 	n, err := parseFile(name, true)
 	if err != nil {
 		return usage(err)
+	}
+	if f.keep < 0 {
+		return usage(errors.New("--keep: expected a time, as 5m, or 0"))
 	}
 	s, err := a.momentSource(cmd, n.group, f)
 	if err != nil {

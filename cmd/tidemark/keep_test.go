@@ -4,29 +4,34 @@ import (
 	"context"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
-	"golang.org/x/sys/unix"
+
+	"github.com/tidemark-cdp/tidemark/restore/guestfs"
 )
 
 // shown is volumes that are shown in a directory of their names, but for "hangs", until they are broken.
 type shown struct {
-	once   sync.Once
-	broken chan struct{}
+	once    sync.Once
+	broken  chan struct{}
+	hanging chan struct{} // gets a value when somebody hangs
 }
 
 func (s *shown) Dir(ctx context.Context, volume string) (string, error) {
 	if volume == "hangs" {
+		s.hanging <- struct{}{}
 		select {
 		case <-s.broken:
 		case <-ctx.Done():
 		}
-		return "", os.ErrClosed
+		return "", guestfs.ErrEnded
 	}
 	if volume == "none" {
 		return "", os.ErrNotExist
@@ -37,7 +42,7 @@ func (s *shown) Dir(ctx context.Context, volume string) (string, error) {
 func (s *shown) Err() error {
 	select {
 	case <-s.broken:
-		return os.ErrClosed
+		return guestfs.ErrEnded
 	default:
 		return nil
 	}
@@ -47,14 +52,14 @@ func (s *shown) Break()       { s.once.Do(func() { close(s.broken) }) }
 func (s *shown) Close() error { return nil }
 
 // aKeeper runs a keeper; ended is closed when it has.
-func aKeeper(t *testing.T, keep time.Duration) (sock string, s *shown, ended chan struct{}) {
+func aKeeper(t *testing.T, idle time.Duration) (sock string, s *shown, ended chan struct{}) {
 	t.Helper()
 	ignore := goleak.IgnoreCurrent()
 	sock = filepath.Join(t.TempDir(), "sock")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: sock, Net: "unix"})
 	require.NoError(t, err)
-	s = &shown{broken: make(chan struct{})}
-	k := &keeper{m: &moment{opened: s}, l: l, keep: keep}
+	s = &shown{broken: make(chan struct{}), hanging: make(chan struct{}, 1)}
+	k := &keeper{m: &moment{opened: s}, l: l, keep: idle}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended = make(chan struct{})
 	go func() {
@@ -80,98 +85,129 @@ func over(t *testing.T, ended chan struct{}) {
 	}
 }
 
-func TestAKeeperEndsWhenItIsIdle(t *testing.T) {
-	sock, s, ended := aKeeper(t, 50*time.Millisecond)
+// enters waits until the keeper has a user again: it has one at a time.
+func enters(t *testing.T, sock string) (o *keptOpened) {
+	t.Helper()
+	require.Eventually(t, func() (in bool) {
+		var err error
+		o, err = dialKept(sock)
+		return err == nil
+	}, time.Minute, time.Millisecond)
+	return o
+}
+
+func TestAKeeperHasOneUserAfterTheOther(t *testing.T) {
+	sock, s, ended := aKeeper(t, time.Hour)
 	for range 3 {
-		o, err := dialKept(sock)
-		require.NoError(t, err)
-		time.Sleep(100 * time.Millisecond) // it is in use
+		o := enters(t, sock)
+		_, err := dialKept(sock)
+		require.True(t, notThere(err), "%v", err)
 		dir, err := o.Dir(context.Background(), "vda")
 		require.NoError(t, err)
 		require.Equal(t, "/vda", dir)
-		_, err = o.Dir(context.Background(), "none")
-		require.ErrorContains(t, err, "not exist")
 		require.NoError(t, o.Err())
 		require.NoError(t, o.Close())
 	}
+	o := enters(t, sock)
+	require.NoError(t, o.send(question{Idle: time.Millisecond}))
+	require.NoError(t, o.Close())
 	over(t, ended)
 	require.NoError(t, s.Err(), "it was not broken")
 	_, err := dialKept(sock)
 	require.True(t, notThere(err), "%v", err)
 }
 
-// TestOneGivesUp: what hangs ends, but not for those who still use it.
-func TestOneGivesUp(t *testing.T) {
+// TestAUserGivesUp: what hangs ends.
+func TestAUserGivesUp(t *testing.T) {
 	sock, s, ended := aKeeper(t, time.Hour)
-	a, err := dialKept(sock)
-	require.NoError(t, err)
-	b, err := dialKept(sock)
-	require.NoError(t, err)
+	o := enters(t, sock)
 	asked := make(chan error)
+	ctx, cancel := context.WithCancel(context.Background())
 	go func() {
-		_, err := a.Dir(context.Background(), "hangs")
+		_, err := o.Dir(ctx, "hangs")
 		asked <- err
 	}()
-	time.Sleep(20 * time.Millisecond) // most likely it waits by now
-	a.Break()
-	require.Error(t, <-asked)
-	_, err = b.Dir(context.Background(), "vda")
-	require.NoError(t, err)
-	require.Eventually(t, func() bool {
-		_, err := dialKept(sock)
-		return notThere(err)
-	}, time.Minute, time.Millisecond, "it has nobody new")
-	require.NoError(t, s.Err())
-	require.NoError(t, a.Close())
-	require.NoError(t, b.Close())
-	over(t, ended)
-}
-
-// TestAllGiveUp: the last one to give up ends what hangs, though the others still wait in it.
-func TestAllGiveUp(t *testing.T) {
-	sock, s, ended := aKeeper(t, time.Hour)
-	a, err := dialKept(sock)
-	require.NoError(t, err)
-	b, err := dialKept(sock)
-	require.NoError(t, err)
-	a.Break()
-	b.Break()
+	<-s.hanging
+	cancel()
+	require.ErrorIs(t, <-asked, context.Canceled)
 	over(t, ended)
 	require.Error(t, s.Err(), "who waits for a file gets an error")
-	require.NoError(t, a.Close())
-	require.NoError(t, b.Close())
-	_, err = a.Dir(context.Background(), "vda")
+	require.NoError(t, o.Close())
+	_, err := o.Dir(context.Background(), "vda")
 	require.Error(t, err)
 }
 
-// TestAKeeperOfNoUse ends.
+// TestAFailureIsNotKept: the next one may not fail.
+func TestAFailureIsNotKept(t *testing.T) {
+	sock, _, ended := aKeeper(t, time.Hour)
+	o := enters(t, sock)
+	_, err := o.Dir(context.Background(), "none")
+	require.ErrorContains(t, err, "not exist")
+	_, err = o.Dir(context.Background(), "vda")
+	require.NoError(t, err)
+	require.NoError(t, o.Close())
+	over(t, ended)
+}
+
+// TestAKeeperOfNoUse has nobody, from the moment on that it is.
 func TestAKeeperOfNoUse(t *testing.T) {
 	sock, s, ended := aKeeper(t, time.Hour)
-	o, err := dialKept(sock)
-	require.NoError(t, err)
 	s.Break()
+	_, err := dialKept(sock)
+	require.True(t, notThere(err), "%v", err)
 	over(t, ended)
+
+	sock, s, ended = aKeeper(t, time.Hour)
+	o := enters(t, sock)
+	s.Break()
+	_, err = o.Dir(context.Background(), "vda")
+	require.ErrorContains(t, err, "has ended")
+	over(t, ended) // with its user still there
 	require.Eventually(t, func() bool { return o.Err() != nil }, time.Minute, time.Millisecond)
 	require.NoError(t, o.Close())
 }
 
-// TestSweep counts those that live, and removes what others have left.
+// TestAKeeperThatDoesNotAnswer is passed over.
+func TestAKeeperThatDoesNotAnswer(t *testing.T) {
+	dir := t.TempDir()
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, "name.1.sock"), Net: "unix"})
+	require.NoError(t, err)
+	defer l.Close()
+	o, err := findKept(dir, "name")
+	require.NoError(t, err)
+	require.Nil(t, o)
+}
+
+func TestAZombieHasEnded(t *testing.T) {
+	cmd := exec.Command("true")
+	require.NoError(t, cmd.Start())
+	require.Eventually(t, func() bool { return ended(int32(cmd.Process.Pid)) }, time.Minute, time.Millisecond)
+	require.NoError(t, cmd.Wait())
+	require.False(t, ended(int32(os.Getpid())))
+}
+
+// TestSweep finds those that live, the longest idle first, and removes what others have left.
 func TestSweep(t *testing.T) {
 	dir := t.TempDir()
-	for _, name := range []string{"a.1.sock", "b.2.sock"} {
-		f, err := lockFile(filepath.Join(dir, name+".lock"), unix.LOCK_NB)
+	for _, name := range []string{"a.1", "b.2"} {
+		f, err := lockFile(filepath.Join(dir, name+lockSuffix))
 		require.NoError(t, err)
 		defer f.Close()
+		_, err = lockFile(f.Name())
+		require.ErrorIs(t, err, syscall.EWOULDBLOCK)
 	}
+	require.NoError(t, os.Chtimes(filepath.Join(dir, "b.2"+lockSuffix), time.Time{}, time.Unix(1, 0)))
 	for _, name := range []string{"c.3.sock", "c.3.sock.lock", "d.4.sock.lock", "lock"} {
 		require.NoError(t, os.WriteFile(filepath.Join(dir, name), nil, 0o600))
 	}
-	n, err := sweep(dir)
+	require.NoError(t, os.MkdirAll(filepath.Join(dir, "c.3.555", "vm1", "mnt"), 0o700))
+	require.NoError(t, os.MkdirAll(filepath.Join(dir, "a.1.555", "vm1", "mnt"), 0o700))
+	socks, err := sweep(dir)
 	require.NoError(t, err)
-	require.Equal(t, 2, n)
+	require.Equal(t, []string{filepath.Join(dir, "b.2.sock"), filepath.Join(dir, "a.1.sock")}, socks)
 	left, err := os.ReadDir(dir)
 	require.NoError(t, err)
-	require.Len(t, left, 3)
+	require.Len(t, left, 4, "two locks, a directory, the lock of all")
 }
 
 func TestKeptDirIsTheUsersAlone(t *testing.T) {
@@ -188,4 +224,21 @@ func TestKeptDirIsTheUsersAlone(t *testing.T) {
 	require.NoError(t, os.Symlink(t.TempDir(), dir))
 	_, err = keptDir()
 	require.ErrorContains(t, err, "not this user's alone")
+}
+
+// TestNames: what makes another VM has another name.
+func TestNames(t *testing.T) {
+	name := func(p place) string {
+		n, err := p.name()
+		require.NoError(t, err)
+		return n
+	}
+	p := place{Store: "s", Network: "unix", Addr: "/a", Exports: map[string]string{"vda": "web01/vda@lsn:1"}}
+	one := name(p)
+	require.Equal(t, one, name(p))
+	q := p
+	q.Store = "t"
+	require.NotEqual(t, one, name(q), "another daemon on the same socket")
+	t.Setenv("LIBGUESTFS_TRACE", "0")
+	require.NotEqual(t, one, name(p))
 }

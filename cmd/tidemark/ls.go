@@ -140,5 +140,9 @@ func (a *app) copy(cmd *cobra.Command, t *guestfs.Tree, p, to string) error {
 		o.Copied = func(n int64) { _ = bar.Add64(n) }
 		defer func() { _ = bar.Finish() }()
 	}
-	return t.Copy(cmd.Context(), p, to, o)
+	err := t.Copy(cmd.Context(), p, to, o)
+	if err == nil && skipped > 0 {
+		err = fmt.Errorf("%d files or attributes were left out", skipped)
+	}
+	return err
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -46,6 +47,7 @@ type momentSource struct {
 	addr    string
 	kernel  bool          // by the host's kernel
 	keep    time.Duration // how long a VM is kept for the next command
+	warn    func(error)
 }
 
 func (a *app) momentSource(cmd *cobra.Command, group string, f filesFlags) (*momentSource, error) {
@@ -60,7 +62,13 @@ func (a *app) momentSource(cmd *cobra.Command, group string, f filesFlags) (*mom
 	if f.kernel && os.Geteuid() != 0 {
 		return nil, errors.New("--kernel takes root: it mounts")
 	}
-	return &momentSource{client: r.client, group: group, network: r.network, addr: r.addr, kernel: f.kernel || g.Trusted && os.Geteuid() == 0, keep: f.keep}, nil
+	if r.network == "unix" { // for processes that stand elsewhere
+		if r.addr, err = filepath.Abs(r.addr); err != nil {
+			return nil, err
+		}
+	}
+	warn := func(err error) { fmt.Fprintf(cmd.ErrOrStderr(), "tidemark: %s\n", plain(err.Error())) }
+	return &momentSource{client: r.client, group: group, network: r.network, addr: r.addr, warn: warn, kernel: f.kernel || g.Trusted && os.Geteuid() == 0, keep: f.keep}, nil
 }
 
 // resolve finds the LSN of a point.
@@ -76,7 +84,7 @@ func (s *momentSource) resolve(ctx context.Context, point string) (uint64, error
 // moment is a group's file systems at a point.
 type moment struct {
 	place
-	lsn    uint64
+	lsn    uint64 // 0 in a keeper
 	dir    string // for what it needs in files; removed with it
 	disks  map[string]*client.Client
 	layout guestfs.Layout
@@ -87,11 +95,15 @@ type moment struct {
 
 // look finds the volumes of an LSN. Nothing of them is shown yet.
 func (s *momentSource) look(ctx context.Context, lsn uint64) (*moment, error) {
-	exports, err := s.exports(ctx, lsn)
+	status, err := s.client.Status(ctx)
 	if err != nil {
 		return nil, err
 	}
-	m, err := look(ctx, place{s.network, s.addr, exports})
+	exports, err := s.exportsOf(status, lsn)
+	if err != nil {
+		return nil, err
+	}
+	m, err := look(ctx, place{status.Store, s.network, s.addr, exports}, "", "tidemark")
 	if err != nil {
 		return nil, err
 	}
@@ -101,11 +113,13 @@ func (s *momentSource) look(ctx context.Context, lsn uint64) (*moment, error) {
 
 // place is where the disks of a moment are read.
 type place struct {
+	Store         string            `json:",omitempty"` // the state directory's identity
 	Network, Addr string            `json:",omitempty"`
 	Exports       map[string]string `json:",omitempty"` // NBD names, by disk
 }
 
-func look(ctx context.Context, p place) (m *moment, err error) {
+// look finds the volumes at a place. What it needs in files is in a directory by a pattern in dir, as os.MkdirTemp has it.
+func look(ctx context.Context, p place, dir, pattern string) (m *moment, err error) {
 	m = &moment{place: p}
 	defer func() {
 		if err != nil {
@@ -113,7 +127,7 @@ func look(ctx context.Context, p place) (m *moment, err error) {
 			m = nil
 		}
 	}()
-	if m.dir, err = os.MkdirTemp("", "tidemark"); err != nil {
+	if m.dir, err = os.MkdirTemp(dir, pattern); err != nil {
 		return m, err
 	}
 	m.stop.add(func() error { return os.RemoveAll(m.dir) })
@@ -145,7 +159,7 @@ func (s *momentSource) way(m *moment) (guestfs.Way, error) {
 	switch {
 	case s.kernel:
 	case s.keep > 0:
-		return &keptWay{m.place, s.keep, m.isolated()}, nil
+		return &keptWay{m.place, s.keep, m.isolated(), s.warn}, nil
 	default:
 		return m.isolated(), nil
 	}
@@ -167,15 +181,7 @@ func (m *moment) device(v guestfs.Volume) (nbd.Device, error) {
 	return guestfs.NewDevice(v, asDisks(m.disks), m.dir)
 }
 
-// exports are the NBD names of the disks that the group had at an LSN, by the disks' names.
-func (s *momentSource) exports(ctx context.Context, lsn uint64) (map[string]string, error) {
-	status, err := s.client.Status(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return s.exportsOf(status, lsn)
-}
-
+// exportsOf are the NBD names of the disks that the group had at an LSN, by the disks' names.
 func (s *momentSource) exportsOf(status api.Status, lsn uint64) (map[string]string, error) {
 	names, err := disksAt(status, s.group, lsn)
 	if err != nil {
@@ -272,7 +278,7 @@ func (m *moment) Err() error {
 // Break has what waits for the files or the disks get errors, now and from now on.
 func (m *moment) Break() {
 	for _, c := range m.disks {
-		c.Break(os.ErrClosed)
+		c.Break(guestfs.ErrEnded)
 	}
 	m.opened.Break()
 	if m.shower != nil {

@@ -130,7 +130,7 @@ func (s *shower) kill() {
 func (s *shower) Err() error {
 	select {
 	case <-s.ended:
-		return fmt.Errorf("what serves volumes to the kernel has ended: %w", errors.Join(s.err, os.ErrClosed))
+		return fmt.Errorf("what serves volumes to the kernel has ended: %w", errors.Join(s.err, guestfs.ErrEnded))
 	default:
 		return nil
 	}
