@@ -44,7 +44,7 @@ func (b *bench) sh(script string) error {
 // cold has the kernel forget what it has read. Of a guest's free memory the host may have taken some back, for which the first to use
 // it would pay: it is used before.
 func (b *bench) cold() error {
-	return b.sh("sync; echo 3 >/proc/sys/vm/drop_caches; t=$(mktemp /dev/shm/tidemark-bench-XXXX); head -c 4G /dev/zero >$t; rm $t")
+	return b.sh("sync; echo 3 >/proc/sys/vm/drop_caches; t=$(mktemp /dev/shm/tidemark-bench-XXXX); trap 'rm $t' EXIT; head -c 4G /dev/zero >$t || :")
 }
 
 // timed is how long fn takes, from a cold cache on.
