@@ -66,7 +66,7 @@ func Attach(ctx context.Context, dial Dial, export, backend string) (d Device, e
 			return d, nil
 		}
 		if time.Now().After(end) || ctx.Err() != nil {
-			return d, errors.Join(fmt.Errorf("attach %s: its file does not come: %w", export, err), disconnect(d.Index))
+			return d, errors.Join(fmt.Errorf("attach %s: its file does not come: %w", export, errors.Join(err, ctx.Err())), disconnect(d.Index))
 		}
 	}
 }
@@ -127,7 +127,7 @@ func closeAll(files []*os.File) {
 	}
 }
 
-// Detach disconnects a device. ErrBusy if it is mounted or otherwise claimed, unless forced: who uses it then gets errors.
+// Detach disconnects a device. fs.ErrNotExist if it is not attached, or to something else by now; ErrBusy if it is mounted or otherwise claimed, unless forced: who uses it then gets errors.
 func Detach(d Device, force bool) error {
 	now, err := Find(d.Index)
 	if err != nil {
@@ -150,7 +150,8 @@ func Detach(d Device, force bool) error {
 	return disconnect(d.Index)
 }
 
-const sysBlock = "/sys/block"
+// sysBlock is where the kernel tells of block devices.
+var sysBlock = "/sys/block"
 
 // List is the devices that are attached and say what to.
 func List() ([]Device, error) {
