@@ -45,11 +45,14 @@ The guest must be stopped. With --force it is cut off instead: its disks fail un
 			if len(d.Untouched) > 0 {
 				fmt.Fprintf(cmd.OutOrStdout(), "not touched, as they came to the group later: %s\n", strings.Join(d.Untouched, ", "))
 			}
+			if d.Before == "" { // it was in a note that could not be read
+				return nil
+			}
 			_, err = fmt.Fprintf(cmd.OutOrStdout(), "the way back: tidemark rollback %s --to %s\n", d.Group, d.Before)
 			return err
 		},
 	}
 	cmd.Flags().StringVar(&r.Point, "to", "", "the point")
-	cmd.Flags().BoolVar(&r.Force, "force", false, "cut clients off that have the disks open")
+	cmd.Flags().BoolVar(&r.Force, "force", false, "cut clients off that have the disks open; give up a disk that left the group in the midst of a rollback")
 	return cmd
 }

@@ -185,9 +185,6 @@ func (a *attachments) attachable(export string) error {
 	if scratch, _, ok := cutScratch(export); ok && slices.ContainsFunc(a.exports.scratches.status(), func(s api.Scratch) bool { return s.Name == scratch && s.Promotion != nil }) {
 		return fmt.Errorf("%q is promoted to a live disk: %w", export, errLive)
 	}
-	if n, err := record.ParseExportName(export); err == nil && !n.Live && n.Point.Form != record.FormLSN {
-		return fmt.Errorf("%w: %q may mean another moment when it is connected again: name its LSN", errBadRequest, export)
-	}
 	dev, err := a.exports.Open(export)
 	if err != nil {
 		return err
@@ -256,6 +253,9 @@ func (a *attachments) attach(ctx context.Context, r api.AttachRequest) (all []ap
 }
 
 func (a *attachments) attachOne(ctx context.Context, at *attachment) (err error) {
+	if n, err := record.ParseExportName(at.export); err == nil && !n.Live && n.Point.Form != record.FormLSN {
+		return fmt.Errorf("%w: %q may mean another moment when it is connected again: name its LSN", errBadRequest, at.export)
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if err := a.attachable(at.export); err != nil {

@@ -196,7 +196,10 @@ func (r *rollbacks) rollback(ctx context.Context, g *journal.Group, req api.Roll
 	if again := r.before(g.Name()); again != nil {
 		// It is sealed already, and what there is now is a mix that deserves no name: the way back is the first one's.
 		note.Before, note.BeforeLSN = again.note.Before, again.note.BeforeLSN
-		if err := coversAll(g, again.note.Disks, names, lsn); err != nil {
+		if note.Before == "" { // its note could not be read
+			note.BeforeLSN = note.LSN
+		}
+		if err := coversAll(g, again.note.Disks, names, lsn, req.Force); err != nil {
 			return done, err
 		}
 		if err := writeNote(r.path(g.Name()), note); err != nil {
@@ -215,12 +218,24 @@ func (r *rollbacks) rollback(ctx context.Context, g *journal.Group, req api.Roll
 }
 
 // coversAll refuses a rollback that would leave a disk a mix which one that broke off has begun to write: it had those that its note
-// names, or, where that can not be read, perhaps any.
-func coversAll(g *journal.Group, mixed, names []string, lsn record.LSN) error {
-	for _, d := range g.Disks() {
-		if (len(mixed) == 0 || slices.Contains(mixed, d.Name)) && !slices.Contains(names, d.Name) {
+// names, or, where that can not be read, perhaps any. One that is not in the group any more can be given up.
+func coversAll(g *journal.Group, mixed, names []string, lsn record.LSN, force bool) error {
+	if len(mixed) == 0 {
+		for _, d := range g.Disks() {
+			mixed = append(mixed, d.Name)
+		}
+	}
+	for _, name := range mixed {
+		if slices.Contains(names, name) {
+			continue
+		}
+		d, err := g.Disk(name)
+		switch {
+		case err == nil:
 			return fmt.Errorf("%w: disk %s of group %s may be a mix, as a rollback of it broke off, and it came to the group after LSN %d: choose a point at which it was there (LSN %d or later)",
-				errBadRequest, d.Name, g.Name(), lsn, d.Added)
+				errBadRequest, name, g.Name(), lsn, d.Added)
+		case !force:
+			return fmt.Errorf("%w: disk %s, which was in group %s, may be a mix, as a rollback of it broke off: add it again first (--force gives it up)", errBadRequest, name, g.Name())
 		}
 	}
 	return nil
@@ -359,8 +374,12 @@ func (r *rollbacks) write(ctx context.Context, t *rollbackTarget, note rollbackN
 		}
 		done.Disks = append(done.Disks, api.RolledBackDisk{Name: name, Written: n})
 	}
+	label := strings.Replace(note.Before, "before-", "after-", 1)
+	if label == "" {
+		label = "after-rollback-" + time.Now().UTC().Format("20060102T150405Z")
+	}
 	m, err := t.g.Mark(record.Marker{
-		Label: strings.Replace(note.Before, "before-", "after-", 1), By: note.By, Description: fmt.Sprintf("after the rollback to %s, LSN %d", note.Point, note.LSN),
+		Label: label, By: note.By, Description: fmt.Sprintf("after the rollback to %s, LSN %d", note.Point, note.LSN),
 	})
 	if err != nil && !errors.Is(err, journal.ErrLabelInUse) {
 		return err

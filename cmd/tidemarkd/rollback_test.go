@@ -143,7 +143,7 @@ func TestAMixIsNotServed(t *testing.T) {
 	c := d.dial("web01/vdb")
 	require.NoError(t, c.WriteAt(one[:4<<20], 0, false))
 	require.NoError(t, c.Close())
-	for _, note := range []string{`"version": 1, "disks": ["vda", "vdb"]`, `"version": 99`, `"version": 1`} {
+	for _, note := range []string{`"version": 1, "disks": ["vda", "vdb"]`, `"version": 99`, `"version": 1`, ""} {
 		d.stop()
 		require.NoError(t, os.WriteFile(d.path("state/rollback/web01.json"), []byte(`{`+note+`, "group": "web01", "point": "one", "lsn": 1099511627776, "before": "x", "before_lsn": 1099511627776}`), 0o600))
 		d.start()
@@ -153,6 +153,16 @@ func TestAMixIsNotServed(t *testing.T) {
 		_, err := client.Dial(context.Background(), "unix", d.sock(), "web01/vdb", nil)
 		require.Error(t, err, "it is not served")
 	}
-	d.ok("rollback", "web01", "--to", "one")
+	d.ok("rollback", "web01", "--to", "one") // though the note can not be read at all
 	require.True(t, bytes.Equal(one, d.bytesOf("web01/vdb")))
+
+	// One that has left the group meanwhile is given up by name only.
+	d.stop()
+	require.NoError(t, os.WriteFile(d.path("state/rollback/web01.json"), []byte(`{"version": 1, "group": "web01", "point": "one", "lsn": 1099511627776, "disks": ["vda", "vdb"], "before": "x", "before_lsn": 1099511627776}`), 0o600))
+	d.configure("groups:\n  web01:\n    disks: {vda: {backing: %DIR/a}}\n")
+	d.start()
+	out, code := d.tidemark("rollback", "web01", "--to", "early")
+	require.Equal(t, 2, code, out)
+	require.Contains(t, out, "disk vdb, which was in group web01, may be a mix")
+	d.ok("rollback", "web01", "--to", "early", "--force")
 }
