@@ -37,6 +37,8 @@ const (
 	launchTime = 5 * time.Minute
 	// MaxDrives bounds the volumes with file systems that one VM can have.
 	MaxDrives = 200
+	// maxSocket is how long the path of a unix socket may be.
+	maxSocket = 107
 )
 
 // Open implements Way. The VM is started by the first Dir.
@@ -45,6 +47,9 @@ func (w *Isolated) Open(_ context.Context, volumes []Volume) (Opened, error) {
 		if _, err := exec.LookPath(tool); err != nil {
 			return nil, fmt.Errorf("files are shown by way of libguestfs, which takes %s: install it (apt-get install guestmount guestfish libguestfs-xfs fuse3), or use --kernel for guests that are trusted", tool)
 		}
+	}
+	if n := len(w.Dir) + len("/vm1234567890/nbd"); n > maxSocket {
+		return nil, fmt.Errorf("the directory %s has a name that is too long for sockets in it: choose another one (TMPDIR)", w.Dir)
 	}
 	o := &isolatedOpened{w: w, volumes: map[string]Volume{}, places: map[string]string{}, failed: map[string]string{}, broken: make(chan struct{})}
 	for _, v := range volumes {

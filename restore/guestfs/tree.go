@@ -171,6 +171,10 @@ func findFstab(r *os.Root, fstype string) (sub string, b []byte, ok bool, err er
 }
 
 func readSmall(r *os.Root, name string) ([]byte, error) {
+	// A socket can not be opened, nor can a device: that is no error of reading.
+	if info, err := r.Stat(name); err != nil || !info.Mode().IsRegular() {
+		return nil, errors.Join(err, fs.ErrInvalid)
+	}
 	f, err := r.OpenFile(name, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
