@@ -63,8 +63,8 @@ type answer struct {
 	Error string `json:",omitempty"`
 }
 
-// errManyKept says that all keepers that a user may have are in use.
-var errManyKept = errors.New("too many are kept")
+// errTaken says that all keepers that there may be have other users, which is nothing to be told.
+var errTaken = errors.New("all that are kept are in use")
 
 // keptWay is the way by a VM that a keeper has.
 type keptWay struct {
@@ -82,7 +82,7 @@ func (w *keptWay) Open(ctx context.Context, volumes []guestfs.Volume) (guestfs.O
 		return o, nil
 	case ctx.Err() != nil:
 		return nil, ctx.Err()
-	case !errors.Is(err, errManyKept):
+	case !errors.Is(err, errTaken):
 		w.warn(fmt.Errorf("the VM is not kept for the next command: %w", err))
 	}
 	return w.own.Open(ctx, volumes)
@@ -111,7 +111,7 @@ func (w *keptWay) kept(ctx context.Context) (*keptOpened, error) {
 		return nil, err
 	}
 	if len(all) >= maxKept && !endIdle(all) {
-		return nil, errManyKept
+		return nil, errTaken
 	}
 	sock, err := startKeeper(ctx, startRequest{w.place, dir, name, w.idle})
 	if err != nil {
@@ -123,13 +123,16 @@ func (w *keptWay) kept(ctx context.Context) (*keptOpened, error) {
 
 // keptFor says how long the VM is to be kept behind this user.
 func (o *keptOpened) keptFor(idle time.Duration, err error) (*keptOpened, error) {
-	if err != nil {
-		return nil, err
+	if err == nil {
+		if err = o.send(question{Idle: idle}); err == nil {
+			return o, nil
+		}
+		_ = o.Close() // it has ended
 	}
-	if err := o.send(question{Idle: idle}); err != nil {
-		return nil, errors.Join(err, o.Close())
+	if notThere(err) {
+		err = errTaken // somebody else was faster
 	}
-	return o, nil
+	return nil, err
 }
 
 // name is one for all that makes a VM what it is.
@@ -141,7 +144,7 @@ func (p place) name() (string, error) {
 	env := slices.DeleteFunc(os.Environ(), func(s string) bool { return !strings.HasPrefix(s, "LIBGUESTFS_") && !strings.HasPrefix(s, "SUPERMIN_") })
 	slices.Sort(env)
 	b, err := json.Marshal([]any{build.Version(), ns, env, p})
-	return fmt.Sprintf("%x", sha256.Sum256(b))[:16], err
+	return fmt.Sprintf("%x", sha256.Sum256(b))[:12], err
 }
 
 // keptDir is the directory with the user's keepers.
@@ -192,7 +195,7 @@ func lockWithin(ctx context.Context, path string, limit time.Duration) (*os.File
 }
 
 // A keeper's files in the directory are NAME.PID.sock, NAME.PID.sock.lock, which it has locked as long as it lives and touches when it becomes
-// idle, and NAME.PID.RANDOM, a directory.
+// idle, and NAME.PID.d, a directory.
 const lockSuffix = ".sock.lock"
 
 // sweep finds the sockets of the keepers that live, the longest idle first, and removes what others have left that were killed.
@@ -446,7 +449,8 @@ func openKeeper(ctx context.Context, r startRequest, base string, stop *stops) (
 		return nil, err
 	}
 	stop.add(func() error { return errors.Join(os.Remove(lock.Name()), lock.Close()) })
-	m, err := look(ctx, r.place, r.Dir, base+".*")
+	dir := filepath.Join(r.Dir, base+".d")
+	m, err := look(ctx, r.place, func() (string, error) { return dir, os.Mkdir(dir, 0o700) })
 	if err != nil {
 		return nil, err
 	}
@@ -467,11 +471,10 @@ type keeper struct {
 	idle *time.Timer        // runs while there is no user
 	end  context.CancelFunc // ends run
 
-	mu     sync.Mutex    // guards what follows
-	keep   time.Duration // how long it goes on without a user
-	used   bool
-	user   int32 // a process; 0: it is not known
-	ending bool  // nobody new comes in
+	mu   sync.Mutex    // guards what follows
+	keep time.Duration // how long it goes on without a user
+	used bool
+	user int32 // a process; 0: it is not known
 }
 
 // run serves until the keeper's end, and closes the listener. The moment is the caller's to close.
@@ -560,15 +563,7 @@ func peer(c *net.UnixConn) (pid int32) {
 func (k *keeper) enter(pid int32) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.used || k.ending {
-		return false
-	}
-	if k.m.Err() != nil {
-		k.ending = true
-		k.end()
-		return false
-	}
-	if !k.idle.Stop() {
+	if k.used || k.m.Err() != nil || !k.idle.Stop() {
 		return false
 	}
 	k.used, k.user = true, pid
@@ -579,7 +574,7 @@ func (k *keeper) leave() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.used, k.user = false, 0
-	if k.ending {
+	if k.m.Err() != nil {
 		k.end()
 		return
 	}
@@ -624,7 +619,7 @@ func (k *keeper) serve(ctx context.Context, c *net.UnixConn) {
 	}
 }
 
-// find answers where a volume's files are. A keeper that has failed once serves nobody else: another one may not fail.
+// find answers where a volume's files are.
 func (k *keeper) find(ctx context.Context, volume string) (a answer) {
 	dir, err := k.m.opened.Dir(ctx, volume)
 	if err == nil {
@@ -632,9 +627,6 @@ func (k *keeper) find(ctx context.Context, volume string) (a answer) {
 	}
 	if a.Path = dir; err != nil {
 		a = answer{Error: err.Error()}
-		k.mu.Lock()
-		k.ending = true
-		k.mu.Unlock()
 	}
 	return a
 }

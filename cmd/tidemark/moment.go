@@ -103,7 +103,7 @@ func (s *momentSource) look(ctx context.Context, lsn uint64) (*moment, error) {
 	if err != nil {
 		return nil, err
 	}
-	m, err := look(ctx, place{status.Store, s.network, s.addr, exports}, "", "tidemark")
+	m, err := look(ctx, place{status.Store, s.network, s.addr, exports}, func() (string, error) { return os.MkdirTemp("", "tidemark") })
 	if err != nil {
 		return nil, err
 	}
@@ -118,8 +118,8 @@ type place struct {
 	Exports       map[string]string `json:",omitempty"` // NBD names, by disk
 }
 
-// look finds the volumes at a place. What it needs in files is in a directory by a pattern in dir, as os.MkdirTemp has it.
-func look(ctx context.Context, p place, dir, pattern string) (m *moment, err error) {
+// look finds the volumes at a place. What it needs in files is in a directory that mkdir makes, and that is removed.
+func look(ctx context.Context, p place, mkdir func() (string, error)) (m *moment, err error) {
 	m = &moment{place: p}
 	defer func() {
 		if err != nil {
@@ -127,7 +127,7 @@ func look(ctx context.Context, p place, dir, pattern string) (m *moment, err err
 			m = nil
 		}
 	}()
-	if m.dir, err = os.MkdirTemp(dir, pattern); err != nil {
+	if m.dir, err = mkdir(); err != nil {
 		return m, err
 	}
 	m.stop.add(func() error { return os.RemoveAll(m.dir) })
