@@ -9,8 +9,8 @@ import (
 	"github.com/tidemark-cdp/tidemark/restore/guestfs"
 )
 
-// differing is one of the diff verb's JSON.
-type differing struct {
+// fileDifference is one of the diff verb's JSON.
+type fileDifference struct {
 	Path string   `json:"path"`
 	Only int      `json:"only,omitempty"` // 1 or 2: it is in that one alone
 	What []string `json:"what,omitempty"`
@@ -34,12 +34,12 @@ second one's. Exit code 1 is an error; that files differ is none.`,
 			if !strings.Contains(name, ":/") {
 				name += ":" + second.path
 			}
-			all := []differing{}
+			all := []fileDifference{}
 			err = a.withTree(cmd, name, f, func(ta *guestfs.Tree, pa string) error {
 				return a.withTree(cmd, args[1], f, func(tb *guestfs.Tree, pb string) error {
 					return guestfs.Diff(cmd.Context(), ta, pa, tb, pb, func(d guestfs.Difference) error {
 						if a.json {
-							all = append(all, differing(d))
+							all = append(all, fileDifference(d))
 							return nil
 						}
 						return printDifference(cmd, d)

@@ -57,7 +57,8 @@ type question struct {
 	Break  bool          `json:",omitempty"` // the VM is to end
 }
 
-// answer is the keeper's: with its socket to its start, with nothing to a connection, with a directory to a question for a volume.
+// answer is what a process of this program's answers another one. The keeper's has its socket, to its start; nothing, to a connection; and
+// a directory, to a question for a volume.
 type answer struct {
 	Path  string `json:",omitempty"`
 	Error string `json:",omitempty"`
@@ -106,6 +107,9 @@ func (w *keptWay) kept(ctx context.Context) (*keptOpened, error) {
 		return nil, err
 	}
 	defer lock.Close()
+	if o, err := findKept(dir, name); o != nil || err != nil { // one that was started meanwhile
+		return o.keptFor(w.idle, err)
+	}
 	all, err := sweep(dir)
 	if err != nil {
 		return nil, err

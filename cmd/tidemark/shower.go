@@ -23,18 +23,12 @@ import (
 // with a verb that is not listed: who reads the mount may be killed in the middle of a read that only the server can
 // answer, and a process can not end that waits for itself. The shower ends when the pipe from its parent does.
 
-// showRequest is what the shower reads from its input: first where the disks are, then volumes, one at a time.
+// showRequest is what the shower reads from its input: first where the disks are, then volumes, one at a time. It answers each.
 type showRequest struct {
 	place
 	Dir string `json:",omitempty"`
 
 	Volume *guestfs.Volume `json:",omitempty"`
-}
-
-// showAnswer is what it answers to each.
-type showAnswer struct {
-	Path  string `json:",omitempty"`
-	Error string `json:",omitempty"`
 }
 
 // shower is the parent's side.
@@ -90,7 +84,7 @@ func startShower(p place, dir string) (*shower, error) {
 func (s *shower) ask(r showRequest) (path string, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var a showAnswer
+	var a answer
 	if err := errors.Join(s.enc.Encode(r), s.dec.Decode(&a)); err != nil {
 		return "", fmt.Errorf("serve volumes to the kernel: %w", err)
 	}
@@ -157,7 +151,7 @@ func showAll(in io.Reader, out io.Writer) (err error) {
 	defer func() { err = errors.Join(err, stop.run()) }()
 	clients, err := dialDisks(context.Background(), r.place, &stop)
 	if err != nil {
-		return enc.Encode(showAnswer{Error: err.Error()})
+		return enc.Encode(answer{Error: err.Error()})
 	}
 	// Without the daemon it is of no use: with it go its files, which then give errors, and the parent makes another.
 	var stopping atomic.Bool
@@ -178,17 +172,17 @@ func showAll(in io.Reader, out io.Writer) (err error) {
 	})
 	fuse, err := mount.ServeDevices(r.Dir)
 	if err != nil {
-		return enc.Encode(showAnswer{Error: err.Error()})
+		return enc.Encode(answer{Error: err.Error()})
 	}
 	var devices stops
 	stop.add(func() error { return errors.Join(fuse.Close(), devices.run()) })
 	defer stopping.Store(true) // before everything else is undone
-	for a := (showAnswer{}); ; {
+	for a := (answer{}); ; {
 		var next showRequest
 		if enc.Encode(a) != nil || dec.Decode(&next) != nil {
 			return nil // the parent is done, or gone
 		}
-		a = showAnswer{}
+		a = answer{}
 		if a.Path, err = showOne(fuse, next.Volume, asDisks(clients), filepath.Dir(r.Dir), &devices); err != nil {
 			a.Error = err.Error()
 		}

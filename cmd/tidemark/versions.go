@@ -18,8 +18,8 @@ import (
 // batch is how many moments one VM has at most.
 const batch = 16
 
-// version is one of the versions verb's JSON.
-type version struct {
+// fileVersion is one of the versions verb's JSON.
+type fileVersion struct {
 	LSN     uint64    `json:"lsn"`
 	Point   string    `json:"point"` // a marker's label, or latest
 	Time    time.Time `json:"time,omitzero"`
@@ -71,7 +71,7 @@ markers is not looked at.`,
 	return cmd
 }
 
-func (a *app) findVersions(cmd *cobra.Command, n fileName, filter api.Filter, f filesFlags) ([]version, error) {
+func (a *app) findVersions(cmd *cobra.Command, n fileName, filter api.Filter, f filesFlags) ([]fileVersion, error) {
 	c, err := a.client()
 	if err != nil {
 		return nil, err
@@ -80,21 +80,21 @@ func (a *app) findVersions(cmd *cobra.Command, n fileName, filter api.Filter, f 
 	if err != nil {
 		return nil, err
 	}
-	at := []version{}
+	at := []fileVersion{}
 	for _, m := range points.Markers {
-		at = append(at, version{LSN: m.LSN, Point: m.Label, Time: m.Time})
+		at = append(at, fileVersion{LSN: m.LSN, Point: m.Label, Time: m.Time})
 	}
 	if filter.Until == "" && filter.Label == "" {
-		at = append(at, version{LSN: points.Head, Point: "latest"})
+		at = append(at, fileVersion{LSN: points.Head, Point: "latest"})
 	}
 	s, err := a.momentSource(cmd, n.group, f)
 	if err != nil {
 		return nil, err
 	}
-	if at, err = s.differing(cmd.Context(), at); err != nil {
+	if at, err = s.dropUnchanged(cmd.Context(), at); err != nil {
 		return nil, err
 	}
-	found := []version{}
+	found := []fileVersion{}
 	last := ""
 	for i := 0; i < len(at); {
 		moments, err := s.openSome(cmd.Context(), at[i:])
@@ -120,8 +120,8 @@ func (a *app) findVersions(cmd *cobra.Command, n fileName, filter api.Filter, f 
 	return found, nil
 }
 
-// differing leaves out the points at which no disk differs from what it was at the one before.
-func (s *momentSource) differing(ctx context.Context, at []version) (some []version, err error) {
+// dropUnchanged leaves out the points at which no disk differs from what it was at the one before.
+func (s *momentSource) dropUnchanged(ctx context.Context, at []fileVersion) (some []fileVersion, err error) {
 	status, err := s.client.Status(ctx)
 	if err != nil {
 		return nil, err
@@ -180,7 +180,7 @@ type moments struct {
 func (m *moments) close() error { return m.stop.run() }
 
 // openSome opens the first of some points, or, where a VM of its own shows the files, as many as it can have: its start is what takes time.
-func (s *momentSource) openSome(ctx context.Context, at []version) (some *moments, err error) {
+func (s *momentSource) openSome(ctx context.Context, at []fileVersion) (some *moments, err error) {
 	some = &moments{}
 	if s.kernel {
 		m, err := s.open(ctx, at[0].LSN)
@@ -257,14 +257,14 @@ func (o oneOf) Dir(ctx context.Context, volume string) (string, error) {
 	return o.Opened.Dir(ctx, o.m.inVM(volume))
 }
 
-func (a *app) versionAt(cmd *cobra.Command, m *moment, n fileName, v *version) (print string, err error) {
+func (a *app) versionAt(cmd *cobra.Command, m *moment, n fileName, v *fileVersion) (print string, err error) {
 	defer context.AfterFunc(cmd.Context(), m.Break)()
 	t, path, err := m.tree(cmd, n)
 	if err != nil {
 		return "", err
 	}
 	defer func() { err = errors.Join(err, t.Close()) }()
-	print, info, err := t.Print(cmd.Context(), path)
+	print, info, err := t.Fingerprint(cmd.Context(), path)
 	if err != nil {
 		return "", err
 	}

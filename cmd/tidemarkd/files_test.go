@@ -315,6 +315,7 @@ func TestAVMIsKept(t *testing.T) {
 func TestSubvolumesInAMount(t *testing.T) {
 	needRoot(t)
 	need(t, "mkfs.btrfs", "btrfs")
+	t.Setenv("TMPDIR", t.TempDir())
 	d := serve(t, 128<<20)
 	d.stop()
 	tool(t, "mkfs.btrfs", "-q", "-f", d.disk)
@@ -329,7 +330,10 @@ func TestSubvolumesInAMount(t *testing.T) {
 			require.Equal(t, "of "+s+"\n", read(t, mnt+"/at/one/vda/files/"+s+"/d/g"))
 			require.Equal(t, "of "+s+"\n", read(t, mnt+"/at/one/vda/files/"+s+"/d/f"))
 		}
-		time.Sleep(150 * time.Millisecond) // it is idle, and ends
+		require.Eventually(t, func() bool {
+			out, err := exec.Command("losetup", "-a").Output()
+			return err == nil && !strings.Contains(string(out), os.TempDir()+"/tidemark")
+		}, time.Minute, 10*time.Millisecond, "it is idle, and ends")
 	}
 }
 

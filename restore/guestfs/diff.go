@@ -162,8 +162,8 @@ func (d *differ) sameContent(pa, pb string) (bool, error) {
 	}
 }
 
-// Print is what tells one version of a file from another: all but its times. A file that is not there has one too.
-func (t *Tree) Print(ctx context.Context, p string) (print string, info fs.FileInfo, err error) {
+// Fingerprint is what tells one version of a file from another: all but its times. A file that is not there has one too.
+func (t *Tree) Fingerprint(ctx context.Context, p string) (print string, info fs.FileInfo, err error) {
 	p, err = t.Resolve(p, false)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return "", nil, nil

@@ -230,9 +230,9 @@ func TestDiffTellsWhatDiffers(t *testing.T) {
 		{Path: "/target", What: []string{"type"}},
 	}, got)
 	for p, same := range map[string]bool{"/same": true, "/d/content": false, "/d/mode": false, "/target": false, "/none": true, "/only-a": false} {
-		pa, _, err := ta.Print(ctx, p)
+		pa, _, err := ta.Fingerprint(ctx, p)
 		require.NoError(t, err)
-		pb, _, err := tb.Print(ctx, p)
+		pb, _, err := tb.Fingerprint(ctx, p)
 		require.NoError(t, err)
 		require.Equal(t, same, pa == pb, p)
 	}
