@@ -193,6 +193,10 @@ func (o *isolatedOpened) run(ctx context.Context, sock, mnt string) error {
 	}
 	cmd := exec.Command("guestfish", args...)
 	cmd.Env = append(os.Environ(), "LIBGUESTFS_BACKEND="+backend())
+	if os.Getenv("LIBGUESTFS_TMPDIR") == "" {
+		// One that is killed removes nothing: what it has in files goes with the directory. Its socket stands elsewhere.
+		cmd.Env = append(cmd.Env, "LIBGUESTFS_TMPDIR="+o.dir)
+	}
 	cmd.Stdin = strings.NewReader(o.script(mnt))
 	out, stdout, err := os.Pipe()
 	if err != nil {
