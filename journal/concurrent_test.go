@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -135,7 +136,8 @@ func TestAMarkerIsOneCutUnderLoad(t *testing.T) {
 	var marked []record.Marker
 	r.running(func() error {
 		ctx, cancel := context.WithCancel(context.Background())
-		var eg errgroup.Group
+		eg, ctx := errgroup.WithContext(ctx)
+		var written atomic.Int64
 		for _, pair := range disks {
 			eg.Go(func() error {
 				for n := uint64(1); ctx.Err() == nil; n++ {
@@ -144,6 +146,7 @@ func TestAMarkerIsOneCutUnderLoad(t *testing.T) {
 						if err := r.g.Append([]Op{{Kind: record.KindWrite, Disk: d, Ext: record.Extent{Len: record.BlockSize}, Data: data}}); err != nil {
 							return err
 						}
+						written.Add(1)
 					}
 				}
 				return nil
@@ -151,6 +154,9 @@ func TestAMarkerIsOneCutUnderLoad(t *testing.T) {
 		}
 		var err error
 		for i := 0; i < 50 && err == nil; i++ {
+			for was := written.Load(); written.Load() == was && ctx.Err() == nil; {
+				runtime.Gosched() // something is written between two markers, however busy the host
+			}
 			var m record.Marker
 			m, err = r.g.Mark(record.Marker{Label: fmt.Sprint("m", i), By: "test"})
 			marked = append(marked, m)
