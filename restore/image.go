@@ -120,8 +120,7 @@ func writeBeside(ctx context.Context, src Source, path string, nf *noteFile, o O
 	}
 	if ok {
 		n = was
-	} else if err := errors.Join(f.Truncate(0), f.Sync(), nf.write(n)); err != nil {
-		// What is not written of the image is zeroes: it is durably empty before there is a note of it.
+	} else if err := beginEmpty(f, nf, n); err != nil {
 		return errors.Join(err, f.Close(), nf.close())
 	}
 	j := &job{src: src, blank: true, progress: o.Progress}
@@ -159,6 +158,17 @@ func writeBeside(ctx context.Context, src Source, path string, nf *noteFile, o O
 		return err
 	}
 	return rename(partial, path, o.Force)
+}
+
+// beginEmpty notes an image that has nothing yet. What is not written of it is zeroes: it is durably empty before there is a note of it.
+func beginEmpty(f *os.File, nf *noteFile, n note) error {
+	if err := f.Truncate(0); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	return nf.write(n)
 }
 
 // writeImage copies what is not done, and returns what makes the image complete.

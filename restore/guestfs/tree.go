@@ -134,7 +134,7 @@ func findRoot(ctx context.Context, o Opened, l Layout) (root mountpoint, tab []f
 		return root, tab, problems, nil
 	case len(guests) > 1:
 		return root, nil, nil, errors.Join(fmt.Errorf("several volumes have a guest's /etc/fstab: name one of %s", strings.Join(guests, ", ")), closeRoot(root))
-	case len(shown) == 1 && len(problems) == 0:
+	case len(shown) == 1 && len(problems) == 0 && len(l.Problems) == 0: // what could not be read may be the root
 		r, err := openVolume(ctx, o, shown[0])
 		return mountpoint{at: "/", root: r, sub: "."}, nil, nil, err
 	case len(shown) == 0:

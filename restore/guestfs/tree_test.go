@@ -261,3 +261,15 @@ func TestAnFstabThatCanNotBeRead(t *testing.T) {
 	require.ErrorIs(t, err, unix.EIO)
 	require.ErrorContains(t, err, "name a volume")
 }
+
+// TestTheOnlyOneIsNoRootBesideAProblem: what could not be found may be the guest's root, and what is left is not taken for it.
+func TestTheOnlyOneIsNoRootBesideAProblem(t *testing.T) {
+	l := Layout{Volumes: []Volume{{Name: "vda/p1", FS: FS{TypeExt, "A", ""}, Extents: []Extent{{"vda", 0, 1}}}}}
+	s := shown{"vda/p1": t.TempDir()}
+	tr, _, err := GuestTree(context.Background(), s, l)
+	require.NoError(t, err)
+	require.NoError(t, tr.Close())
+	l.Problems = []error{ErrLayout}
+	_, _, err = GuestTree(context.Background(), s, l)
+	require.ErrorContains(t, err, "name one of vda/p1")
+}
