@@ -33,8 +33,9 @@ type Isolated struct {
 }
 
 const (
-	// launchTime bounds the start of the VM: under software emulation it takes half a minute.
-	launchTime = 5 * time.Minute
+	// launchTime bounds the start of the VM, and driveTime is what a drive adds to that: under software emulation a start takes half a
+	// minute, and every drive a second more.
+	launchTime, driveTime = 5 * time.Minute, 3 * time.Second
 	// MaxDrives bounds the volumes with file systems that one VM can have.
 	MaxDrives = 200
 	// maxSocket is how long the path of a unix socket may be.
@@ -221,7 +222,7 @@ func (o *isolatedOpened) run(ctx context.Context, sock, mnt string) error {
 		<-read
 		return err
 	})
-	launched, cancel := context.WithTimeout(ctx, launchTime)
+	launched, cancel := context.WithTimeout(ctx, launchTime+time.Duration(len(o.drives))*driveTime)
 	defer cancel()
 	for shown, noted := false, false; !shown || !noted; {
 		select {
