@@ -281,3 +281,31 @@ func FuzzSaved(f *testing.F) {
 		}
 	})
 }
+
+// FuzzRecords reads records as a peer sends them.
+func FuzzRecords(f *testing.F) {
+	var b []byte
+	for lsn, payload := range [][]byte{nil, []byte("some bytes"), bytes.Repeat([]byte{7}, 5000)} {
+		h := record.Header{LSN: record.LSN(lsn + 1), Kind: record.KindTrim, Extent: record.Extent{Len: 4096}}
+		if payload != nil {
+			h.Kind, h.Extent.Len, h.Payload, h.Sums = record.KindWrite, int64(len(payload)), len(payload), record.AppendSums(nil, payload)
+		}
+		b = append(h.Append(b), payload...)
+		b = append(b, make([]byte, (record.Alignment-len(b)%record.Alignment)%record.Alignment)...)
+	}
+	f.Add(b)
+	f.Add(b[:100])
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var sum int64
+		err := record.Each(b, func(h record.Header, payload []byte) error {
+			if len(payload) != h.Payload {
+				t.Fatalf("LSN %d of %d bytes comes with %d", h.LSN, h.Payload, len(payload))
+			}
+			sum += h.Size()
+			return nil
+		})
+		if err == nil && sum != int64(len(b)) || err != nil && !errors.Is(err, record.ErrCorrupt) {
+			t.Fatalf("%d of %d bytes: %v", sum, len(b), err)
+		}
+	})
+}

@@ -398,6 +398,7 @@ func (g *Group) advanceLocked(n int, bytes, owed int64) {
 	a.next += record.LSN(n)
 	a.bytes += bytes
 	g.appended.Store(uint64(a.next - 1))
+	g.moved.ring()
 	g.unapplied.Add(max(bytes, int64(n)*record.BlockSize))
 	g.owed.Add(owed)
 	if g.muchUnappliedLocked() {

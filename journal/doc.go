@@ -18,6 +18,8 @@
 //   - P4, any point: for every LSN from Horizon to Head, a view equals the disks
 //     as of that record.
 //   - P7: damage is an error where it is read.
+//   - A [Feed] reads the records that are durable, each once and in their order: what it has read is never more than
+//     what the next Open finds.
 //   - P10: without an index, Open makes it again from the segments.
 //
 // # The caller must
@@ -26,7 +28,7 @@
 //     directory is locked, the backings are not);
 //  2. call Run, which syncs, indexes, applies and expires in the background, or
 //     each of those itself (the tests do);
-//  3. close views, or their history is pinned.
+//  3. close views, or their history is pinned, and feeds before the group.
 //
 // # Crash argument
 //

@@ -19,29 +19,31 @@ import (
 // expireDue drops the oldest history that the group's limit, or a file system
 // that is nearly full, asks for.
 func (g *Group) expireDue() error {
-	excess := int64(0)
 	if g.o.Limit > 0 {
-		excess = g.set.Size() - g.o.Limit
+		if excess := g.set.Size() - g.o.Limit; excess > 0 {
+			if _, err := g.Expire(excess); err != nil {
+				return err
+			}
+		}
 	}
 	if u, err := g.fs.GetDiskUsage(g.dir); err == nil {
 		// Room for the next files, so that no write has to wait for this.
 		floor := g.o.keepLog() + 4*g.o.SegmentSize
-		excess = max(excess, min(floor-int64(u.AvailBytes), 2*g.o.SegmentSize))
+		if excess := min(floor-int64(u.AvailBytes), 2*g.o.SegmentSize); excess > 0 {
+			_, err := g.expireNeeded(excess)
+			return err
+		}
 	}
-	if excess <= 0 {
-		return nil
-	}
-	_, err := g.Expire(excess)
-	return err
+	return nil
 }
 
 // expireForSpace is called when no file can be begun. It reports whether any space came free.
 func (g *Group) expireForSpace() (bool, error) {
-	n, err := g.Expire(g.o.SegmentSize)
+	n, err := g.expireNeeded(g.o.SegmentSize)
 	if n == 0 && err == nil && g.unapplied.Load() > 0 {
 		// What is not applied can not go.
 		if err = g.Apply(); err == nil {
-			n, err = g.Expire(g.o.SegmentSize)
+			n, err = g.expireNeeded(g.o.SegmentSize)
 		}
 	}
 	if err != nil {
@@ -51,10 +53,19 @@ func (g *Group) expireForSpace() (bool, error) {
 }
 
 // Expire drops the group's oldest log files, and the originals that nothing
-// needs without them, until at least excess bytes are free, as far as open views
+// needs without them, until at least excess bytes are free, as far as open views, holds
 // and unapplied records allow. It returns how many bytes came free. The horizon moves to
 // the last record dropped.
 func (g *Group) Expire(excess int64) (freed int64, err error) {
+	return g.expire(excess, g.oldestHold())
+}
+
+// expireNeeded is Expire for one that must have the space: no hold keeps anything from it.
+func (g *Group) expireNeeded(excess int64) (freed int64, err error) {
+	return g.expire(excess, record.MaxLSN)
+}
+
+func (g *Group) expire(excess int64, held record.LSN) (freed int64, err error) {
 	g.apply.Lock()
 	defer g.apply.Unlock()
 	files := g.set.Files(segment.Log)
@@ -63,7 +74,7 @@ func (g *Group) Expire(excess int64) (freed int64, err error) {
 		closed = append(closed, retain.File{Last: files[i+1].First - 1, Size: files[i].Alloc()})
 	}
 	pin, applied := g.oldestPin(), min(g.Applied(), g.Durable())
-	n := min(retain.Expire(closed, excess, pin, applied), expireFiles)
+	n := min(retain.Expire(closed, excess, min(pin, held), applied), expireFiles)
 	if n == 0 {
 		if len(closed) == 0 {
 			return 0, g.closeLog()

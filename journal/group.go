@@ -98,11 +98,14 @@ type Group struct {
 	owed         atomic.Int64 // bytes of originals that applying may cost, at most
 	lastTime     atomic.Int64 // of the newest record, Unix nanoseconds; set with g.append held
 
+	moved, synced bell // rung when appended and when durable rise, and when the group fails
+
 	pins struct {
 		sync.Mutex
-		views   map[record.LSN]int  // open views by LSN
-		markers map[record.LSN]bool // pinned ones
-		users   map[*disk.Disk]int  // who has a disk open, as it is or as it was; -1: it is leaving
+		holds   map[*Hold]record.LSN // what others have yet to read
+		views   map[record.LSN]int   // open views by LSN
+		markers map[record.LSN]bool  // pinned ones
+		users   map[*disk.Disk]int   // who has a disk open, as it is or as it was; -1: it is leaving
 	}
 
 	kickSync, kickApply chan struct{}
@@ -185,6 +188,8 @@ func (g *Group) failLocked(err error) error {
 		g.append.err = fmt.Errorf("%w: group %s: %w", ErrFailed, g.name, err)
 		g.log.Error("group has failed: it takes no more writes until the daemon is started again", zap.Error(err))
 		g.append.room.Broadcast()
+		g.moved.ring()
+		g.synced.ring()
 	}
 	return g.append.err
 }
@@ -270,6 +275,7 @@ func (g *Group) syncLocked() error {
 	many := g.append.lag >= indexBatch
 	g.append.Unlock()
 	g.durable.Store(uint64(head))
+	g.synced.ring()
 	if many {
 		kick(g.kickSync)
 	}

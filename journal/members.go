@@ -10,17 +10,16 @@ import (
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/record"
-	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
 // members are the disks of a group. It is not changed once others may see it.
 type members struct {
-	all   []*disk.Disk   // in the order of the table; those that were removed are detached
-	table []segment.Disk // every disk the group ever had; at the head of each segment
+	all   []*disk.Disk  // in the order of the table; those that were removed are detached
+	table []record.Disk // every disk the group ever had; at the head of each segment
 }
 
 // with is the members with one disk's entry as it is from now on.
-func (m *members) with(d *disk.Disk, t segment.Disk) *members {
+func (m *members) with(d *disk.Disk, t record.Disk) *members {
 	n := &members{all: slices.Clone(m.all), table: slices.Clone(m.table)}
 	if i := slices.Index(n.all, d); i >= 0 {
 		n.table[i] = t
@@ -30,7 +29,7 @@ func (m *members) with(d *disk.Disk, t segment.Disk) *members {
 	return n
 }
 
-func (m *members) entry(d *disk.Disk) segment.Disk { return m.table[slices.Index(m.all, d)] }
+func (m *members) entry(d *disk.Disk) record.Disk { return m.table[slices.Index(m.all, d)] }
 
 func (m *members) named(name string) *disk.Disk {
 	for _, d := range m.all {
@@ -122,7 +121,7 @@ func (g *Group) open(c DiskConfig, d *disk.Disk) (newcomer *disk.Disk, err error
 		return nil, errors.Join(fmt.Errorf("backing %s: %w", c.Backing, err), f.Close())
 	}
 	if d == nil {
-		if n := len(g.disks.Load().table); n >= segment.MaxDisks {
+		if n := len(g.disks.Load().table); n >= record.MaxDisks {
 			return nil, errors.Join(fmt.Errorf("group %s has had %d disks, and can have no more: begin another group", g.name, n), f.Close())
 		}
 		id := record.DiskID(1)
@@ -137,7 +136,7 @@ func (g *Group) open(c DiskConfig, d *disk.Disk) (newcomer *disk.Disk, err error
 
 // openDisks opens the backings that are configured, and gives new disks their ids. Disks that are not
 // configured are there without a backing.
-func (r *recovery) openDisks(table []segment.Disk, configs []DiskConfig) error {
+func (r *recovery) openDisks(table []record.Disk, configs []DiskConfig) error {
 	g := r.g
 	m := &members{table: slices.Clone(table)}
 	for _, t := range table {
@@ -153,7 +152,7 @@ func (r *recovery) openDisks(table []segment.Disk, configs []DiskConfig) error {
 		switch {
 		case known == nil:
 			r.added = append(r.added, d)
-			g.disks.Store(g.disks.Load().with(d, segment.Disk{ID: d.ID, Name: d.Name, Size: d.Size}))
+			g.disks.Store(g.disks.Load().with(d, record.Disk{ID: d.ID, Name: d.Name, Size: d.Size}))
 		case g.disks.Load().entry(d).Removed != 0:
 			r.returning = append(r.returning, d)
 		}
@@ -219,7 +218,7 @@ func (g *Group) changedSince(d *disk.Disk, left record.LSN) (bool, error) {
 
 // become makes an entry of the table what it is from now on, durably: recovery reads the table at the head of
 // the newest segment of the log.
-func (g *Group) become(d *disk.Disk, t segment.Disk) error {
+func (g *Group) become(d *disk.Disk, t record.Disk) error {
 	err := g.admittedNote(func() error {
 		was := g.disks.Load()
 		if slices.Index(was.all, d) < 0 {
@@ -265,7 +264,7 @@ func (g *Group) AddDisk(c DiskConfig) error {
 	if known != nil {
 		err = g.welcome([]*disk.Disk{d}, false)
 	} else {
-		err = g.become(d, segment.Disk{ID: d.ID, Name: d.Name, Size: d.Size})
+		err = g.become(d, record.Disk{ID: d.ID, Name: d.Name, Size: d.Size})
 	}
 	if err != nil {
 		return errors.Join(err, g.letGo(d))

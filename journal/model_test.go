@@ -236,8 +236,10 @@ func (m *model) step() {
 		}
 	case n < 62:
 		m.join()
-	case n < 70:
+	case n < 69:
 		m.checkView()
+	case n < 70:
+		m.checkFeed()
 	case n < 75:
 		m.checkLive()
 	case n < 80:

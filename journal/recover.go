@@ -34,6 +34,7 @@ func (s *Store) openGroup(gc GroupConfig, newID uint32) (*Group, error) {
 	g.append.pend = &pending{}
 	g.append.markers.labels = map[string]record.LSN{}
 	g.pins.views = map[record.LSN]int{}
+	g.pins.holds = map[*Hold]record.LSN{}
 	g.pins.markers = map[record.LSN]bool{}
 	g.pins.users = map[*disk.Disk]int{}
 	g.disks.Store(&members{})
@@ -74,7 +75,7 @@ type recovery struct {
 
 func (g *Group) recover(disks []DiskConfig) error {
 	r := &recovery{g: g, logs: g.set.Files(segment.Log)}
-	var table []segment.Disk
+	var table []record.Disk
 	if len(r.logs) > 0 {
 		newest := r.logs[len(r.logs)-1]
 		g.id = newest.Group

@@ -28,6 +28,20 @@ const MaxLSN = LSN(math.MaxUint64)
 // DiskID numbers a disk within its group; it is never used again for another.
 type DiskID uint32
 
+// MaxDisks is how many disks a group can ever have had.
+const MaxDisks = 4096
+
+// Disk is an entry of a group's disk table, which has every disk that the group ever had.
+type Disk struct {
+	ID   DiskID
+	Name string
+	Size int64 // bytes
+	// Added is the head when the disk came to the group: it has no past before.
+	Added LSN
+	// Removed is the head when the disk left the group; 0 while it is in it. Its history stays.
+	Removed LSN
+}
+
 // Extent is a run of bytes on a disk.
 type Extent struct {
 	Off int64 // bytes from the disk's start

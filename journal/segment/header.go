@@ -27,30 +27,19 @@ func (k Kind) String() string {
 	return "log"
 }
 
-// Disk is an entry of the disk table in a file's header.
-type Disk struct {
-	ID   record.DiskID
-	Name string
-	Size int64 // bytes
-	// Added is the head when the disk came to the group: it has no past before.
-	Added record.LSN
-	// Removed is the head when the disk left the group; 0 while it is in it. Its history stays.
-	Removed record.LSN
-}
-
 // Header is the head of a file: what must be known to replay it alone.
 type Header struct {
 	Kind    Kind
-	Number  uint32     // unique in the group, ascending
-	Salt    uint32     // repeated in each record of the file
-	Group   uint32     // the group's number in the index
-	First   record.LSN // the first record's LSN; of originals: the newest LSN when it was begun
-	Epoch   uint64     // the group's reign
-	Horizon record.LSN // when the file was begun
-	Applied record.LSN // when the file was begun: the backings held every record up to it, durably
-	Created int64      // Unix nanoseconds
-	Name    string     // the group's name
-	Disks   []Disk     // the group's disks when the file was begun
+	Number  uint32        // unique in the group, ascending
+	Salt    uint32        // repeated in each record of the file
+	Group   uint32        // the group's number in the index
+	First   record.LSN    // the first record's LSN; of originals: the newest LSN when it was begun
+	Epoch   uint64        // the group's reign
+	Horizon record.LSN    // when the file was begun
+	Applied record.LSN    // when the file was begun: the backings held every record up to it, durably
+	Created int64         // Unix nanoseconds
+	Name    string        // the group's name
+	Disks   []record.Disk // the group's disks when the file was begun
 }
 
 const (
@@ -61,9 +50,6 @@ const (
 	maxHeaderSize  = 1 << 20
 	diskFixedBytes = 4 + 8 + 8 + 8 + 1
 )
-
-// MaxDisks is how many disks a group can ever have had.
-const MaxDisks = 4096
 
 // encode makes the head of a file, a multiple of 4096 bytes:
 //
@@ -164,7 +150,7 @@ func DecodeHeader(b []byte) (Header, error) {
 		Applied: record.LSN(le.Uint64(b[72:])),
 	}
 	disks := le.Uint32(b[36:])
-	if h.Kind != Log && h.Kind != Originals || h.Number == 0 || disks > MaxDisks {
+	if h.Kind != Log && h.Kind != Originals || h.Number == 0 || disks > record.MaxDisks {
 		return Header{}, fmt.Errorf("%w: segment header: kind %d, number %d, %d disks", record.ErrCorrupt, h.Kind, h.Number, disks)
 	}
 	rest, nameLen := b[headerFixed:], int(b[80])
@@ -176,19 +162,19 @@ func DecodeHeader(b []byte) (Header, error) {
 	return h, err
 }
 
-func decodeDisks(b []byte, n int, version uint32) ([]Disk, error) {
+func decodeDisks(b []byte, n int, version uint32) ([]record.Disk, error) {
 	le := binary.LittleEndian
 	fixed := diskFixedBytes
 	if version == 1 {
 		fixed -= 16
 	}
-	var disks []Disk
+	var disks []record.Disk
 	for i := range n {
 		if len(b) < fixed || len(b) < fixed+int(b[fixed-1]) {
 			return nil, fmt.Errorf("%w: segment header: disk table ends in entry %d of %d", record.ErrCorrupt, i, n)
 		}
 		end := fixed + int(b[fixed-1])
-		d := Disk{ID: record.DiskID(le.Uint32(b)), Size: int64(le.Uint64(b[4:])), Name: string(b[fixed:end])}
+		d := record.Disk{ID: record.DiskID(le.Uint32(b)), Size: int64(le.Uint64(b[4:])), Name: string(b[fixed:end])}
 		if version > 1 {
 			d.Added, d.Removed = record.LSN(le.Uint64(b[12:])), record.LSN(le.Uint64(b[20:]))
 		}

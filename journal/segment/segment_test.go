@@ -15,7 +15,7 @@ import (
 
 func head(first record.LSN) Header {
 	return Header{Group: 2, First: first, Epoch: 1, Horizon: 3, Applied: 4, Created: 5, Name: "web01",
-		Disks: []Disk{{ID: 1, Name: "vda", Size: 1 << 30}, {ID: 2, Name: "vdb", Size: 512}}}
+		Disks: []record.Disk{{ID: 1, Name: "vda", Size: 1 << 30}, {ID: 2, Name: "vdb", Size: 512}}}
 }
 
 func newSet(t *testing.T, fs vfs.FS) *Set {

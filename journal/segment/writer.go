@@ -99,7 +99,7 @@ func (w *Writer) roll(h Header, n, keep int64) (err error) {
 	}
 	h.Salt = binary.LittleEndian.Uint32(salt[:])
 	head := h.encode()
-	if len(h.Name) > 255 || len(head) > maxHeaderSize || len(h.Disks) > MaxDisks {
+	if len(h.Name) > 255 || len(head) > maxHeaderSize || len(h.Disks) > record.MaxDisks {
 		return fmt.Errorf("group %q with %d disks does not fit a segment's header", h.Name, len(h.Disks))
 	}
 	least := int64(len(head)) + n
