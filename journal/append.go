@@ -201,7 +201,9 @@ func (g *Group) appendAligned(ops []Op) error {
 // admitted calls fn with the append lock held, once there is room in memory
 // for more unapplied records. If fn finds the journal full, history is expired
 // and fn called once more.
-func (g *Group) admitted(fn func() error) error { return g.admit(g.waitRoomLocked, fn) }
+func (g *Group) admitted(fn func() error) error {
+	return g.admit(func() error { return g.waitRoomLocked(g.closedLocked) }, fn)
+}
 
 // admittedNote is admitted for what takes no memory to speak of: it waits for no room.
 func (g *Group) admittedNote(fn func() error) error {
@@ -228,11 +230,12 @@ func (g *Group) admit(wait, fn func() error) error {
 	}
 }
 
-func (g *Group) waitRoomLocked() error {
+// waitRoomLocked waits until there is room, or closed says why there is no use.
+func (g *Group) waitRoomLocked(closed func() error) error {
 	for {
-		switch {
-		case g.closedLocked() != nil:
-			return g.closedLocked()
+		switch err := closed(); {
+		case err != nil:
+			return err
 		case g.roomLocked():
 			return nil
 		case g.append.full != nil:
@@ -319,7 +322,7 @@ func (g *Group) fitting(ops []Op) (n, room int, first int64) {
 }
 
 func (g *Group) rollLocked(n int64) error {
-	if err := g.append.log.Roll(g.header(g.append.next), n); err != nil {
+	if err := g.newLogLocked(n); err != nil {
 		if errors.Is(err, segment.ErrFull) {
 			g.append.noRoom = fmt.Errorf("the journal of group %s is full: %w", g.name, err)
 			return g.append.noRoom
@@ -328,6 +331,16 @@ func (g *Group) rollLocked(n int64) error {
 	}
 	g.append.noRoom = nil
 	g.limitOwedLocked()
+	return nil
+}
+
+// newLogLocked begins a file of the log. No record in it will be older than its head says that it is.
+func (g *Group) newLogLocked(n int64) error {
+	h := g.header(g.append.next)
+	if err := g.append.log.Roll(h, n); err != nil {
+		return err
+	}
+	g.lastTime.Store(h.Created)
 	return nil
 }
 

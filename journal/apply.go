@@ -167,7 +167,7 @@ func (g *Group) checkpointDueLocked(now time.Time) bool {
 
 // Original implements disk.Journal: called by Apply, with g.apply held.
 func (g *Group) Original(d *disk.Disk, ext record.Extent, content []byte) error {
-	return g.keep(d, ext, content, 0, g.originLSN(d), g.apply.round)
+	return g.keepBlocks(d, ext, content, 0, g.originLSN(d), g.apply.round)
 }
 
 // originLSN is the version that an original captured now stands for: the oldest
@@ -179,18 +179,21 @@ func (g *Group) originLSN(d *disk.Disk) record.LSN {
 // gatherBytes is how much of the originals is written together, in bytes.
 const gatherBytes = 1 << 20
 
-// keep adds content that an extent had from one LSN on to the originals; views
-// below until may need it. It is written by the next syncKept, and
-// gathered until then, because extents are often single blocks. g.apply is held.
-func (g *Group) keep(d *disk.Disk, ext record.Extent, content []byte, flags uint8, from, until record.LSN) error {
-	a := &g.apply
-	h := record.Header{
-		LSN: until, Durable: from, Time: g.o.Now().UnixNano(), Extent: ext, Disk: d.ID,
-		Kind: record.KindOriginal, Flags: flags, Payload: len(content),
-	}
+// keepBlocks adds content that an extent had from one LSN on to the originals; views
+// below until may need it. g.apply is held.
+func (g *Group) keepBlocks(d *disk.Disk, ext record.Extent, content []byte, flags uint8, from, until record.LSN) error {
+	h := record.Header{LSN: until, Durable: from, Extent: ext, Disk: d.ID, Kind: record.KindOriginal, Flags: flags}
 	if content == nil {
 		h.Kind = record.KindHole
 	}
+	return g.keep(h, content)
+}
+
+// keep adds a record to the originals. It is written by the next syncKept, and
+// gathered until then, because extents are often single blocks. g.apply is held.
+func (g *Group) keep(h record.Header, content []byte) error {
+	a := &g.apply
+	h.Time, h.Payload = g.o.Now().UnixNano(), len(content)
 	size := h.Size()
 	if len(a.gathered)+int(size) > gatherBytes || !a.orig.Fits(int64(len(a.gathered))+size) {
 		if err := g.writeGathered(); err != nil {

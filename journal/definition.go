@@ -15,7 +15,7 @@ import (
 type definition struct {
 	name  string
 	since record.LSN // in force from here on
-	at    record.LSN // the newest record that holds it, at or above since
+	at    record.LSN // the newest record that holds it, at or above since; of one carried over, where it is superseded
 	time  time.Time
 	gone  bool
 	sum   [sha256.Size]byte
@@ -65,7 +65,7 @@ func (t definitions) superseded(horizon record.LSN) (old []definition) {
 	return old
 }
 
-// carried are those that must be journaled again before the records up to a horizon expire.
+// carried are those that must be carried over before the records up to a horizon expire.
 func (t definitions) carried(horizon record.LSN) (all []definition) {
 	for _, d := range t.inForce(horizon) {
 		// That there is none must be said for as long as something says that there is one.
@@ -109,13 +109,11 @@ func (g *Group) define(d record.Definition) (changed bool, err error) {
 	return true, g.syncTo(at)
 }
 
-// defineLocked journals a definition: from now on, or, if it says since when, again.
+// defineLocked journals a definition from now on.
 func (g *Group) defineLocked(d record.Definition) (record.LSN, error) {
 	a := &g.append
 	h, err := g.appendNoteLocked(record.KindDefine, 0, 0, func(lsn record.LSN, now time.Time) []byte {
-		if d.Since == 0 {
-			d.Since, d.Time = lsn, now
-		}
+		d.Since, d.Time = lsn, now
 		return d.Append(nil)
 	})
 	if err != nil {
@@ -155,41 +153,17 @@ func (g *Group) Definitions(at record.LSN) ([]record.Definition, error) {
 	return all, nil
 }
 
-// carryDefinitions journals again what is in force at a horizon and stands in records that are about to
-// expire. g.apply is held, so that nothing else expires meanwhile.
-func (g *Group) carryDefinitions(horizon record.LSN) error {
-	g.append.Lock()
-	carry := g.append.definitions.carried(horizon)
-	g.append.Unlock()
-	var last record.LSN
-	for _, d := range carry {
-		if err := g.indexTo(d.at); err != nil {
-			return err
-		}
-		def, err := g.ix.Definition(d.name, d.since)
-		if err != nil {
-			return fmt.Errorf("carry over definition %s: %w", d.name, err)
-		}
-		if last, err = g.appendReserved(def); err != nil {
-			return fmt.Errorf("carry over definition %s: %w", d.name, err)
-		}
+// carryDefinition adds a definition that is in force at a horizon, and whose record is not behind it, to the originals.
+// The next expiry does so again: each is of the one alone to whose horizon the journal has come.
+func (g *Group) carryDefinition(d record.Definition, horizon record.LSN) error {
+	h := record.Header{Kind: record.KindDefine, Flags: record.FlagCarried, LSN: horizon + 1, Durable: horizon}
+	if err := g.keep(h, d.Append(nil)); err != nil {
+		return fmt.Errorf("carry over definition %s: %w", d.Name, err)
 	}
-	return g.syncTo(last)
+	return nil
 }
 
-// appendReserved journals a definition again, in room that writes leave free: it is what an expiry
-// needs, and an expiry may be what a full journal waits for.
-func (g *Group) appendReserved(d record.Definition) (record.LSN, error) {
-	g.append.Lock()
-	defer g.append.Unlock()
-	if err := g.closedLocked(); err != nil {
-		return 0, err
-	}
-	h := record.Header{Payload: len(d.Append(nil))}
-	if log := g.append.log; !log.Fits(h.Size()) {
-		if err := log.RollReserved(g.header(g.append.next), h.Size(), g.o.keepExpire()); err != nil {
-			return 0, err
-		}
-	}
-	return g.defineLocked(d)
+// carried is what the index has of a definition that is carried over.
+func carried(d record.Definition, horizon record.LSN) index.Definition {
+	return index.Definition{Definition: d, At: horizon + 1}
 }

@@ -20,6 +20,9 @@
 //   - P7: damage is an error where it is read.
 //   - A [Feed] reads the records that are durable, each once and in their order: what it has read is never more than
 //     what the next Open finds.
+//   - A group has one writer: this daemon, or, if it follows, another, whose records it takes under their LSNs
+//     ([Group.Receive]). A reign is one writer's: whoever leads begins one of a higher epoch. What two journals have in
+//     common follows from their reigns and heads ([record.Reigns.Common]).
 //   - P10: without an index, Open makes it again from the segments.
 //
 // # The caller must
@@ -53,7 +56,8 @@
 // A note (marker, amendment, definition) is a record like any other. Of those that belong together:
 //
 //	cut, then what became of it        the cut alone: the next open concludes it as crash-consistent, or deletes it
-//	a definition journaled again, sync, then its first record expires   both: the same, since the same LSN
+//
+// What an expiry carries over, blocks and definitions, names its horizon, and counts when the horizon is there.
 //
 // The disks of a group are in the table at the head of the log's newest segment:
 //
@@ -61,6 +65,11 @@
 //	a disk leaves: apply, sync its backing, sign it, new segment without it, sync
 //	                                           it is in the table still: the next open has it, or notes that it left
 //	a disk returns: journal what differs, new segment with it, sync   compared again
+//
+// So is who writes, and under which reigns:
+//
+//	lead, follow, or receive of another reign: sync, new segment, sync    as before, or as after: what is older was durable first
+//	begin in the middle: backings seeded (the caller's), definitions carried, sync, first segment, sync   no group: it is begun again
 //
 // A backing that was changed by others is journaled while the group opens:
 //
@@ -75,6 +84,9 @@
 // say what each guards).
 //
 // # Limits
+//
+// A group that follows another daemon's takes no discontinuity: which blocks the journal never held, and others changed, it
+// can not know. Its own backings changed by others keep it from opening. Both must be begun again.
 //
 // Disks keep their size. A disk that left its group can be viewed when it is in it again only. History is
 // forgotten from its oldest end only.

@@ -21,6 +21,10 @@ var (
 	ErrInUse = errors.New("disk is in use")
 	// ErrDetached is wrapped by what needs a disk that was removed from its group.
 	ErrDetached = disk.ErrDetached
+	// ErrFollows is wrapped by what would write a group that follows another daemon's.
+	ErrFollows = errors.New("the group's records are another daemon's: write it there, or fail over first")
+	// ErrDiverged is wrapped when records are received that are not of the group's history.
+	ErrDiverged = errors.New("the journals have diverged")
 	// ErrPinned is wrapped when a marker is pinned that would be deleted.
 	ErrPinned = errors.New("marker is pinned")
 	// ErrNoPoint is wrapped when a point names nothing that can be viewed.

@@ -109,10 +109,10 @@ func (g *Group) closeLog() error {
 	g.append.Lock()
 	defer g.append.Unlock()
 	log := g.append.log
-	if err := g.closedLocked(); err != nil || log.Current() == nil || log.Tail() == log.Current().Start() {
+	if err := g.endedLocked(); err != nil || log.Current() == nil || log.Tail() == log.Current().Start() {
 		return err
 	}
-	err := log.Roll(g.header(g.append.next), 0)
+	err := g.newLogLocked(0)
 	if errors.Is(err, segment.ErrFull) {
 		return nil // there is room when something is applied, or never
 	}
@@ -164,10 +164,9 @@ const expireFiles = 8
 // horizon are forgotten. If there is a newer one behind it, views between need
 // that one: it is carried over to the originals. If there is none, the backing has
 // it: the block is as one that was never overwritten.
+//
+// Definitions that are in force at the horizon are carried over too, until the next expiry.
 func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File) (err error) {
-	if err := g.carryDefinitions(horizon); err != nil {
-		return err
-	}
 	if err := g.Index(); err != nil {
 		return err
 	}
@@ -215,7 +214,8 @@ type expiry struct {
 	forget  map[*disk.Disk][]int64
 	moves   []move
 	carried map[*disk.Disk][]int64
-	time    int64 // of the newest record dropped
+	defined []index.Definition // carried over
+	time    int64              // of the newest record dropped
 	buf     [record.BlockSize]byte
 	at      [viewStep]index.Pick // versions at the horizon
 	after   [viewStep]index.Pick // newest versions
@@ -287,13 +287,43 @@ type move struct {
 // carryAll keeps versions of blocks as originals that views from the horizon on
 // need, up to the next version of each. Whether there is room is known before the first.
 func (e *expiry) carryAll() error {
-	if need := int64(len(e.moves)) * (record.BlockSize + record.HeaderSize + 16); need > e.g.apply.orig.Room() {
+	if err := e.definitions(); err != nil {
+		return err
+	}
+	need := int64(len(e.moves)) * (record.BlockSize + record.HeaderSize + 16)
+	for _, d := range e.defined {
+		need += int64(len(d.Content)) + record.BlockSize
+	}
+	if need > e.g.apply.orig.Room() {
 		return fmt.Errorf("%w: %d bytes must be carried over, %d are free", segment.ErrFull, need, e.g.apply.orig.Room())
 	}
 	for i := range e.moves {
 		if err := e.carry(&e.moves[i]); err != nil {
 			return err
 		}
+	}
+	for _, d := range e.defined {
+		if err := e.g.carryDefinition(d.Definition, e.horizon); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// definitions finds those that must be carried over.
+func (e *expiry) definitions() error {
+	e.g.append.Lock()
+	carry := e.g.append.definitions.carried(e.horizon)
+	e.g.append.Unlock()
+	for _, d := range carry {
+		if err := e.g.indexTo(min(d.since, e.g.Head())); err != nil {
+			return err
+		}
+		def, err := e.g.ix.Definition(d.name, d.since)
+		if err != nil {
+			return fmt.Errorf("carry over definition %s: %w", d.name, err)
+		}
+		e.defined = append(e.defined, carried(def, e.horizon))
 	}
 	return nil
 }
@@ -316,7 +346,7 @@ func (e *expiry) carry(m *move) error {
 	}
 	ext := record.Extent{Off: m.block * record.BlockSize, Len: int64(len(buf))}
 	e.carried[m.d] = append(e.carried[m.d], m.block)
-	return e.g.keep(m.d, ext, content, record.FlagCarried, e.horizon, next)
+	return e.g.keepBlocks(m.d, ext, content, record.FlagCarried, e.horizon, next)
 }
 
 // finish makes the decisions durable, then removes the files.
@@ -355,6 +385,9 @@ func (e *expiry) finish(files []*segment.File) error {
 	maps.DeleteFunc(g.pins.markers, func(lsn record.LSN, _ bool) bool { return lsn <= e.horizon })
 	g.pins.Unlock()
 	g.append.definitions = slices.DeleteFunc(g.append.definitions, func(d definition) bool { return slices.Contains(defined, d) })
+	for _, d := range e.defined {
+		g.append.definitions.set(d.Definition, d.At)
+	}
 	g.append.Unlock()
 	// The files go when nothing durable refers to them any more, and the log
 	// first: without it, nobody asks for its originals.
@@ -394,6 +427,11 @@ func (e *expiry) rest() (defined []definition, err error) {
 	e.g.append.Unlock()
 	for _, d := range defined {
 		if err := e.b.DeleteDefinition(d.name, d.since); err != nil {
+			return nil, err
+		}
+	}
+	for _, d := range e.defined {
+		if err := e.b.SetDefinition(d); err != nil {
 			return nil, err
 		}
 	}

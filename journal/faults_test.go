@@ -734,7 +734,7 @@ func TestVerifyStopsBeforeWhatIsHalfWritten(t *testing.T) {
 	require.NoError(t, r.write(1, 1))
 	require.NoError(t, r.g.Apply())
 	r.g.apply.Lock()
-	require.NoError(t, r.g.keep(r.g.Disks()[0], record.Extent{Off: 5 * record.BlockSize, Len: record.BlockSize}, make([]byte, record.BlockSize), 0, 0, 1))
+	require.NoError(t, r.g.keepBlocks(r.g.Disks()[0], record.Extent{Off: 5 * record.BlockSize, Len: record.BlockSize}, make([]byte, record.BlockSize), 0, 0, 1))
 	require.NoError(t, r.g.writeGathered())
 	r.g.apply.Unlock()
 	done, err := r.g.Verify(context.Background(), func(f Finding) { t.Errorf("%+v", f) })

@@ -23,15 +23,6 @@ type Feed struct {
 	buf   []byte
 }
 
-// Run is records that follow each other.
-type Run struct {
-	First, Last record.LSN
-	// Bytes are the records as they stand in the log, verified, for [record.Each]; until the next call of Next.
-	Bytes []byte
-	// Disks is every disk that the group had had when First was appended; not to be changed.
-	Disks []record.Disk
-}
-
 // feedSyncAge is how long a record waits for a sync of the guest's, or of others behind it, before a Feed that waits
 // for it asks for one.
 const feedSyncAge = 10 * time.Millisecond
@@ -63,44 +54,44 @@ func (f *Feed) Close() {
 // Next waits for records and returns those that are there, about most bytes of them, or one if that is longer.
 // An error that wraps record.ErrCorrupt is of a damaged record, a *PointError says that what was to
 // follow has expired; ErrFailed that the group has.
-func (f *Feed) Next(ctx context.Context, most int) (Run, error) {
+func (f *Feed) Next(ctx context.Context, most int) (record.Run, error) {
 	most = max(most, 64<<10)
 	durable, err := f.await(ctx)
 	if err != nil {
-		return Run{}, err
+		return record.Run{}, err
 	}
 	if f.next <= f.g.Horizon() {
-		return Run{}, f.g.expired(f.next)
+		return record.Run{}, f.g.expired(f.next)
 	}
 	for fresh := false; ; fresh = true {
 		if f.file == nil || fresh {
 			if err := f.find(); err != nil {
-				return Run{}, err
+				return record.Run{}, err
 			}
 		}
 		run, err := f.read(min(durable, f.limit-1), most)
 		if err != nil {
-			return Run{}, fmt.Errorf("read LSN %d of group %s: %w", f.next, f.g.name, err)
+			return record.Run{}, fmt.Errorf("read LSN %d of group %s: %w", f.next, f.g.name, err)
 		}
 		if len(run.Bytes) > 0 {
 			return run, nil
 		}
 		if fresh {
-			return Run{}, fmt.Errorf("read LSN %d of group %s: %w: it was durable, and is not in %s", f.next, f.g.name, record.ErrCorrupt, f.file.Path)
+			return record.Run{}, fmt.Errorf("read LSN %d of group %s: %w: it was durable, and is not in %s", f.next, f.g.name, record.ErrCorrupt, f.file.Path)
 		}
 	}
 }
 
 // read reads what the present file has of the records from next to last.
-func (f *Feed) read(last record.LSN, most int) (Run, error) {
+func (f *Feed) read(last record.LSN, most int) (record.Run, error) {
 	if len(f.buf) < most {
 		f.buf = make([]byte, most)
 	}
 	b, next, err := f.file.ReadRun(f.buf[:most], f.off, f.next, last)
 	if err != nil || len(b) == 0 {
-		return Run{}, err
+		return record.Run{}, err
 	}
-	run := Run{First: f.next, Last: next - 1, Bytes: b, Disks: f.file.Disks}
+	run := record.Run{First: f.next, Last: next - 1, Bytes: b, Disks: f.file.Disks, Reigns: f.file.Reigns}
 	f.next, f.off = next, f.off+int64(len(b))
 	return run, nil
 }

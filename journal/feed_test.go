@@ -16,7 +16,7 @@ import (
 )
 
 // next reads a run that is there already, or comes soon.
-func next(t *testing.T, f *Feed, most int) (Run, error) {
+func next(t *testing.T, f *Feed, most int) (record.Run, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()

@@ -29,7 +29,9 @@ type Group struct {
 	ix    *index.Group
 	// disks changes with joining held and, but at open, g.append; who reads it may have one that is older.
 	disks atomic.Pointer[members]
-	// joining serialises what adds and removes disks.
+	// standing changes with joining held and, but at open, g.append.
+	standing atomic.Pointer[standing]
+	// joining serialises what adds and removes disks, and changes who writes.
 	joining sync.Mutex
 
 	// apply is held by a round of Apply, by Checkpoint and by Expire: by all
@@ -194,12 +196,23 @@ func (g *Group) failLocked(err error) error {
 	return g.append.err
 }
 
-// closedLocked is why the group takes no records.
-func (g *Group) closedLocked() error {
+// endedLocked is why the group takes no records.
+func (g *Group) endedLocked() error {
 	if g.append.err != nil {
 		return g.append.err
 	}
 	return g.append.closed
+}
+
+// closedLocked is why the group takes no records of this daemon's.
+func (g *Group) closedLocked() error {
+	if err := g.endedLocked(); err != nil {
+		return err
+	}
+	if g.Follows() {
+		return fmt.Errorf("group %s: %w", g.name, ErrFollows)
+	}
+	return nil
 }
 
 // setClosed has the group take no records for a reason, or take them again.
@@ -215,9 +228,14 @@ func (g *Group) Acquire(number uint32) (*segment.File, error) { return g.set.Acq
 
 // header is the head of a new segment.
 func (g *Group) header(first record.LSN) segment.Header {
+	s := g.standing.Load()
+	created := g.lastTime.Load()
+	if !s.follows {
+		created = max(created, g.o.Now().UnixNano()) // the clock of its records is another's
+	}
 	return segment.Header{
-		Group: g.id, First: first, Epoch: 1, Horizon: g.Horizon(), Applied: record.LSN(g.checkpointed.Load()),
-		Created: max(g.o.Now().UnixNano(), g.lastTime.Load()), Name: g.name, Disks: g.disks.Load().table,
+		Group: g.id, First: first, Horizon: g.Horizon(), Applied: record.LSN(g.checkpointed.Load()),
+		Created: created, Name: g.name, Disks: g.disks.Load().table, Reigns: s.reigns, Follows: s.follows,
 	}
 }
 

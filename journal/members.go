@@ -21,8 +21,8 @@ type members struct {
 // with is the members with one disk's entry as it is from now on.
 func (m *members) with(d *disk.Disk, t record.Disk) *members {
 	n := &members{all: slices.Clone(m.all), table: slices.Clone(m.table)}
-	if i := slices.Index(n.all, d); i >= 0 {
-		n.table[i] = t
+	if i := slices.IndexFunc(n.table, func(o record.Disk) bool { return o.ID == t.ID }); i >= 0 {
+		n.all[i], n.table[i] = d, t
 	} else {
 		n.all, n.table = append(n.all, d), append(n.table, t)
 	}
@@ -150,6 +150,8 @@ func (r *recovery) openDisks(table []record.Disk, configs []DiskConfig) error {
 			return err
 		}
 		switch {
+		case known == nil && g.Follows():
+			return errors.Join(fmt.Errorf("disk %s is not in group %s, which follows another daemon's", c.Name, g.name), d.Detach())
 		case known == nil:
 			r.added = append(r.added, d)
 			g.disks.Store(g.disks.Load().with(d, record.Disk{ID: d.ID, Name: d.Name, Size: d.Size}))
@@ -168,7 +170,7 @@ func (g *Group) membersAt(last record.LSN, added []*disk.Disk) {
 		switch {
 		case slices.Contains(added, d) || t.Added > last: // a crash may have taken what was older than the disk
 			t.Added, d.Added = last, last
-		case !d.Attached() && t.Removed == 0:
+		case !d.Attached() && t.Removed == 0 && !g.Follows():
 			t.Removed = max(last, 1)
 		default:
 			continue
@@ -195,7 +197,7 @@ func (g *Group) welcome(returning []*disk.Disk, fresh bool) error {
 			}
 		}
 		t.Removed = 0
-		if err := g.become(d, t); err != nil {
+		if err := g.become(d, t, false); err != nil {
 			return err
 		}
 		g.log.Info("disk is in the group again", zap.String("disk", d.Name), zap.String("backing", d.Path()))
@@ -217,26 +219,17 @@ func (g *Group) changedSince(d *disk.Disk, left record.LSN) (bool, error) {
 }
 
 // become makes an entry of the table what it is from now on, durably: recovery reads the table at the head of
-// the newest segment of the log.
-func (g *Group) become(d *disk.Disk, t record.Disk) error {
-	err := g.admittedNote(func() error {
+// the newest segment of the log. A disk that came is not older than what is journaled so far.
+func (g *Group) become(d *disk.Disk, t record.Disk, came bool) error {
+	return g.rollWith(g.Follows(), func() (undo func(), err error) {
 		was := g.disks.Load()
-		if slices.Index(was.all, d) < 0 {
-			// What is journaled so far is older than the disk.
+		if came {
 			t.Added = g.Head()
 			d.Added = t.Added
 		}
 		g.disks.Store(was.with(d, t))
-		err := g.rollLocked(0)
-		if err != nil {
-			g.disks.Store(was)
-		}
-		return err
+		return func() { g.disks.Store(was) }, nil
 	})
-	if err != nil {
-		return err
-	}
-	return g.syncLog()
 }
 
 // AddDisk takes a disk into the group, a new one or one that was removed. Its history begins, or
@@ -247,6 +240,9 @@ func (g *Group) AddDisk(c DiskConfig) error {
 	}
 	g.joining.Lock()
 	defer g.joining.Unlock()
+	if g.Follows() {
+		return fmt.Errorf("add disk %s to group %s: %w", c.Name, g.name, ErrFollows)
+	}
 	known := g.disks.Load().named(c.Name)
 	d := known
 	switch {
@@ -264,7 +260,7 @@ func (g *Group) AddDisk(c DiskConfig) error {
 	if known != nil {
 		err = g.welcome([]*disk.Disk{d}, false)
 	} else {
-		err = g.become(d, record.Disk{ID: d.ID, Name: d.Name, Size: d.Size})
+		err = g.become(d, record.Disk{ID: d.ID, Name: d.Name, Size: d.Size}, true)
 	}
 	if err != nil {
 		return errors.Join(err, g.letGo(d))
@@ -291,6 +287,9 @@ func (g *Group) letGo(d *disk.Disk) error {
 func (g *Group) RemoveDisk(name string) (err error) {
 	g.joining.Lock()
 	defer g.joining.Unlock()
+	if g.Follows() {
+		return fmt.Errorf("remove disk %s of group %s: %w", name, g.name, ErrFollows)
+	}
 	d, err := g.Disk(name)
 	if err != nil {
 		return err
@@ -312,7 +311,7 @@ func (g *Group) RemoveDisk(name string) (err error) {
 	}
 	t := g.disks.Load().entry(d)
 	t.Removed = left
-	if err := g.become(d, t); err != nil {
+	if err := g.become(d, t, false); err != nil {
 		return err
 	}
 	if err := g.detach(d); err != nil {

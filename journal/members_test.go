@@ -181,7 +181,7 @@ func TestAPinnedMarkerKeepsItsHistory(t *testing.T) {
 	require.ErrorIs(t, err, ErrNoPoint)
 }
 
-// TestADefinitionOutlivesItsRecord: what is in force at the horizon is journaled again, in a journal
+// TestADefinitionOutlivesItsRecord: what is in force at the horizon is carried over, in a journal
 // that has no room for writes.
 func TestADefinitionOutlivesItsRecord(t *testing.T) {
 	r := newRig(t, Options{Reserve: 64 << 10})
@@ -328,8 +328,8 @@ func TestAGroupThatWasRemovedTakesNothing(t *testing.T) {
 	require.EqualValues(t, 7, b[0])
 }
 
-// TestWhatIsUndefinedStaysUndefined: the definition was journaled again before, and its record outlives the
-// one that undefined it. An index that is made again must not find it in force.
+// TestWhatIsUndefinedStaysUndefined: the definition was carried over before, and its original may outlive the
+// record that undefined it. An index that is made again must not find it in force.
 func TestWhatIsUndefinedStaysUndefined(t *testing.T) {
 	r := newRig(t, Options{})
 	fill := func(n int64) {
@@ -502,7 +502,7 @@ func TestDefinitionsExpireBesideSpares(t *testing.T) {
 	dir := t.TempDir()
 	backing := filepath.Join(dir, "d.raw")
 	require.NoError(t, os.WriteFile(backing, make([]byte, 1<<20), 0o600))
-	s, err := Open(filepath.Join(dir, "state"), []GroupConfig{{"g", []DiskConfig{{"d", backing}}}}, Options{SegmentSize: 64 << 10, Reserve: 1 << 20})
+	s, err := Open(filepath.Join(dir, "state"), []GroupConfig{{Name: "g", Disks: []DiskConfig{{"d", backing}}}}, Options{SegmentSize: 64 << 10, Reserve: 1 << 20})
 	require.NoError(t, err)
 	g := s.Groups()[0]
 	_, err = g.Define("vm", bytes.Repeat([]byte{1}, 62<<10))

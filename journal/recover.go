@@ -40,7 +40,7 @@ func (s *Store) openGroup(gc GroupConfig, newID uint32) (*Group, error) {
 	g.disks.Store(&members{})
 	g.append.log = segment.NewWriter(set, segment.Log, s.o.SegmentSize, s.o.keepLog())
 	g.apply.orig = segment.NewWriter(set, segment.Originals, s.o.SegmentSize, s.o.keepApply())
-	if err := g.recover(gc.Disks); err != nil {
+	if err := g.recover(gc); err != nil {
 		return nil, errors.Join(err, g.closeOnError())
 	}
 	return g, nil
@@ -73,13 +73,11 @@ type recovery struct {
 	returning []*disk.Disk // that were removed from it
 }
 
-func (g *Group) recover(disks []DiskConfig) error {
+func (g *Group) recover(gc GroupConfig) error {
 	r := &recovery{g: g, logs: g.set.Files(segment.Log)}
-	var table []record.Disk
-	if len(r.logs) > 0 {
-		newest := r.logs[len(r.logs)-1]
-		g.id = newest.Group
-		table = newest.Disks
+	table, err := r.head(gc.Begin)
+	if err != nil {
+		return err
 	}
 	if !g.o.ReadOnly {
 		// What the page cache holds may be newer than the disk: it is about
@@ -88,11 +86,10 @@ func (g *Group) recover(disks []DiskConfig) error {
 			return err
 		}
 	}
-	var err error
 	if g.ix, err = g.store.ix.Group(g.id); err != nil {
 		return err
 	}
-	if err := r.openDisks(table, disks); err != nil {
+	if err := r.openDisks(table, gc.Disks); err != nil {
 		return err
 	}
 	if err := r.state(); err != nil {
@@ -100,6 +97,11 @@ func (g *Group) recover(disks []DiskConfig) error {
 	}
 	if err := r.originals(); err != nil {
 		return err
+	}
+	if len(r.logs) == 0 && gc.Begin != nil {
+		if err := r.begin(gc.Begin); err != nil {
+			return fmt.Errorf("begin a group that follows another daemon's: %w", err)
+		}
 	}
 	r.overlays()
 	if err := r.log(); err != nil {
@@ -113,6 +115,9 @@ func (g *Group) recover(disks []DiskConfig) error {
 	}
 	if g.o.ReadOnly || r.damage != nil {
 		return nil
+	}
+	if g.Follows() {
+		return g.awaitWriter(r)
 	}
 	if r.fresh {
 		err = r.dropStale()
@@ -129,6 +134,53 @@ func (g *Group) recover(disks []DiskConfig) error {
 		g.log.Warn("markers that were being taken when the daemon stopped name no point until the next start", zap.Error(err))
 	}
 	return nil
+}
+
+// awaitWriter ends the recovery of a group whose records are another daemon's: nothing is journaled here.
+func (g *Group) awaitWriter(r *recovery) error {
+	if r.fresh {
+		return r.dropStale()
+	}
+	for _, d := range g.Disks() {
+		changed, err := g.changed(d, g.Head())
+		if err != nil {
+			return err
+		}
+		if changed {
+			return fmt.Errorf("backing %s of disk %s was changed outside of Tidemark, and the group follows another daemon's: remove the group's journal here and have it seeded again", d.Path(), d.Name)
+		}
+	}
+	return nil
+}
+
+// head reads who writes the group and which disks it has from the newest segment of the log.
+func (r *recovery) head(begin *record.Beginning) (table []record.Disk, err error) {
+	g := r.g
+	switch {
+	case len(r.logs) > 0:
+		newest := r.logs[len(r.logs)-1]
+		g.id = newest.Group
+		s := &standing{newest.Reigns, newest.Follows}
+		if first := s.reigns[0]; first.ID == [16]byte{} && !s.follows {
+			// Of a version that knew none. The next segment has it.
+			if s.reigns, err = firstReign(first.Epoch); err != nil {
+				return nil, err
+			}
+		}
+		g.standing.Store(s)
+		return newest.Disks, nil
+	case begin != nil:
+		g.standing.Store(&standing{begin.Reigns, true})
+		return begin.Disks, nil
+	}
+	reigns, err := firstReign(1)
+	g.standing.Store(&standing{reigns: reigns})
+	return nil, err
+}
+
+func firstReign(epoch uint64) (record.Reigns, error) {
+	r, err := newReign(epoch, 1)
+	return record.Reigns{r}, err
 }
 
 // broken tells files that a crash left unfinished, which held nothing durable,
@@ -188,7 +240,8 @@ func (r *recovery) state() (err error) {
 		return err
 	}
 	g.horizon.Store(max(g.horizon.Load(), uint64(horizon)))
-	r.durable = max(r.mark.LSN, r.applied)
+	reigns := g.Reigns()
+	r.durable = max(r.mark.LSN, r.applied, reigns[len(reigns)-1].First-1) // see rollWith
 	g.index.mark = r.mark
 	for _, d := range g.disks.Load().all {
 		err := g.ix.Captured(d.ID, func(page int64, bits []byte) error {
@@ -236,6 +289,9 @@ func (r *recovery) originals() error {
 				// Its block was overwritten: if it is damaged, a view must find that out.
 			} else if buf, err = r.believe(f, off, h, buf); err != nil {
 				return err
+			}
+			if h.Kind == record.KindDefine {
+				return r.carriedDefinition(f, off, &h)
 			}
 			entries = append(entries, r.original(f, off, h)...)
 			return nil
@@ -324,6 +380,14 @@ func (r *recovery) original(f *segment.File, off int64, h record.Header) []index
 	return appendOriginal(nil, &h, f.Number, off)
 }
 
+// carriedDefinition takes up a definition that an expiry carried over, unless it is not the last one.
+func (r *recovery) carriedDefinition(f *segment.File, off int64, h *record.Header) error {
+	if h.Durable != r.g.Horizon() {
+		return nil
+	}
+	return r.note(f, off, h)
+}
+
 // commitOriginals sets the bits of replayed originals, and commits them to the
 // index with their entries.
 func (r *recovery) commitOriginals(entries []index.Entry) error {
@@ -401,13 +465,15 @@ func (g *Group) start(r *recovery) error {
 	g.append.markers.expire(g.Horizon())
 	for _, m := range g.append.markers.all {
 		if m.Pinned && !m.Pending {
-			g.pins.markers[m.LSN] = true
+			g.pins.markers[m.LSN] = true // of those that the index had
 		}
 	}
 	g.append.next = last + 1
 	g.lastTime.Store(max(g.lastTime.Load(), r.mark.LastTime))
-	if n := len(r.logs); n > 0 {
-		g.lastTime.Store(max(g.lastTime.Load(), r.logs[n-1].Created))
+	for _, f := range r.logs {
+		if f.First <= last+1 { // one behind records that are lost says nothing of those that come in their stead
+			g.lastTime.Store(max(g.lastTime.Load(), f.Created))
+		}
 	}
 	g.appended.Store(uint64(last))
 	g.durable.Store(uint64(last))
@@ -434,9 +500,12 @@ func (g *Group) start(r *recovery) error {
 		return nil
 	}
 	// A new file: what a crash left behind the last record can never follow it.
-	if err := g.append.log.Roll(g.header(last+1), 0); errors.Is(err, segment.ErrFull) {
+	if err := g.newLogLocked(0); errors.Is(err, segment.ErrFull) {
 		// Reads go on, and an expiry may help: the first write begins the file.
 		g.append.noRoom = fmt.Errorf("the journal of group %s is full: %w", g.name, err)
+		if len(r.logs) == 0 && g.Follows() {
+			return g.append.noRoom // nothing would say whom it follows
+		}
 		return nil
 	} else if err != nil {
 		return fmt.Errorf("begin the log: %w", err)

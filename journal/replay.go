@@ -211,7 +211,12 @@ func (r *recovery) note(f *segment.File, off int64, h *record.Header) error {
 	if err != nil {
 		return err
 	}
-	a := &r.g.append
+	return r.g.learnLocked(h, payload)
+}
+
+// learnLocked takes up what a record without an extent says that is in the log already.
+func (g *Group) learnLocked(h *record.Header, payload []byte) error {
+	a := &g.append
 	switch h.Kind {
 	case record.KindMarker:
 		m, err := record.DecodeMarker(h.LSN, h.Time, payload)
@@ -220,13 +225,23 @@ func (r *recovery) note(f *segment.File, off int64, h *record.Header) error {
 		}
 		a.markers.set(m)
 		a.pend.markers = append(a.pend.markers, index.MarkerChange{Marker: m})
+		if m.Pinned && !m.Pending {
+			g.pinMarker(m.LSN)
+		}
 	case record.KindAmend:
 		am, err := record.DecodeAmendment(payload)
 		if err != nil {
 			return err
 		}
-		if c, ok := a.markers.amend(am); ok {
-			a.pend.markers = append(a.pend.markers, c)
+		c, ok := a.markers.amend(am)
+		if !ok {
+			return nil
+		}
+		a.pend.markers = append(a.pend.markers, c)
+		if am.Deleted || !am.Marker.Pinned || am.Marker.Pending {
+			g.unpinMarker(am.Target)
+		} else {
+			g.pinMarker(am.Target)
 		}
 	case record.KindDefine:
 		d, err := record.DecodeDefinition(h.LSN, payload)

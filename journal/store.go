@@ -44,6 +44,9 @@ type DiskConfig struct {
 type GroupConfig struct {
 	Name  string
 	Disks []DiskConfig
+	// Begin is what a group begins with that follows another daemon's and has no records yet; nil: a group that is
+	// begun begins with LSN 1, and is this daemon's.
+	Begin *record.Beginning
 }
 
 // Store is a daemon's state directory, open.
@@ -112,6 +115,11 @@ func validateGroups(groups []GroupConfig) error {
 				errs = append(errs, fmt.Errorf("disks %s and %s have one backing, %s", other, full, d.Backing))
 			}
 			disks[d.Name], backings[d.Backing] = true, full
+		}
+		if gc.Begin != nil {
+			if err := gc.Begin.Check(); err != nil {
+				errs = append(errs, fmt.Errorf("beginning of group %s: %w", gc.Name, err))
+			}
 		}
 	}
 	return errors.Join(errs...)

@@ -2,6 +2,15 @@ package record
 
 import "fmt"
 
+// Run is records that follow each other.
+type Run struct {
+	First, Last LSN
+	Bytes       []byte // the records as they stand in a log, see [Each]
+	// Disks is every disk that the group had had when First was appended, and Reigns are its reigns until then.
+	Disks  []Disk
+	Reigns Reigns
+}
+
 // Each calls fn with the records that stand in b one after the other, as a log has them: whole, each padded to
 // Alignment. Headers, tables and payloads are verified before fn sees them; what it is given are views of b.
 // The error wraps ErrCorrupt if b is anything else, or is fn's.

@@ -34,28 +34,32 @@ type Header struct {
 	Salt    uint32        // repeated in each record of the file
 	Group   uint32        // the group's number in the index
 	First   record.LSN    // the first record's LSN; of originals: the newest LSN when it was begun
-	Epoch   uint64        // the group's reign
 	Horizon record.LSN    // when the file was begun
 	Applied record.LSN    // when the file was begun: the backings held every record up to it, durably
 	Created int64         // Unix nanoseconds
 	Name    string        // the group's name
 	Disks   []record.Disk // the group's disks when the file was begun
+	Reigns  record.Reigns // and its reigns
+	Follows bool          // its records are another daemon's, under their LSNs
 }
 
 const (
 	fileMagic      = "TIDESEG\n"
-	version        = 2
+	version        = 3
 	headerUnit     = 4096
 	headerFixed    = 88
 	maxHeaderSize  = 1 << 20
 	diskFixedBytes = 4 + 8 + 8 + 8 + 1
+	reignBytes     = 8 + 8 + 16
+
+	flagFollows = 1 << 0
 )
 
 // encode makes the head of a file, a multiple of 4096 bytes:
 //
 //	offset size field
 //	  0     8   magic, "TIDESEG\n"
-//	  8     4   format version, 2
+//	  8     4   format version, 3
 //	 12     4   length of the header, bytes
 //	 16     4   CRC-32C of byte 20 to the header's end
 //	 20     4   kind
@@ -64,16 +68,20 @@ const (
 //	 32     4   group
 //	 36     4   number of disks
 //	 40     8   first LSN
-//	 48     8   epoch
+//	 48     8   epoch of the last reign
 //	 56     8   horizon
 //	 64     8   created, Unix nanoseconds
 //	 72     8   applied LSN
-//	 80     1   length of the group's name, then 7 zeroes
+//	 80     1   length of the group's name
+//	 81     1   flags: 1, the records are another daemon's
+//	 82     2   number of reigns, then 4 zeroes
 //	 88     …   group's name; then for each disk: id (4), size (8), added LSN (8),
 //	            removed LSN (8), length of its name (1), name
+//	  …     …   for each reign: epoch (8), first LSN (8), id (16)
 //	  …     …   zeroes
 //
-// In version 1 disks had no added and removed LSN, and the log no amendments and definitions.
+// In version 2 there was one reign, from LSN 1 on and without an id, and no definitions among the originals. In
+// version 1 disks had no added and removed LSN, and the log no amendments and definitions.
 //
 // Magic, version and length stand before the checksum so that a newer
 // version is known for what it is, however the rest of it looks.
@@ -88,11 +96,15 @@ func (h *Header) encode() []byte {
 	le.PutUint32(b[32:], h.Group)
 	le.PutUint32(b[36:], uint32(len(h.Disks)))
 	le.PutUint64(b[40:], uint64(h.First))
-	le.PutUint64(b[48:], h.Epoch)
+	le.PutUint64(b[48:], h.Reigns.Epoch())
 	le.PutUint64(b[56:], uint64(h.Horizon))
 	le.PutUint64(b[64:], uint64(h.Created))
 	le.PutUint64(b[72:], uint64(h.Applied))
 	b[80] = byte(len(h.Name))
+	if h.Follows {
+		b[81] = flagFollows
+	}
+	le.PutUint16(b[82:], uint16(len(h.Reigns)))
 	b = append(b, h.Name...)
 	for _, d := range h.Disks {
 		b = le.AppendUint32(b, uint32(d.ID))
@@ -101,6 +113,11 @@ func (h *Header) encode() []byte {
 		b = le.AppendUint64(b, uint64(d.Removed))
 		b = append(b, byte(len(d.Name)))
 		b = append(b, d.Name...)
+	}
+	for _, r := range h.Reigns {
+		b = le.AppendUint64(b, r.Epoch)
+		b = le.AppendUint64(b, uint64(r.First))
+		b = append(b, r.ID[:]...)
 	}
 	b = append(b, make([]byte, (headerUnit-len(b)%headerUnit)%headerUnit)...)
 	le.PutUint32(b[12:], uint32(len(b)))
@@ -114,7 +131,7 @@ func headerLen(b []byte) (int, error) {
 	if len(b) < 16 || string(b[:8]) != fileMagic {
 		return 0, fmt.Errorf("%w: not a Tidemark segment", record.ErrCorrupt)
 	}
-	if v := le.Uint32(b[8:]); v != version && v != 1 {
+	if v := le.Uint32(b[8:]); v < 1 || v > version {
 		return 0, fmt.Errorf("segment: %w %d: this program knows %d; use a newer one", ErrVersion, v, version)
 	}
 	n := le.Uint32(b[12:])
@@ -144,7 +161,7 @@ func DecodeHeader(b []byte) (Header, error) {
 		Salt:    le.Uint32(b[28:]),
 		Group:   le.Uint32(b[32:]),
 		First:   record.LSN(le.Uint64(b[40:])),
-		Epoch:   le.Uint64(b[48:]),
+		Follows: b[81]&flagFollows != 0,
 		Horizon: record.LSN(le.Uint64(b[56:])),
 		Created: int64(le.Uint64(b[64:])),
 		Applied: record.LSN(le.Uint64(b[72:])),
@@ -158,11 +175,34 @@ func DecodeHeader(b []byte) (Header, error) {
 		return Header{}, fmt.Errorf("%w: segment header: group's name of %d bytes", record.ErrCorrupt, nameLen)
 	}
 	h.Name, rest = string(rest[:nameLen]), rest[nameLen:]
-	h.Disks, err = decodeDisks(rest, int(disks), le.Uint32(b[8:]))
+	h.Disks, rest, err = decodeDisks(rest, int(disks), le.Uint32(b[8:]))
+	if err != nil {
+		return h, err
+	}
+	if le.Uint32(b[8:]) < 3 {
+		h.Reigns = record.Reigns{{Epoch: max(le.Uint64(b[48:]), 1), First: 1}}
+		return h, nil
+	}
+	h.Reigns, err = decodeReigns(rest, int(le.Uint16(b[82:])))
 	return h, err
 }
 
-func decodeDisks(b []byte, n int, version uint32) ([]record.Disk, error) {
+func decodeReigns(b []byte, n int) (record.Reigns, error) {
+	if len(b) < n*reignBytes {
+		return nil, fmt.Errorf("%w: segment header: %d reigns in %d bytes", record.ErrCorrupt, n, len(b))
+	}
+	le := binary.LittleEndian
+	var reigns record.Reigns
+	for ; n > 0; n, b = n-1, b[reignBytes:] {
+		reigns = append(reigns, record.Reign{Epoch: le.Uint64(b), First: record.LSN(le.Uint64(b[8:])), ID: [16]byte(b[16:reignBytes])})
+	}
+	if err := reigns.Check(); err != nil {
+		return nil, fmt.Errorf("segment header: %w", err)
+	}
+	return reigns, nil
+}
+
+func decodeDisks(b []byte, n int, version uint32) ([]record.Disk, []byte, error) {
 	le := binary.LittleEndian
 	fixed := diskFixedBytes
 	if version == 1 {
@@ -171,7 +211,7 @@ func decodeDisks(b []byte, n int, version uint32) ([]record.Disk, error) {
 	var disks []record.Disk
 	for i := range n {
 		if len(b) < fixed || len(b) < fixed+int(b[fixed-1]) {
-			return nil, fmt.Errorf("%w: segment header: disk table ends in entry %d of %d", record.ErrCorrupt, i, n)
+			return nil, nil, fmt.Errorf("%w: segment header: disk table ends in entry %d of %d", record.ErrCorrupt, i, n)
 		}
 		end := fixed + int(b[fixed-1])
 		d := record.Disk{ID: record.DiskID(le.Uint32(b)), Size: int64(le.Uint64(b[4:])), Name: string(b[fixed:end])}
@@ -179,9 +219,9 @@ func decodeDisks(b []byte, n int, version uint32) ([]record.Disk, error) {
 			d.Added, d.Removed = record.LSN(le.Uint64(b[12:])), record.LSN(le.Uint64(b[20:]))
 		}
 		if d.Size < 0 || d.Size > record.MaxDiskSize {
-			return nil, fmt.Errorf("%w: segment header: disk %q of %d bytes", record.ErrCorrupt, d.Name, d.Size)
+			return nil, nil, fmt.Errorf("%w: segment header: disk %q of %d bytes", record.ErrCorrupt, d.Name, d.Size)
 		}
 		disks, b = append(disks, d), b[end:]
 	}
-	return disks, nil
+	return disks, b, nil
 }

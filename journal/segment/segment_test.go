@@ -14,7 +14,7 @@ import (
 )
 
 func head(first record.LSN) Header {
-	return Header{Group: 2, First: first, Epoch: 1, Horizon: 3, Applied: 4, Created: 5, Name: "web01",
+	return Header{Group: 2, First: first, Horizon: 3, Applied: 4, Created: 5, Name: "web01", Follows: true, Reigns: record.Reigns{{Epoch: 1, First: 1}, {Epoch: 7, First: 4, ID: [16]byte{3}}},
 		Disks: []record.Disk{{ID: 1, Name: "vda", Size: 1 << 30}, {ID: 2, Name: "vdb", Size: 512}}}
 }
 
@@ -55,7 +55,7 @@ func TestHeaderOfAFile(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, h, got)
 	b := h.encode()
-	b[8] = 3
+	b[8] = 4
 	_, err = DecodeHeader(b)
 	require.ErrorIs(t, err, ErrVersion)
 	require.NotErrorIs(t, err, record.ErrCorrupt)

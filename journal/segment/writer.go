@@ -75,18 +75,14 @@ func (w *Writer) Fits(n int64) bool { return w.cur != nil && w.tail+n <= w.cur.A
 // Salt and Kind of h are filled in. When space runs out it is an [ErrFull], the writer is as it was
 // before, and a later Roll may succeed.
 func (w *Writer) Roll(h Header, n int64) (err error) {
-	if err := w.roll(h, n, w.keep); err != nil {
+	if err := w.roll(h, n); err != nil {
 		return err
 	}
 	w.prepareSpare()
 	return nil
 }
 
-// RollReserved is Roll into room that Roll leaves free: but for keep bytes. No file is allocated
-// ahead behind it.
-func (w *Writer) RollReserved(h Header, n, keep int64) error { return w.roll(h, n, keep) }
-
-func (w *Writer) roll(h Header, n, keep int64) (err error) {
+func (w *Writer) roll(h Header, n int64) (err error) {
 	defer func() {
 		if osfile.IsNoSpace(err) {
 			err = fmt.Errorf("%w: %w", ErrFull, err)
@@ -98,18 +94,21 @@ func (w *Writer) roll(h Header, n, keep int64) (err error) {
 		return fmt.Errorf("draw a salt: %w", err)
 	}
 	h.Salt = binary.LittleEndian.Uint32(salt[:])
+	if err := h.Reigns.Check(); err != nil {
+		return fmt.Errorf("begin a segment of group %q: %w", h.Name, err)
+	}
 	head := h.encode()
 	if len(h.Name) > 255 || len(head) > maxHeaderSize || len(h.Disks) > record.MaxDisks {
 		return fmt.Errorf("group %q with %d disks does not fit a segment's header", h.Name, len(h.Disks))
 	}
 	least := int64(len(head)) + n
 	alloc := max(w.size, least)
-	vf, err := w.takeSpare(alloc, keep)
+	vf, err := w.takeSpare(alloc)
 	// Originals are what a full journal must write before it can forget
 	// anything: a small file will do.
 	for w.kind == Originals && osfile.IsNoSpace(err) && alloc > least {
 		alloc = max(alloc/4, least)
-		vf, err = w.create(alloc, keep)
+		vf, err = w.create(alloc, w.keep)
 	}
 	if err != nil {
 		return fmt.Errorf("begin a segment of %d bytes in %s: %w", alloc, w.set.dir, err)
@@ -143,7 +142,7 @@ func (w *Writer) tmpPath() string {
 }
 
 // takeSpare returns an empty file of alloc bytes at tmpPath.
-func (w *Writer) takeSpare(alloc, keep int64) (vfs.File, error) {
+func (w *Writer) takeSpare(alloc int64) (vfs.File, error) {
 	w.spare.wg.Wait()
 	w.spare.mu.Lock()
 	vf := w.spare.file
@@ -155,7 +154,7 @@ func (w *Writer) takeSpare(alloc, keep int64) (vfs.File, error) {
 	if vf != nil {
 		_ = vf.Close() // unused, and replaced by the file made below
 	}
-	return w.create(alloc, keep)
+	return w.create(alloc, w.keep)
 }
 
 func (w *Writer) create(alloc, keep int64) (vfs.File, error) {

@@ -140,7 +140,7 @@ type (
 
 func segmentOf(path string, h segment.Header) file {
 	f := file{
-		Path: path, Kind: h.Kind.String(), Number: h.Number, First: h.First, Epoch: h.Epoch,
+		Path: path, Kind: h.Kind.String(), Number: h.Number, First: h.First, Epoch: h.Reigns.Epoch(),
 		Horizon: h.Horizon, Applied: h.Applied, Created: when(h.Created), Disks: []fileDisk{},
 	}
 	for _, d := range h.Disks {

@@ -1,0 +1,197 @@
+package journal
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"slices"
+
+	"go.uber.org/zap"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
+)
+
+// standing is who writes a group's records. It is not changed once others may see it.
+type standing struct {
+	reigns  record.Reigns
+	follows bool // another daemon
+}
+
+// Reigns are those of the group's records; the last is the present one. Not to be changed.
+func (g *Group) Reigns() record.Reigns { return g.standing.Load().reigns }
+
+// Follows reports whether the group's records are another daemon's: it takes them by Receive alone, and no write.
+func (g *Group) Follows() bool { return g.standing.Load().follows }
+
+// newReign draws a reign that begins at an LSN.
+func newReign(epoch uint64, first record.LSN) (r record.Reign, err error) {
+	r = record.Reign{Epoch: epoch, First: first}
+	if _, err := rand.Read(r.ID[:]); err != nil {
+		return r, fmt.Errorf("draw a reign's id: %w", err)
+	}
+	return r, nil
+}
+
+// Lead begins a reign of this daemon, of a higher epoch than any before it: from now on the group takes writes. It is
+// durable when Lead returns, with every record before it. Cuts of the writer before that were not concluded are.
+func (g *Group) Lead(epoch uint64) (record.Reign, error) {
+	g.joining.Lock()
+	defer g.joining.Unlock()
+	was := g.standing.Load()
+	switch {
+	case epoch <= was.reigns.Epoch():
+		return record.Reign{}, fmt.Errorf("group %s can not be led in epoch %d: it has had epoch %d", g.name, epoch, was.reigns.Epoch())
+	case len(was.reigns) >= record.MaxReigns:
+		return record.Reign{}, fmt.Errorf("group %s has had %d reigns, and can have no more: begin another group", g.name, len(was.reigns))
+	}
+	var r record.Reign
+	err := g.stand(func() (*standing, error) {
+		var err error
+		r, err = newReign(epoch, g.append.next)
+		return &standing{reigns: was.reigns.With(r)}, err
+	})
+	if err != nil {
+		return r, fmt.Errorf("lead group %s in epoch %d: %w", g.name, epoch, err)
+	}
+	g.log.Info("this daemon writes the group", zap.Uint64("epoch", epoch), zap.Uint64("from_lsn", uint64(r.First)))
+	if err := g.ConcludeLeft(); err != nil {
+		g.log.Warn("markers that were being taken by the writer before name no point until the next start", zap.Error(err))
+	}
+	return r, nil
+}
+
+// Follow has the group take no more writes: they are ErrFollows from now on. It is durable when Follow returns, with
+// every record before it.
+func (g *Group) Follow() error {
+	g.joining.Lock()
+	defer g.joining.Unlock()
+	was := g.standing.Load()
+	if was.follows {
+		return nil
+	}
+	now := &standing{was.reigns, true}
+	g.append.Lock()
+	g.standing.Store(now) // from here on nothing moves the head
+	g.append.room.Broadcast()
+	g.append.Unlock()
+	if err := g.stand(func() (*standing, error) { return now, nil }); err != nil {
+		g.standing.Store(was)
+		return fmt.Errorf("follow another daemon's group %s: %w", g.name, err)
+	}
+	g.log.Info("this daemon does not write the group any more", zap.Uint64("epoch", was.reigns.Epoch()), zap.Uint64("lsn", uint64(g.Head())))
+	return nil
+}
+
+// stand makes what next returns the group's standing, durably: recovery reads it at the head of the newest segment of
+// the log. next is called with the append lock held.
+func (g *Group) stand(next func() (*standing, error)) error {
+	return g.rollWith(true, func() (undo func(), err error) {
+		was := g.standing.Load()
+		now, err := next()
+		if err != nil {
+			return nil, err
+		}
+		g.standing.Store(now)
+		return func() { g.standing.Store(was) }, nil
+	})
+}
+
+// rollWith begins a segment of the log whose head has what change makes of the group, durably. If it is settled, every
+// record before it is durable first: a head that a crash leaves says so, and no other record can come in the stead of one
+// that the reign before had written. change is called with the append lock held.
+func (g *Group) rollWith(settled bool, change func() (undo func(), err error)) error {
+	for again := true; again; {
+		again = false
+		if settled {
+			if err := g.Sync(); err != nil {
+				return err
+			}
+		}
+		err := g.admit(g.endedLocked, func() error {
+			if again = settled && g.Durable() < g.Head(); again {
+				return nil
+			}
+			undo, err := change()
+			if err != nil {
+				return err
+			}
+			if err := g.rollLocked(0); err != nil {
+				undo()
+				return err
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return g.syncLog()
+}
+
+// Beginning is what a group that is to follow this one from an LSN of the window on begins with, beside the disks'
+// content: their views as of that LSN.
+func (g *Group) Beginning(at record.LSN) (b record.Beginning, err error) {
+	b.At = at
+	if err := g.pin(at); err != nil {
+		return b, err
+	}
+	defer g.unpin(at)
+	if err := g.syncTo(at); err != nil {
+		return b, err
+	}
+	files, release := g.set.Hold(segment.Log)
+	defer release()
+	i := slices.IndexFunc(files, func(f *segment.File) bool { return f.First > at+1 })
+	if i < 0 {
+		i = len(files)
+	}
+	if i == 0 {
+		return b, g.expired(at + 1)
+	}
+	b.Disks, b.Reigns = files[i-1].Disks, files[i-1].Reigns
+	// No record is older than the head of its file.
+	for i--; i > 0 && files[i].First > at && files[i-1].First > g.Horizon(); i-- {
+	}
+	b.Time = files[i].Created
+	_, err = files[i].Scan(files[i].Start(), func(_ int64, h record.Header) error {
+		if h.LSN <= at {
+			b.Time = h.Time
+		}
+		if h.LSN >= at {
+			return segment.ErrStop // what stands behind it may be torn
+		}
+		return nil
+	})
+	if err != nil && !errors.Is(err, segment.ErrStop) {
+		return b, fmt.Errorf("find the time of LSN %d of group %s: %w", at, g.name, err)
+	}
+	b.Definitions, err = g.Definitions(at)
+	return b, err
+}
+
+// begin is the recovery of a group that has no records yet, and whose first is not LSN 1.
+func (r *recovery) begin(b *record.Beginning) error {
+	g := r.g
+	g.horizon.Store(uint64(b.At))
+	g.lastTime.Store(b.Time)
+	r.applied, r.durable = b.At, b.At
+	g.apply.Lock()
+	defer g.apply.Unlock()
+	batch := g.ix.NewBatch()
+	for _, d := range b.Definitions {
+		if err := g.carryDefinition(d, b.At); err != nil {
+			return err
+		}
+	}
+	if _, err := g.syncKept(); err != nil {
+		return err
+	}
+	for _, d := range b.Definitions {
+		g.append.definitions.set(d, b.At+1)
+		if err := batch.SetDefinition(carried(d, b.At)); err != nil {
+			return err
+		}
+	}
+	return g.commit(batch)
+}
