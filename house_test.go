@@ -35,6 +35,7 @@ var mayImport = map[string][]string{
 	"journal/index":              {"journal/record", "journal/internal/osfile"},
 	"journal/disk":               {"journal/record", "journal/segment", "journal/internal/osfile"},
 	"guest":                      {"journal/record"},
+	"replica/wire":               {"journal/record"},
 	"restore":                    {"journal/record"},
 	"restore/export":             {"nbd"},
 	"restore/guestfs":            {"nbd", "restore/export"},
@@ -68,6 +69,7 @@ var keptTo = map[string]struct {
 	"golang.org/x/time":                   {[]string{"cmd/tidemarkd"}, "who may ask how often is the daemon's"},
 	"github.com/schollz/progressbar":      {[]string{"cmd/tidemark"}, "the terminal is the client's"},
 	"github.com/vishvananda/netlink":      {[]string{"nbd/kernel"}, "the kernel is spoken to there"},
+	"github.com/klauspost/compress":       {[]string{"replica/wire"}, "what is compressed there is the wire's"},
 	"github.com/hanwen/go-fuse":           {[]string{"restore/mount"}, "go-fuse's types stay there"},
 }
 
