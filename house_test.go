@@ -35,6 +35,7 @@ var mayImport = map[string][]string{
 	"journal/index":              {"journal/record", "journal/internal/osfile"},
 	"journal/disk":               {"journal/record", "journal/segment", "journal/internal/osfile"},
 	"guest":                      {"journal/record"},
+	"replica":                    {"journal/record"},
 	"replica/wire":               {"journal/record"},
 	"restore":                    {"journal/record"},
 	"restore/export":             {"nbd"},

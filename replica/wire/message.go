@@ -170,23 +170,27 @@ func (m *Offer) append(b []byte) []byte {
 
 func (m *Offer) read(r *reader) {
 	m.Head, m.Horizon, m.Group, m.Reigns = r.lsn("head"), r.lsn("horizon"), r.text("group"), r.reigns()
+	if r.err == nil && len(m.Reigns) == 0 {
+		r.fail("a journal has had reigns, and here is none")
+	}
 	if err := record.CheckName(m.Group); r.err == nil && err != nil {
 		r.fail(err.Error())
 	}
 }
 
-// Position is the follower's answer: what it has of the group. Known (1), head (8), reigns.
+// Position is the follower's answer: what it has of the group. Known (1), head (8), reigns, disks.
 type Position struct {
 	Known  bool       // it has a journal of the group
 	Head   record.LSN // that is durable there
 	Reigns record.Reigns
+	Disks  []record.Disk // those whose content it has
 }
 
 // Type implements Message.
 func (*Position) Type() Type { return TypePosition }
 
 func (m *Position) append(b []byte) []byte {
-	return appendReigns(le.AppendUint64(append(b, flagByte(m.Known)), uint64(m.Head)), m.Reigns)
+	return appendDisks(appendReigns(le.AppendUint64(append(b, flagByte(m.Known)), uint64(m.Head)), m.Reigns), m.Disks)
 }
 
 func flagByte(v bool) byte {
@@ -197,7 +201,10 @@ func flagByte(v bool) byte {
 }
 
 func (m *Position) read(r *reader) {
-	m.Known, m.Head, m.Reigns = r.flag("known"), r.lsn("head"), r.reigns()
+	m.Known, m.Head, m.Reigns, m.Disks = r.flag("known"), r.lsn("head"), r.reigns(), r.disks()
+	if m.Known && r.err == nil && len(m.Reigns) == 0 {
+		r.fail("a journal has had reigns, and here is none")
+	}
 }
 
 // Records is a run of the writer's: first LSN (8), last (8), table follows (1); disks and reigns, if they are not those

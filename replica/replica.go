@@ -1,0 +1,76 @@
+package replica
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/replica/wire"
+)
+
+// Local is what a daemon has of a group.
+type Local struct {
+	Known   bool       // it has a journal of it
+	Leads   bool       // and writes it
+	Head    record.LSN // that is durable
+	Horizon record.LSN
+	Reigns  record.Reigns
+	Disks   []record.Disk // those whose content it has
+}
+
+func (l *Local) present() record.Reign { return l.Reigns[len(l.Reigns)-1] }
+
+// Action is what the caller of a Sender or a Receiver must do.
+type Action interface{ action() }
+
+type (
+	// Send a message. Its slices are not changed before the next call.
+	Send struct{ wire.Message }
+	// Depose has the group follow, durably: a writer of a later epoch is known. An End follows.
+	Depose struct{ Reigns record.Reigns }
+	// End closes the stream when what was sent before is on its way. Err is why, for people, and for errors.Is.
+	End struct{ Err error }
+)
+
+func (Send) action()   {}
+func (Depose) action() {}
+func (End) action()    {}
+
+// Why a stream has ended.
+var (
+	// ErrProtocol is wrapped if the peer spoke out of turn, or of what can not be.
+	ErrProtocol = errors.New("the peer does not keep to the protocol")
+	// ErrDeposed is wrapped if a writer of a later epoch is known, here or there.
+	ErrDeposed = errors.New("another daemon writes the group in a later epoch")
+	// ErrDiverged is wrapped if the follower has records that the writer has not.
+	ErrDiverged = errors.New("the journals have diverged: the follower must rewind")
+	// ErrUnrelated is wrapped if the two journals are not of one history.
+	ErrUnrelated = record.ErrUnrelated
+	// ErrRefused is wrapped if the peer refused for another reason.
+	ErrRefused = errors.New("the peer refused")
+)
+
+// refuse tells the peer why the stream ends, and the caller.
+func refuse(reason wire.Reason, reigns record.Reigns, err error) []Action {
+	return []Action{Send{&wire.Refuse{Reason: reason, Text: err.Error(), Reigns: reigns}}, End{err}}
+}
+
+// outOfTurn ends a stream whose peer can not be believed.
+func outOfTurn(format string, args ...any) []Action {
+	err := fmt.Errorf("%w: %s", ErrProtocol, fmt.Sprintf(format, args...))
+	return refuse(wire.ReasonFailed, nil, err)
+}
+
+// refused is what a peer's refusal comes to.
+func refused(m *wire.Refuse) error {
+	cause := ErrRefused
+	switch m.Reason {
+	case wire.ReasonDeposed:
+		cause = ErrDeposed
+	case wire.ReasonDiverged:
+		cause = ErrDiverged
+	case wire.ReasonUnrelated:
+		cause = ErrUnrelated
+	}
+	return fmt.Errorf("%w: the peer says: %q", cause, m.Text)
+}

@@ -1,0 +1,223 @@
+package replica
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/replica/wire"
+)
+
+type (
+	// Feed asks for one run of the group's durable records from an LSN on, by Run, when there are any.
+	Feed struct{ From record.LSN }
+	// Seed asks for the content of disks as of an LSN to be sent, each from its sums to its Seeded, and for Seeded to be
+	// called then. Before the first one, Begin asks for what a group begins with at an LSN of the window, by Begin; then no
+	// disk is named yet.
+	Seed struct {
+		At    record.LSN
+		Begin bool
+		Disks []record.Disk
+	}
+	// Answer is the follower's to the sums of a Seed.
+	Answer struct{ *wire.Want }
+	// Acked says that the follower has everything up to an LSN durably. The records behind it are what it has yet to get.
+	Acked struct{ Durable record.LSN }
+)
+
+func (Feed) action()   {}
+func (Seed) action()   {}
+func (Answer) action() {}
+func (Acked) action()  {}
+
+type senderState int
+
+const (
+	senderOffers  senderState = iota + 1 // the Position is due
+	senderBegins                         // the caller's Begin is
+	senderSeeds                          // its Seeded is
+	senderStreams                        // its runs are
+	senderEnded
+)
+
+// Sender is the writer's side of a stream.
+type Sender struct {
+	local Local
+	group string
+	state senderState
+
+	sent  record.LSN // of the last record that the follower was sent, or had
+	acked record.LSN
+	// theirs are the disks whose content the follower has, and coming what it lacks of them: it is seeded before the run that
+	// waits for it.
+	theirs  map[record.DiskID]bool
+	coming  []record.Disk
+	waiting *record.Run
+	table   *record.Run // whose table the follower was sent last
+	begin   bool        // what is seeded is a group, not a disk
+}
+
+// NewSender makes the writer's side of a stream of a group that it leads.
+func NewSender(group string, local Local) *Sender {
+	return &Sender{group: group, local: local, theirs: map[record.DiskID]bool{}}
+}
+
+// Start begins the stream.
+func (s *Sender) Start() []Action {
+	s.state = senderOffers
+	return []Action{Send{&wire.Offer{Group: s.group, Head: s.local.Head, Horizon: s.local.Horizon, Reigns: s.local.Reigns}}}
+}
+
+// Acked is the LSN up to which the follower has everything durably, as far as this stream knows.
+func (s *Sender) Acked() record.LSN { return s.acked }
+
+// Receive takes a message of the follower's.
+func (s *Sender) Receive(m wire.Message) []Action {
+	switch m := m.(type) {
+	case *wire.Refuse:
+		return s.refused(m)
+	case *wire.Position:
+		if s.state == senderOffers {
+			return s.end(s.position(m))
+		}
+	case *wire.Want:
+		if s.state == senderSeeds {
+			return []Action{Answer{m}}
+		}
+	case *wire.Ack:
+		if s.state == senderStreams || s.state == senderSeeds {
+			return s.end(s.ack(m))
+		}
+	}
+	return s.end(outOfTurn("%v, which the writer does not wait for", m.Type()))
+}
+
+// end notes that the stream has ended if that is among the actions.
+func (s *Sender) end(actions []Action) []Action {
+	if slices.ContainsFunc(actions, func(a Action) bool { _, ok := a.(End); return ok }) {
+		s.state = senderEnded
+	}
+	return actions
+}
+
+func (s *Sender) refused(m *wire.Refuse) []Action {
+	s.state = senderEnded
+	err := refused(m)
+	if m.Reason == wire.ReasonDeposed && m.Reigns.Epoch() > s.local.Reigns.Epoch() {
+		return []Action{Depose{m.Reigns}, End{err}}
+	}
+	return []Action{End{err}}
+}
+
+// position decides how to go on with a follower that has come so far.
+func (s *Sender) position(m *wire.Position) []Action {
+	if !m.Known {
+		return s.beginAnew()
+	}
+	ours, theirs := s.local.present(), m.Reigns[len(m.Reigns)-1]
+	if theirs.Epoch > ours.Epoch {
+		err := fmt.Errorf("%w: the follower knows of epoch %d, and this daemon writes in epoch %d", ErrDeposed, theirs.Epoch, ours.Epoch)
+		return append([]Action{Depose{m.Reigns}}, refuse(wire.ReasonDeposed, s.local.Reigns, err)...)
+	}
+	common, err := s.local.Reigns.Common(s.local.Head, m.Reigns, m.Head)
+	switch {
+	case err != nil:
+		return refuse(wire.ReasonUnrelated, s.local.Reigns, fmt.Errorf("group %s: %w", s.group, err))
+	case theirs.Epoch == ours.Epoch && theirs != ours:
+		err = fmt.Errorf("%w: another daemon took epoch %d too", ErrDiverged, ours.Epoch)
+		return refuse(wire.ReasonDiverged, s.local.Reigns, err)
+	case common < m.Head:
+		err = fmt.Errorf("%w: the follower has LSN %d, and both have LSN %d in common", ErrDiverged, m.Head, common)
+		return refuse(wire.ReasonDiverged, s.local.Reigns, err)
+	case common < s.local.Horizon:
+		return s.beginAnew()
+	}
+	for _, d := range m.Disks {
+		s.theirs[d.ID] = true
+	}
+	s.state, s.sent, s.acked = senderStreams, common, common
+	return []Action{Acked{common}, Feed{common + 1}}
+}
+
+func (s *Sender) beginAnew() []Action {
+	s.state = senderBegins
+	return []Action{Seed{At: s.local.Head, Begin: true}}
+}
+
+// Begin is the caller's answer to a Seed that asks for what the group begins with.
+func (s *Sender) Begin(b record.Beginning) []Action {
+	if s.state != senderBegins {
+		return nil
+	}
+	s.state, s.begin, s.sent, s.acked = senderSeeds, true, b.At, 0
+	s.table = &record.Run{Disks: b.Disks, Reigns: b.Reigns}
+	for _, d := range b.Disks {
+		if d.Removed == 0 {
+			s.coming = append(s.coming, d)
+		}
+	}
+	return []Action{Send{&wire.Begin{Beginning: b}}, Seed{At: b.At, Disks: s.coming}}
+}
+
+// Seeded is the caller's answer to a Seed: everything of its disks was sent.
+func (s *Sender) Seeded() []Action {
+	if s.state != senderSeeds {
+		return nil
+	}
+	for _, d := range s.coming {
+		s.theirs[d.ID] = true
+	}
+	s.state, s.coming = senderStreams, nil
+	if s.begin {
+		s.begin = false
+		return []Action{Send{&wire.Seeded{}}, Feed{s.sent + 1}}
+	}
+	run := *s.waiting
+	s.waiting = nil
+	return s.Run(run)
+}
+
+// Run is the caller's answer to a Feed. Its slices must not be changed before the next Feed.
+func (s *Sender) Run(run record.Run) []Action {
+	if s.state == senderEnded {
+		return nil
+	}
+	if s.state != senderStreams || run.First != s.sent+1 {
+		return s.end(refuse(wire.ReasonFailed, nil, fmt.Errorf("group %s: records from LSN %d on were read, and those behind LSN %d are due", s.group, run.First, s.sent)))
+	}
+	for _, d := range run.Disks {
+		if d.Removed == 0 && !s.theirs[d.ID] {
+			// One at a time: the next is found when this one is there.
+			s.state, s.waiting, s.coming = senderSeeds, &run, []record.Disk{d}
+			return []Action{Send{&wire.Adopt{At: s.sent, Disk: d}}, Seed{At: s.sent, Disks: s.coming}}
+		}
+	}
+	m := &wire.Records{Run: run}
+	if s.table == nil || !slices.Equal(s.table.Disks, run.Disks) || !slices.Equal(s.table.Reigns, run.Reigns) {
+		m.Table, s.table = true, &record.Run{Disks: run.Disks, Reigns: run.Reigns}
+	}
+	s.sent = run.Last
+	return []Action{Send{m}, Feed{run.Last + 1}}
+}
+
+// Beat says from time to time how far the group has come, and keeps the stream alive.
+func (s *Sender) Beat(head record.LSN, at time.Time) []Action {
+	if s.state != senderStreams && s.state != senderSeeds {
+		return nil
+	}
+	return []Action{Send{&wire.Beat{Head: head, Time: at}}}
+}
+
+func (s *Sender) ack(m *wire.Ack) []Action {
+	switch {
+	case m.Durable > s.sent:
+		return outOfTurn("an acknowledgement of LSN %d, and LSN %d was sent last", m.Durable, s.sent)
+	case m.Durable < s.acked:
+		return outOfTurn("an acknowledgement of LSN %d after one of LSN %d", m.Durable, s.acked)
+	case m.Durable == s.acked:
+		return nil // the answer to a beat
+	}
+	s.acked = m.Durable
+	return []Action{Acked{m.Durable}}
+}
