@@ -153,7 +153,7 @@ func FuzzSegment(f *testing.F) {
 		}
 		defer set.Close()
 		w := segment.NewWriter(set, segment.Log, segment.MinSize, 0)
-		if err := w.Roll(segment.Header{First: 1, Name: "g", Reigns: record.Reigns{{Epoch: 1, First: 1}}}, 0); err != nil {
+		if err := w.Roll(segment.Header{First: 1, Name: "g", Reigns: record.Reigns{{Epoch: 1, First: 1, ID: [16]byte{1}}}}, 0); err != nil {
 			t.Fatal(err)
 		}
 		if err := w.Append([][]byte{rest}, int64(len(rest))); err != nil {

@@ -399,7 +399,13 @@ func (g *Group) noteTimeLocked(h *record.Header, file uint32, off int64) {
 		p := g.append.pend
 		p.times = append(p.times, index.TimeMark{Time: h.Time, LSN: h.LSN, File: file, Off: uint32(off)})
 	}
-	g.lastTime.Store(h.Time)
+	g.newestLocked(h.Time)
+}
+
+// newestLocked notes the time of the newest record.
+func (g *Group) newestLocked(t int64) {
+	g.recordTime.Store(t)
+	g.lastTime.Store(t)
 }
 
 // advanceLocked makes n appended records the head. owed is what they may cost in originals.

@@ -50,14 +50,13 @@
 //	8 applied LSN in the index, flush  replay starts behind it
 //	  overlays saved, synced, log      an unfinished file, removed; or one of an older applied LSN, passed over; or one of this
 //	  synced, renamed, directory       LSN and an older head: more is replayed. What it names is durable, and is not applied.
-//	9 expire: carry over, index, flush segments that nothing refers to: log files are removed by the next open, originals by the next expiry
-//	10 remove the segments             –
+//	9 expire: carry over, index, flush the expiry, or none of it; what is carried over names its horizon
+//	10 note its end among the originals, sync   segments that nothing refers to: log files are removed by the next open, originals by the next expiry
+//	11 remove the segments             some of them: without an index, the note says to which horizon
 //
 // A note (marker, amendment, definition) is a record like any other. Of those that belong together:
 //
 //	cut, then what became of it        the cut alone: the next open concludes it as crash-consistent, or deletes it
-//
-// What an expiry carries over, blocks and definitions, names its horizon, and counts when the horizon is there.
 //
 // The disks of a group are in the table at the head of the log's newest segment:
 //
@@ -80,7 +79,7 @@
 // # Concurrency
 //
 // A Store and a Group are safe for concurrent use. Locks are taken in this order: the Store's joining, the Group's
-// joining, apply, syncing, index, append, and pins, claims and the Store's open under any of them (the fields
+// receiving, joining, apply, syncing, index, append, and pins, claims and the Store's open under any of them (the fields
 // say what each guards).
 //
 // # Limits

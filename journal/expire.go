@@ -93,7 +93,7 @@ func (g *Group) expire(excess int64, held record.LSN) (freed int64, err error) {
 	if errors.Is(err, segment.ErrFull) {
 		// There is no room to carry over what views behind a near horizon
 		// need. Behind the farthest one, they need next to nothing.
-		n = retain.Expire(closed, math.MaxInt64, pin, applied)
+		n = retain.Expire(closed, math.MaxInt64, min(pin, held), applied)
 		g.log.Warn("no room to expire the oldest history alone: expiring all that may go", zap.Error(err))
 		err = g.expireUpTo(closed[n-1].Last, files[:n])
 	}
@@ -290,7 +290,7 @@ func (e *expiry) carryAll() error {
 	if err := e.definitions(); err != nil {
 		return err
 	}
-	need := int64(len(e.moves)) * (record.BlockSize + record.HeaderSize + 16)
+	need := int64(len(e.moves))*(record.BlockSize+record.HeaderSize+16) + 2*record.BlockSize // and what end notes
 	for _, d := range e.defined {
 		need += int64(len(d.Content)) + record.BlockSize
 	}
@@ -398,9 +398,29 @@ func (e *expiry) finish(files []*segment.File) error {
 	if err := g.syncLog(); err != nil {
 		return err
 	}
+	if err := e.end(); errors.Is(err, segment.ErrFull) {
+		g.log.Warn("the files of expired history stay until there is room to note that it has expired", zap.Error(err))
+		return nil // the next expiry of them does
+	} else if err != nil {
+		return g.fail(err)
+	}
 	g.log.Info("expired the oldest history", zap.Uint64("horizon", uint64(e.horizon)), zap.Int("segments", len(files)))
 	if err := errors.Join(g.set.Remove(files...), g.set.Remove(gone...)); err != nil {
 		return g.fail(err)
+	}
+	return nil
+}
+
+// end notes among the originals that the index has come to the horizon, durably: without an index nothing else says so
+// once some of the files are gone, and what was carried over would count for nothing.
+func (e *expiry) end() error {
+	e.g.apply.orig.Keep(0) // what it takes is little, and the files that go are much
+	err := e.g.keep(record.Header{Kind: record.KindExpired, Flags: record.FlagCarried, LSN: e.horizon + 1, Durable: e.horizon}, nil)
+	if err == nil {
+		_, err = e.g.syncKept()
+	}
+	if err != nil {
+		return fmt.Errorf("note that history has expired up to LSN %d: %w", e.horizon, err)
 	}
 	return nil
 }

@@ -91,7 +91,7 @@ func (f *Feed) read(last record.LSN, most int) (record.Run, error) {
 	if err != nil || len(b) == 0 {
 		return record.Run{}, err
 	}
-	run := record.Run{First: f.next, Last: next - 1, Bytes: b, Disks: f.file.Disks, Reigns: f.file.Reigns}
+	run := record.Run{First: f.next, Last: next - 1, Bytes: b, Disks: f.file.Disks, Reigns: f.g.reignsOf(f.file)}
 	f.next, f.off = next, f.off+int64(len(b))
 	return run, nil
 }

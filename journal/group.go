@@ -31,6 +31,8 @@ type Group struct {
 	disks atomic.Pointer[members]
 	// standing changes with joining held and, but at open, g.append.
 	standing atomic.Pointer[standing]
+	// receiving serialises Receives.
+	receiving sync.Mutex
 	// joining serialises what adds and removes disks, and changes who writes.
 	joining sync.Mutex
 
@@ -98,7 +100,10 @@ type Group struct {
 	horizon      atomic.Uint64
 	unapplied    atomic.Int64 // bytes of records, each counted as a block at least
 	owed         atomic.Int64 // bytes of originals that applying may cost, at most
-	lastTime     atomic.Int64 // of the newest record, Unix nanoseconds; set with g.append held
+	recordTime   atomic.Int64 // of the newest record, Unix nanoseconds; set with g.append held
+	// lastTime is what no record will be older than: the newest one's, or that of the head of a segment behind it, if this
+	// daemon writes the group.
+	lastTime atomic.Int64
 
 	moved, synced bell // rung when appended and when durable rise, and when the group fails
 

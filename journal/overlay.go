@@ -121,7 +121,7 @@ func (g *Group) writeOverlays(path string, last record.LSN) (err error) {
 	weight := g.append.weight
 	h := overlayHead{
 		group: g.id, applied: g.Applied(), last: last, unapplied: g.unapplied.Load(), owed: g.owed.Load(),
-		time: g.lastTime.Load(), disks: uint32(len(disks)),
+		time: g.recordTime.Load(), disks: uint32(len(disks)),
 	}
 	g.append.Unlock()
 	if u, err := g.fs.GetDiskUsage(g.dir); err == nil && int64(u.AvailBytes) < g.o.keepApply()+int64(weight)*256 {
@@ -186,7 +186,7 @@ func (r *recovery) overlays() {
 	r.overlaid = h.last
 	r.g.unapplied.Store(h.unapplied)
 	r.g.owed.Store(h.owed)
-	r.g.lastTime.Store(max(r.g.lastTime.Load(), h.time))
+	r.g.newestLocked(max(r.g.recordTime.Load(), h.time))
 }
 
 func (r *recovery) openOverlays(path string) (h overlayHead, saved []disk.Saved, err error) {

@@ -3,6 +3,7 @@ package journal
 import (
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 
 	"go.uber.org/zap"
@@ -18,7 +19,8 @@ type received struct {
 	d       *disk.Disk // nil: a note
 }
 
-// receiveBytes is how much is appended at once, in bytes of payload, if there is more than one record.
+// receiveBytes is what records may cost that are appended at once, if it is more than one: bytes of payload, a block for each, and a
+// byte for a block of its extent, which the index has versions of.
 const receiveBytes = 1 << 20
 
 // Receive appends records of the daemon whose group this one follows, under their LSNs. When it returns without an
@@ -34,17 +36,19 @@ func (g *Group) Receive(run record.Run) error {
 }
 
 func (g *Group) receive(run record.Run) error {
-	recs, err := g.accept(run)
+	g.receiving.Lock()
+	defer g.receiving.Unlock()
+	recs, s, err := g.accept(run)
 	if err != nil {
 		return err
 	}
 	for len(recs) > 0 {
 		n := 0
-		for bytes := 0; n < len(recs) && bytes < receiveBytes; n++ {
-			bytes += recs[n].Payload
+		for cost := int64(0); n < len(recs) && cost < receiveBytes; n++ {
+			cost += int64(recs[n].Payload) + record.BlockSize + recs[n].Extent.Len/record.BlockSize
 		}
 		some := recs[:n]
-		err := g.admit(func() error { return g.waitRoomLocked(g.endedLocked) }, func() error { return g.receiveLocked(&some) })
+		err := g.admit(func() error { return g.waitRoomLocked(g.endedLocked) }, func() error { return g.receiveLocked(&some, s) })
 		if err != nil {
 			return err
 		}
@@ -55,7 +59,7 @@ func (g *Group) receive(run record.Run) error {
 
 // checkRun says whether a run is what it says, and may be the group's next records, whoever wrote it.
 func (g *Group) checkRun(run record.Run) (recs []received, err error) {
-	next, last := run.First, g.lastTime.Load()
+	next, last := run.First, g.recordTime.Load()
 	err = record.Each(run.Bytes, func(h record.Header, payload []byte) error {
 		rec := received{Header: h, payload: payload}
 		if err := g.checkReceived(&rec, next, last); err != nil {
@@ -72,47 +76,47 @@ func (g *Group) checkRun(run record.Run) (recs []received, err error) {
 }
 
 // accept says whether a run follows the group's history, and makes its reigns and its table the group's. It returns the
-// run's records.
-func (g *Group) accept(run record.Run) ([]received, error) {
+// run's records, and the standing under which they may be appended.
+func (g *Group) accept(run record.Run) ([]received, *standing, error) {
 	g.joining.Lock()
 	defer g.joining.Unlock()
 	if !g.Follows() {
-		return nil, fmt.Errorf("the group is this daemon's, in epoch %d: have it follow first", g.Reigns().Epoch())
+		return nil, nil, fmt.Errorf("the group is this daemon's, in epoch %d: have it follow first", g.Reigns().Epoch())
 	}
 	head := g.Head()
 	if run.First != head+1 || run.Last < run.First {
-		return nil, fmt.Errorf("%w: LSN %d is the next", record.ErrCorrupt, head+1)
+		return nil, nil, fmt.Errorf("%w: LSN %d is the next", record.ErrCorrupt, head+1)
 	}
-	was := g.standing.Load().reigns
-	if err := checkSuccession(was, head, run); err != nil {
-		return nil, err
+	was := g.standing.Load()
+	if err := checkSuccession(was.reigns, head, run); err != nil {
+		return nil, nil, err
 	}
 	table, err := g.tableOf(run)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	recs, err := g.checkRun(run)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	m := g.disks.Load()
-	if slices.Equal(table, m.table) && slices.Equal(was, run.Reigns) {
-		return recs, nil
+	if slices.Equal(table, m.table) && slices.Equal(was.reigns, run.Reigns) {
+		return recs, was, nil
 	}
+	now := &standing{slices.Clone(run.Reigns), true}
 	err = g.rollWith(true, func() (undo func(), err error) {
-		s := g.standing.Load()
-		g.standing.Store(&standing{run.Reigns, true})
+		g.standing.Store(now)
 		g.disks.Store(&members{all: m.all, table: table})
 		return func() {
-			g.standing.Store(s)
+			g.standing.Store(was)
 			g.disks.Store(m)
 		}, nil
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	g.log.Info("the writer's reigns or disks are others from here on", zap.Uint64("lsn", uint64(run.First)), zap.Uint64("epoch", run.Reigns.Epoch()))
-	return recs, nil
+	return recs, now, nil
 }
 
 // checkSuccession says whether records of a run's reigns can follow a journal that ends at head, and whether its writer
@@ -153,6 +157,9 @@ func (g *Group) tableOf(run record.Run) ([]record.Disk, error) {
 		case table[i].Name != t.Name || table[i].Size != t.Size:
 			return nil, fmt.Errorf("%w: disk %d is %q of %d bytes, and the group has %q of %d", ErrDiverged, t.ID, t.Name, t.Size, table[i].Name, table[i].Size)
 		}
+		if t.Removed == 0 && table[i].Removed != 0 {
+			return nil, fmt.Errorf("disk %s had left the group, and has come again, and what was done to its backing here meanwhile is not known: %w", t.Name, ErrDetached)
+		}
 		table[i].Removed = t.Removed
 	}
 	return table, nil
@@ -169,7 +176,7 @@ func (g *Group) checkReceived(rec *received, next record.LSN, last int64) error 
 		return fmt.Errorf("LSN %d is of a backing that was changed outside of Tidemark: what else differs there is not known, the disk must be seeded again", rec.LSN)
 	case rec.Kind.Note():
 		return checkNote(&rec.Header, rec.payload)
-	case rec.Kind == record.KindOriginal, rec.Kind == record.KindHole:
+	case rec.Kind == record.KindOriginal, rec.Kind == record.KindHole, rec.Kind == record.KindExpired:
 		return fmt.Errorf("%w: LSN %d is an %v", record.ErrCorrupt, rec.LSN, rec.Kind)
 	}
 	if rec.d = g.disk(rec.Disk); rec.d == nil || !rec.d.Attached() {
@@ -194,15 +201,15 @@ func checkNote(h *record.Header, payload []byte) (err error) {
 	return err
 }
 
-// receiveLocked appends records that were checked, and takes those off that it has appended.
-func (g *Group) receiveLocked(recs *[]received) error {
+// receiveLocked appends records that were accepted under a standing, and takes those off that it has appended.
+func (g *Group) receiveLocked(recs *[]received, s *standing) error {
 	a := &g.append
 	for len(*recs) > 0 {
 		if err := g.endedLocked(); err != nil {
 			return err
 		}
-		if lsn := (*recs)[0].LSN; lsn != a.next || !g.Follows() {
-			return fmt.Errorf("%w: LSN %d was to come next, and LSN %d is: another has written meanwhile", ErrDiverged, lsn, a.next)
+		if lsn := (*recs)[0].LSN; lsn != a.next || g.standing.Load() != s {
+			return fmt.Errorf("%w: LSN %d was to come next, and LSN %d is: the group has another writer meanwhile", ErrDiverged, lsn, a.next)
 		}
 		n, room, bytes := 0, 0, int64(0)
 		for _, rec := range *recs {
@@ -249,7 +256,7 @@ func (g *Group) receiveSomeLocked(recs []received, room int) error {
 		} else {
 			var cost int64
 			if rec.Kind != record.KindWrite {
-				_, cost = rec.d.InBacking(rec.Extent, maxZeroes)
+				_, cost = rec.d.InBacking(rec.Extent, math.MaxInt64) // the writer cut it by its own holes
 			}
 			g.noteLocked(&rec.Header, rec.d, off)
 			owed += max(rec.Size(), cost)
@@ -285,6 +292,8 @@ func (g *Group) adopt(c DiskConfig, t record.Disk) error {
 		if err := record.CheckDisks(append(slices.Clip(m.table), t), g.Head()); err != nil {
 			return err
 		}
+	} else if err := record.CheckDisks([]record.Disk{t}, g.Head()); err != nil || t.Removed != 0 {
+		return fmt.Errorf("it is not in the writer's group: %w", errors.Join(err, ErrDetached))
 	} else if has := m.entry(known); has.Name != t.Name || has.Size != t.Size {
 		return fmt.Errorf("%w: disk %d is %q of %d bytes here", ErrDiverged, t.ID, has.Name, has.Size)
 	} else if known.Attached() || has.Removed == 0 || has.Removed > g.Horizon() {

@@ -117,8 +117,8 @@ func TestWhatAFollowerRefuses(t *testing.T) {
 		"a marker cut short":        {note(record.KindMarker, mark.Append(nil)[:14]), record.ErrCorrupt},
 		"another history":           {func(r *record.Run) { r.Reigns = other(1, 1) }, ErrDiverged},
 		"another, of later":         {func(r *record.Run) { r.Reigns = other(7, 1) }, ErrDiverged},
-		"a writer of the future":    {func(r *record.Run) { r.Reigns = r.Reigns.With(record.Reign{Epoch: 2, First: 9}) }, record.ErrCorrupt},
-		"a reign that begins ago":   {func(r *record.Run) { r.Reigns = r.Reigns.With(record.Reign{Epoch: 2, First: 2}) }, ErrDiverged},
+		"a writer of the future":    {func(r *record.Run) { r.Reigns = r.Reigns.With(record.Reign{Epoch: 2, First: 9, ID: [16]byte{2}}) }, record.ErrCorrupt},
+		"a reign that begins ago":   {func(r *record.Run) { r.Reigns = r.Reigns.With(record.Reign{Epoch: 2, First: 2, ID: [16]byte{2}}) }, ErrDiverged},
 		"no reign":                  {func(r *record.Run) { r.Reigns = nil }, record.ErrCorrupt},
 		"a disk of another size":    {func(r *record.Run) { r.Disks[0].Size++ }, ErrDiverged},
 		"a disk of another name":    {func(r *record.Run) { r.Disks[0].Name = "x" }, ErrDiverged},
@@ -276,9 +276,11 @@ func TestAFollowersBackingThatWasChanged(t *testing.T) {
 	require.NoError(t, p.to.g.Apply())
 	require.NoError(t, p.to.s.Close())
 	p.to.scribble("disk.raw", 3*record.BlockSize, []byte("somebody else's"))
-	_, err := Open("state", []GroupConfig{{Name: "g", Disks: []DiskConfig{{"d", "disk.raw"}}}}, Options{FS: p.to.fs, SegmentSize: 64 << 10})
+	p.to.open()
+	_, err := p.to.g.State()
+	require.ErrorIs(t, err, ErrFailed)
 	require.ErrorContains(t, err, "seeded again")
-	p.to.s = nil
+	require.EqualValues(t, 1, p.to.g.Head())
 }
 
 // TestLeadingIsDurable: a host that dies right after it leads still, and one that dies before has the choice.
@@ -315,4 +317,131 @@ func TestLeadingIsDurable(t *testing.T) {
 		}
 		require.NoError(t, s.Abandon(), fmt.Sprint(i))
 	}
+}
+
+// TestAWriterComesBack: it starts as what its segments say, a writer, with its own clock; then it follows who leads now.
+func TestAWriterComesBack(t *testing.T) {
+	p := newPair(t)
+	require.NoError(t, p.write(1, 1))
+	p.ship()
+	require.NoError(t, p.s.Close())
+	_, err := p.to.g.Lead(2)
+	require.NoError(t, err)
+	require.NoError(t, p.to.write(2, 2))
+	require.NoError(t, p.to.g.Sync())
+	p.open()
+	require.NoError(t, p.g.Follow())
+	for range 2 {
+		require.NoError(t, p.s.Close())
+		p.open()
+	}
+	pair{p.to, p.rig}.ship()
+	require.Equal(t, byte(2), p.live(2))
+}
+
+// TestReceiveWaitsForRoom: what it was to append is of no use if the group has another writer meanwhile.
+func TestReceiveWaitsForRoom(t *testing.T) {
+	p := newPair(t)
+	p.to.g.o.Unapplied = 4 * record.BlockSize
+	for i := range int64(4) {
+		require.NoError(t, p.write(i, 1))
+	}
+	p.ship()
+	require.NoError(t, p.write(9, 0xaa))
+	run := p.run()
+	received := make(chan error, 1)
+	go func() { received <- p.to.g.Receive(run) }()
+	for p.to.g.receiving.TryLock() {
+		p.to.g.receiving.Unlock() // until it is at it
+	}
+	_, err := p.to.g.Lead(5)
+	require.NoError(t, err)
+	require.NoError(t, p.to.g.Follow())
+	require.NoError(t, p.to.g.Apply())
+	require.Error(t, <-received)
+	require.EqualValues(t, 4, p.to.g.Head())
+}
+
+// TestABeginningIsBegunAgain at a later LSN, after a crash at any of its writes.
+func TestABeginningIsBegunAgain(t *testing.T) {
+	r, to := newRig(t, Options{}), newRig(t, Options{})
+	for i := range 40 {
+		require.NoError(t, r.write(int64(i%5), byte(i+1)))
+	}
+	_, err := r.g.Define("vm", []byte("<domain/>"))
+	require.NoError(t, err)
+	first, err := r.g.Beginning(41)
+	require.NoError(t, err)
+	require.NoError(t, r.write(0, 0))
+	second, err := r.g.Beginning(42)
+	require.NoError(t, err)
+	to.scribble("seeded.raw", 0, make([]byte, rigBlocks*record.BlockSize))
+	require.NoError(t, syncDirs(to.mem, ""))
+	var clones []*vfs.MemFS
+	to.seen = func(op errorfs.Op) {
+		if isWrite(op.Kind) {
+			for i, percent := range survivals {
+				clones = append(clones, to.mem.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: rand.New(rand.NewPCG(uint64(len(clones)), uint64(i)))}))
+			}
+		}
+	}
+	require.NoError(t, to.s.AddGroup(GroupConfig{Name: "f", Disks: []DiskConfig{{"d", "seeded.raw"}}, Begin: &first}))
+	to.seen = nil
+	require.Greater(t, len(clones), 20)
+	for i, fs := range clones {
+		s, err := Open("state", nil, Options{FS: fs, SegmentSize: 64 << 10})
+		require.NoError(t, err)
+		require.NoError(t, s.AddGroup(GroupConfig{Name: "f", Disks: []DiskConfig{{"d", "seeded.raw"}}, Begin: &second}), "crash %d", i)
+		f, err := s.Group("f")
+		require.NoError(t, err)
+		state, err := f.State()
+		require.NoError(t, err, "crash %d", i)
+		require.Equal(t, "active", state)
+		require.Contains(t, []record.LSN{41, 42}, f.Head(), "begun again, or it was begun")
+		defs, err := f.Definitions(f.Head())
+		require.NoError(t, err)
+		require.Len(t, defs, 1)
+		require.NoError(t, s.Abandon())
+	}
+}
+
+// TestADiskThatComesToAFollower: new, gone, and come again, when what was done to its backing meanwhile is not known.
+func TestADiskThatComesToAFollower(t *testing.T) {
+	p := newPair(t)
+	for _, r := range []*rig{p.rig, p.to} {
+		r.scribble("more.raw", 0, make([]byte, 8*record.BlockSize))
+	}
+	require.NoError(t, p.g.AddDisk(DiskConfig{"more", "more.raw"}))
+	more, err := p.g.Disk("more")
+	require.NoError(t, err)
+	require.NoError(t, writeTo(p.g, more, 0, 1))
+	run := p.run()
+	require.ErrorIs(t, p.to.g.Receive(run), ErrDetached)
+	require.ErrorContains(t, p.to.g.Adopt(DiskConfig{"d", "more.raw"}, run.Disks[0]), "it is in the group")
+	require.ErrorContains(t, p.to.g.Adopt(DiskConfig{"other", "more.raw"}, run.Disks[1]), "under the name")
+	require.ErrorContains(t, p.g.Adopt(DiskConfig{"more", "more.raw"}, run.Disks[1]), "this daemon's")
+	require.NoError(t, p.to.g.Adopt(DiskConfig{"more", "more.raw"}, run.Disks[1]))
+	require.ErrorContains(t, p.to.g.Adopt(DiskConfig{"more", "more.raw"}, run.Disks[1]), "it is in the group")
+	p.ship()
+	require.NoError(t, p.g.RemoveDisk("more"))
+	require.NoError(t, p.write(1, 1))
+	p.ship()
+	require.Len(t, p.to.g.Disks(), 1)
+	require.NoError(t, p.g.AddDisk(DiskConfig{"more", "more.raw"}))
+	require.NoError(t, p.write(1, 2))
+	run = p.run()
+	require.ErrorIs(t, p.to.g.Receive(run), ErrDetached)
+	require.ErrorContains(t, p.to.g.Adopt(DiskConfig{"more", "more.raw"}, run.Disks[1]), "its history is")
+}
+
+// TestManyTrimsAreReceived: each costs the index many versions, and the limits on those hold.
+func TestManyTrimsAreReceived(t *testing.T) {
+	p := newPair(t)
+	var recs []record.Header
+	for i := range 3000 {
+		recs = append(recs, record.Header{LSN: record.LSN(i + 1), Time: p.to.g.recordTime.Load(), Kind: record.KindTrim, Disk: 1, Extent: record.Extent{Off: record.BlockSize, Len: (rigBlocks - 2) * record.BlockSize}})
+	}
+	run := record.Run{First: 1, Last: record.LSN(len(recs)), Bytes: encoded(recs...), Disks: p.g.disks.Load().table, Reigns: p.g.Reigns()}
+	p.to.running(func() error { return p.to.g.Receive(run) })
+	require.EqualValues(t, len(recs), p.to.g.Head())
 }

@@ -79,6 +79,11 @@ func (g *Group) recover(gc GroupConfig) error {
 	if err != nil {
 		return err
 	}
+	if len(r.logs) == 0 && gc.Begin != nil {
+		if err := g.clearBegun(); err != nil {
+			return err
+		}
+	}
 	if !g.o.ReadOnly {
 		// What the page cache holds may be newer than the disk: it is about
 		// to be believed.
@@ -88,6 +93,11 @@ func (g *Group) recover(gc GroupConfig) error {
 	}
 	if g.ix, err = g.store.ix.Group(g.id); err != nil {
 		return err
+	}
+	if len(r.logs) == 0 && !g.o.ReadOnly {
+		if err := g.ix.DeleteAll(); err != nil { // of one with this number that did not come to a log
+			return err
+		}
 	}
 	if err := r.openDisks(table, gc.Disks); err != nil {
 		return err
@@ -136,7 +146,8 @@ func (g *Group) recover(gc GroupConfig) error {
 	return nil
 }
 
-// awaitWriter ends the recovery of a group whose records are another daemon's: nothing is journaled here.
+// awaitWriter ends the recovery of a group whose records are another daemon's: nothing is journaled here. What others did
+// to a backing while the group was closed fails it.
 func (g *Group) awaitWriter(r *recovery) error {
 	if r.fresh {
 		return r.dropStale()
@@ -147,10 +158,22 @@ func (g *Group) awaitWriter(r *recovery) error {
 			return err
 		}
 		if changed {
-			return fmt.Errorf("backing %s of disk %s was changed outside of Tidemark, and the group follows another daemon's: remove the group's journal here and have it seeded again", d.Path(), d.Name)
+			_ = g.fail(fmt.Errorf("backing %s of disk %s was changed outside of Tidemark, and the group follows another daemon's: remove the group's journal here and have it seeded again", d.Path(), d.Name))
+			return nil
 		}
 	}
 	return nil
+}
+
+// clearBegun removes what a beginning left that did not come to a log.
+func (g *Group) clearBegun() error {
+	if g.o.ReadOnly {
+		return errors.New("a store at rest begins no group")
+	}
+	if err := g.set.RemoveBroken(false); err != nil {
+		return err
+	}
+	return g.set.Remove(g.set.Files(segment.Originals)...)
 }
 
 // head reads who writes the group and which disks it has from the newest segment of the log.
@@ -161,7 +184,7 @@ func (r *recovery) head(begin *record.Beginning) (table []record.Disk, err error
 		newest := r.logs[len(r.logs)-1]
 		g.id = newest.Group
 		s := &standing{newest.Reigns, newest.Follows}
-		if first := s.reigns[0]; first.ID == [16]byte{} && !s.follows {
+		if first := s.reigns[0]; first.ID == [16]byte{} {
 			// Of a version that knew none. The next segment has it.
 			if s.reigns, err = firstReign(first.Epoch); err != nil {
 				return nil, err
@@ -236,10 +259,16 @@ func (r *recovery) state() (err error) {
 	// A log file that was expired may not have been removed yet: the index
 	// forgot what is in it.
 	horizon, err := g.stateLSN(stateHorizon)
+	if err == nil && r.fresh {
+		horizon, err = r.expired()
+	}
 	if err != nil {
 		return err
 	}
 	g.horizon.Store(max(g.horizon.Load(), uint64(horizon)))
+	for len(r.logs) > 1 && r.logs[1].First-1 <= g.Horizon() {
+		r.logs = r.logs[1:]
+	}
 	reigns := g.Reigns()
 	r.durable = max(r.mark.LSN, r.applied, reigns[len(reigns)-1].First-1) // see rollWith
 	g.index.mark = r.mark
@@ -268,6 +297,22 @@ func (r *recovery) state() (err error) {
 		g.append.markers.set(m)
 		return true, nil
 	})
+}
+
+// expired is the horizon that the last expiry came to, as far as the originals say.
+func (r *recovery) expired() (horizon record.LSN, err error) {
+	for _, f := range r.g.set.Files(segment.Originals) {
+		_, err := f.Scan(f.Start(), func(_ int64, h record.Header) error {
+			if h.Kind == record.KindExpired {
+				horizon = max(horizon, h.Durable)
+			}
+			return nil
+		})
+		if err != nil && !errors.Is(err, record.ErrCorrupt) {
+			return 0, fmt.Errorf("find what has expired: %w", err)
+		}
+	}
+	return horizon, nil
 }
 
 // originals replays the originals that the index does not have. A torn tail
@@ -469,9 +514,11 @@ func (g *Group) start(r *recovery) error {
 		}
 	}
 	g.append.next = last + 1
-	g.lastTime.Store(max(g.lastTime.Load(), r.mark.LastTime))
+	g.newestLocked(max(g.recordTime.Load(), r.mark.LastTime))
 	for _, f := range r.logs {
-		if f.First <= last+1 { // one behind records that are lost says nothing of those that come in their stead
+		// One behind records that are lost says nothing of those that come in their stead; one that this daemon began, and wrote
+		// nothing to, says nothing of another's.
+		if f.First <= last || f.First == last+1 && (f.Follows || !g.Follows()) {
 			g.lastTime.Store(max(g.lastTime.Load(), f.Created))
 		}
 	}

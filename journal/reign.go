@@ -24,6 +24,14 @@ func (g *Group) Reigns() record.Reigns { return g.standing.Load().reigns }
 // Follows reports whether the group's records are another daemon's: it takes them by Receive alone, and no write.
 func (g *Group) Follows() bool { return g.standing.Load().follows }
 
+// reignsOf are the reigns in a file's head. A file of a version that knew no ids has the group's first.
+func (g *Group) reignsOf(f *segment.File) record.Reigns {
+	if f.Reigns[0].ID == [16]byte{} {
+		return g.Reigns()[:1]
+	}
+	return f.Reigns
+}
+
 // newReign draws a reign that begins at an LSN.
 func newReign(epoch uint64, first record.LSN) (r record.Reign, err error) {
 	r = record.Reign{Epoch: epoch, First: first}
@@ -33,13 +41,15 @@ func newReign(epoch uint64, first record.LSN) (r record.Reign, err error) {
 	return r, nil
 }
 
-// Lead begins a reign of this daemon, of a higher epoch than any before it: from now on the group takes writes. It is
+// Lead begins a reign of this daemon in a group that follows, of a higher epoch than any before it: from now on it takes writes. It is
 // durable when Lead returns, with every record before it. Cuts of the writer before that were not concluded are.
 func (g *Group) Lead(epoch uint64) (record.Reign, error) {
 	g.joining.Lock()
 	defer g.joining.Unlock()
 	was := g.standing.Load()
 	switch {
+	case !was.follows:
+		return record.Reign{}, fmt.Errorf("group %s is this daemon's already, in epoch %d", g.name, was.reigns.Epoch())
 	case epoch <= was.reigns.Epoch():
 		return record.Reign{}, fmt.Errorf("group %s can not be led in epoch %d: it has had epoch %d", g.name, epoch, was.reigns.Epoch())
 	case len(was.reigns) >= record.MaxReigns:
@@ -72,7 +82,8 @@ func (g *Group) Follow() error {
 	}
 	now := &standing{was.reigns, true}
 	g.append.Lock()
-	g.standing.Store(now) // from here on nothing moves the head
+	g.standing.Store(now)                 // from here on nothing moves the head
+	g.lastTime.Store(g.recordTime.Load()) // the clock of what comes is another's
 	g.append.room.Broadcast()
 	g.append.Unlock()
 	if err := g.stand(func() (*standing, error) { return now, nil }); err != nil {
@@ -149,7 +160,7 @@ func (g *Group) Beginning(at record.LSN) (b record.Beginning, err error) {
 	if i == 0 {
 		return b, g.expired(at + 1)
 	}
-	b.Disks, b.Reigns = files[i-1].Disks, files[i-1].Reigns
+	b.Disks, b.Reigns = files[i-1].Disks, g.reignsOf(files[i-1])
 	// No record is older than the head of its file.
 	for i--; i > 0 && files[i].First > at && files[i-1].First > g.Horizon(); i-- {
 	}
@@ -174,7 +185,7 @@ func (g *Group) Beginning(at record.LSN) (b record.Beginning, err error) {
 func (r *recovery) begin(b *record.Beginning) error {
 	g := r.g
 	g.horizon.Store(uint64(b.At))
-	g.lastTime.Store(b.Time)
+	g.newestLocked(b.Time)
 	r.applied, r.durable = b.At, b.At
 	g.apply.Lock()
 	defer g.apply.Unlock()

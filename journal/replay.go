@@ -201,7 +201,7 @@ func (r *recovery) replay(d *disk.Disk, f *segment.File, off int64, h *record.He
 				index.TimeMark{Time: h.Time, LSN: h.LSN, File: f.Number, Off: uint32(off)})
 		}
 	}
-	g.lastTime.Store(max(g.lastTime.Load(), h.Time))
+	g.newestLocked(max(g.recordTime.Load(), h.Time))
 	return nil
 }
 

@@ -23,6 +23,9 @@ func (b *Beginning) Check() error {
 	if last := b.Reigns[len(b.Reigns)-1]; last.First > b.At+1 {
 		return fmt.Errorf("%w: the reign of epoch %d begins at LSN %d, behind LSN %d", ErrCorrupt, last.Epoch, last.First, b.At)
 	}
+	if b.At > MaxLSN/2 {
+		return fmt.Errorf("%w: no group has come to LSN %d", ErrCorrupt, b.At)
+	}
 	for _, d := range b.Definitions {
 		if d.Gone || d.Since == 0 || d.Since > b.At || len(d.Content) > MaxDefinition {
 			return fmt.Errorf("%w: definition %q since LSN %d is not in force at LSN %d", ErrCorrupt, d.Name, d.Since, b.At)

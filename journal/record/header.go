@@ -24,6 +24,7 @@ const (
 	KindHole     Kind = 6 // an original that was all zeroes; no payload; originals log only
 	KindAmend    Kind = 7 // payload is an Amendment; no extent
 	KindDefine   Kind = 8 // payload is a Definition; no extent
+	KindExpired  Kind = 9 // an expiry has come to its horizon; no extent, no payload; originals log only
 )
 
 func (k Kind) String() string {
@@ -44,6 +45,8 @@ func (k Kind) String() string {
 		return "amendment"
 	case KindDefine:
 		return "definition"
+	case KindExpired:
+		return "expiry"
 	}
 	return fmt.Sprintf("kind(%d)", uint8(k))
 }
@@ -247,6 +250,10 @@ func (h *Header) check() error {
 	case KindMarker, KindAmend, KindDefine:
 		if h.Extent != (Extent{}) || h.Payload == 0 {
 			return bad("takes a payload and no extent")
+		}
+	case KindExpired:
+		if h.Extent != (Extent{}) || h.Payload != 0 {
+			return bad("takes no payload and no extent")
 		}
 	default:
 		return bad("unknown kind")

@@ -36,8 +36,8 @@ func (r Reigns) Check() error {
 		return fmt.Errorf("%w: %d reigns, 1 to %d are possible", ErrCorrupt, len(r), MaxReigns)
 	}
 	for i := range r {
-		if r[i].Epoch == 0 || r[i].First == 0 || i > 0 && (r[i].Epoch <= r[i-1].Epoch || r[i].First < r[i-1].First) {
-			return fmt.Errorf("%w: reign %d of epoch %d begins at LSN %d", ErrCorrupt, i, r[i].Epoch, r[i].First)
+		if r[i].Epoch == 0 || r[i].First == 0 || r[i].ID == [16]byte{} || i > 0 && (r[i].Epoch <= r[i-1].Epoch || r[i].First < r[i-1].First) {
+			return fmt.Errorf("%w: reign %d of epoch %d, id %x, begins at LSN %d", ErrCorrupt, i, r[i].Epoch, r[i].ID, r[i].First)
 		}
 	}
 	return nil

@@ -52,7 +52,7 @@ func TestCommonOfScriptedHistories(t *testing.T) {
 			n, o := &nodes[i], &nodes[j]
 			switch rng.IntN(6) {
 			case 0: // fails over
-				n.reigns = n.reigns.With(Reign{Epoch: n.reigns.Epoch() + 1, First: LSN(len(n.records) + 1), ID: [16]byte{byte(i), byte(writes), byte(writes >> 8)}})
+				n.reigns = n.reigns.With(Reign{Epoch: n.reigns.Epoch() + 1, First: LSN(len(n.records) + 1), ID: [16]byte{byte(i) + 1, byte(writes), byte(writes >> 8)}})
 				leads[i], writes = true, writes+1
 			case 1, 2, 3:
 				if leads[i] {

@@ -80,7 +80,7 @@ const (
 //	  …     …   for each reign: epoch (8), first LSN (8), id (16)
 //	  …     …   zeroes
 //
-// In version 2 there was one reign, from LSN 1 on and without an id, and no definitions among the originals. In
+// In version 2 there was one reign, from LSN 1 on and without an id, and neither definitions nor expiries among the originals. In
 // version 1 disks had no added and removed LSN, and the log no amendments and definitions.
 //
 // Magic, version and length stand before the checksum so that a newer

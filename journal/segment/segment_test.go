@@ -14,7 +14,7 @@ import (
 )
 
 func head(first record.LSN) Header {
-	return Header{Group: 2, First: first, Horizon: 3, Applied: 4, Created: 5, Name: "web01", Follows: true, Reigns: record.Reigns{{Epoch: 1, First: 1}, {Epoch: 7, First: 4, ID: [16]byte{3}}},
+	return Header{Group: 2, First: first, Horizon: 3, Applied: 4, Created: 5, Name: "web01", Follows: true, Reigns: record.Reigns{{Epoch: 1, First: 1, ID: [16]byte{1}}, {Epoch: 7, First: 4, ID: [16]byte{3}}},
 		Disks: []record.Disk{{ID: 1, Name: "vda", Size: 1 << 30}, {ID: 2, Name: "vdb", Size: 512}}}
 }
 

@@ -1,0 +1,87 @@
+package journal
+
+import (
+	"bytes"
+	"fmt"
+	"testing"
+
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
+	"github.com/stretchr/testify/require"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// TestAnExpiryThatRemovedSomeFiles was cut off between them, and then the index was lost: what it carried over counts.
+func TestAnExpiryThatRemovedSomeFiles(t *testing.T) {
+	for spare := range int32(5) {
+		t.Run(fmt.Sprint(spare), func(t *testing.T) {
+			r := newRig(t, Options{})
+			_, err := r.g.Define("vm", []byte("<domain/>"))
+			require.NoError(t, err)
+			require.NoError(t, r.write(100, 0x77)) // LSN 2
+			for i := int64(3); i <= 100; i++ {
+				require.NoError(t, r.write(i%5, byte(i)))
+			}
+			require.NoError(t, r.write(100, 0x78)) // LSN 101
+			for i := int64(102); i <= 200; i++ {
+				require.NoError(t, r.write(i%5, byte(i)))
+			}
+			require.NoError(t, r.g.Apply())
+			r.inject(errorfs.OpRemove, "/log", errorfs.ErrInjected).spare.Store(spare)
+			_, err = r.g.Expire(5 * 64 << 10)
+			require.ErrorIs(t, err, errorfs.ErrInjected)
+			horizon := r.g.Horizon()
+			r.fault.Store(nil)
+			require.NoError(t, r.s.Abandon())
+			require.NoError(t, r.mem.RemoveAll("state/index"))
+			for range 2 {
+				r.open()
+				require.Equal(t, horizon, r.g.Horizon())
+				defs, err := r.g.Definitions(r.g.Horizon())
+				require.NoError(t, err)
+				require.Len(t, defs, 1)
+				for lsn := r.g.Horizon(); lsn <= 200; lsn++ {
+					want := byte(0x77)
+					if lsn >= 101 {
+						want = 0x78
+					}
+					got, err := r.at(lsn, 100)
+					require.NoError(t, err)
+					require.Equal(t, want, got, "at %d", lsn)
+				}
+				require.NoError(t, r.s.Close())
+			}
+			r.open()
+		})
+	}
+}
+
+// TestAFailedBeginning leaves nothing to the group that comes after it.
+func TestAFailedBeginning(t *testing.T) {
+	r := newRig(t, Options{})
+	for _, name := range []string{"f.raw", "o.raw"} {
+		r.scribble(name, 0, bytes.Repeat([]byte{1}, 8*record.BlockSize))
+	}
+	begin := &record.Beginning{
+		At: 9, Time: 1, Reigns: record.Reigns{{Epoch: 1, First: 1, ID: [16]byte{1}}}, Disks: []record.Disk{{ID: 1, Name: "d", Size: 8 * record.BlockSize}},
+		Definitions: []record.Definition{{Name: "vm", Since: 3, Content: []byte("another host's")}},
+	}
+	r.inject(errorfs.OpRename, "f/log", errorfs.ErrInjected)
+	require.ErrorIs(t, r.s.AddGroup(GroupConfig{Name: "f", Disks: []DiskConfig{{"d", "f.raw"}}, Begin: begin}), errorfs.ErrInjected)
+	r.fault.Store(nil)
+	require.NoError(t, r.s.AddGroup(GroupConfig{Name: "o", Disks: []DiskConfig{{"d", "o.raw"}}}))
+	o, err := r.s.Group("o")
+	require.NoError(t, err)
+	require.Zero(t, o.Head())
+	defs, err := o.Definitions(0)
+	require.NoError(t, err)
+	require.Empty(t, defs)
+	begin.At = 20
+	require.NoError(t, r.s.AddGroup(GroupConfig{Name: "f", Disks: []DiskConfig{{"d", "f.raw"}}, Begin: begin}))
+	f, err := r.s.Group("f")
+	require.NoError(t, err)
+	require.EqualValues(t, 20, f.Head())
+	defs, err = f.Definitions(20)
+	require.NoError(t, err)
+	require.Len(t, defs, 1)
+}
