@@ -180,6 +180,8 @@ func (g *Group) clearBegun() error {
 func (r *recovery) head(begin *record.Beginning) (table []record.Disk, err error) {
 	g := r.g
 	switch {
+	case len(r.logs) > 0 && begin != nil:
+		return nil, fmt.Errorf("begin it at LSN %d: there is a journal of it already, in %s", begin.At, g.dir)
 	case len(r.logs) > 0:
 		newest := r.logs[len(r.logs)-1]
 		g.id = newest.Group

@@ -6,15 +6,19 @@
 //
 //   - P6: a Receiver acknowledges what it was told is durable, of records that follow each other from what both sides
 //     have in common. Nothing that has diverged is appended, or taken for the same.
-//   - The daemon of the highest epoch is obeyed. One of a lower epoch that writes is told so by whomever it offers the group to, and
+//   - Of two writers of one history the one of the higher epoch is obeyed. One of a lower epoch is told so by whomever it offers the group to, and
 //     has to follow ([Depose]). Two that took one epoch are told apart by their reigns' ids, and neither follows the other.
 //   - A peer that speaks out of turn, or of LSNs that do not follow, ends the stream.
 //
 // # The caller must
 //
-//  1. do what is asked for in its order, and say so where a type says that it must be said;
-//  2. begin a new Sender or Receiver for every stream, with what is true of the group then;
-//  3. ask for nothing after an [End].
+//  1. do what is asked for in its order, and say so where a type says that it must be said, before it gives the next message: all but
+//     Durable;
+//  2. begin a new Sender or Receiver for every stream, with what is true of the group when its other streams have ended and
+//     everything in it is durable; end them all when it leads, follows, rewinds or begins anew;
+//  3. have one Receiver for a group, the newest;
+//  4. bound the time that it waits for a message, and what a peer may do: a Receiver knows no rights;
+//  5. ask for nothing after an [End].
 //
 // # A stream
 //
@@ -33,5 +37,12 @@
 //
 // # Limits
 //
-// A follower that is behind the horizon loses what history it has: it begins anew.
+// Nothing uses this package yet, and version 1 of the messages is not settled before something does. Known gaps:
+//
+//   - The highest epoch that a daemon was told of is not durable before records of it come: until then an older writer is followed.
+//   - Reigns and disks travel with records alone: a disk that came is not at the follower before something is written.
+//   - A writer whose host lost what it had said was durable, or was restored from a copy, goes on under its old reign: nothing compares records.
+//   - A disk that left and came again, a backing that was changed by others, or a damaged record at the writer keep a follower where it
+//     is until it begins anew, by hand. One that is behind the horizon loses what history it has.
+//   - While a disk that came is seeded, records wait.
 package replica

@@ -3,6 +3,7 @@ package replica
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"flag"
 	"fmt"
 	"math/rand/v2"
@@ -35,7 +36,7 @@ func TestNetwork(t *testing.T) {
 			n.settle()
 		})
 	}
-	for _, what := range []string{"appended", "acked", "begun", "adopted", "rewound", "deposed", "refused as unrelated", "diverged", "out of turn", "crashed"} {
+	for _, what := range []string{"appended", "acked", "begun", "adopted", "rewound", "deposed", "gave up", "refused as unrelated", "diverged", "out of turn", "crashed"} {
 		require.Positive(t, reached[what], "no seed came to: %s", what)
 	}
 }
@@ -411,8 +412,12 @@ func (n *network) receiver(st *stream, actions []Action) {
 		case Depose:
 			n.depose(d, a.Reigns)
 		case Rewind:
+			if a.To < d.horizon { // which has moved since the stream began
+				*d = daemon{id: d.id, life: d.life + 1}
+				continue
+			}
 			d.records, d.leads = d.records[:a.To], false
-			d.durable, d.horizon = a.To, min(d.horizon, a.To)
+			d.durable = a.To
 			d.reigns = slices.DeleteFunc(slices.Clone(d.reigns), func(r record.Reign) bool { return r.First > a.To+1 })
 			d.disks = slices.DeleteFunc(slices.Clone(d.disks), func(k record.Disk) bool { return k.Added > a.To })
 			d.life++
@@ -420,6 +425,10 @@ func (n *network) receiver(st *stream, actions []Action) {
 		case End:
 			st.rEnds = true
 			n.ended(a.Err)
+			if errors.Is(a.Err, ErrBeginAnew) {
+				*d = daemon{id: d.id, life: d.life + 1} // its operator gives up what it has
+				n.reached["gave up"]++
+			}
 		default:
 			n.t.Fatalf("a receiver asks for %T", a)
 		}

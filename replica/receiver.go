@@ -14,6 +14,9 @@ type (
 	Append struct{ record.Run }
 	// Begin asks for a group to be begun, in the stead of what there is of it: for backings of its disks, which Compare and Put then
 	// fill, and for the group itself at Finish.
+	//
+	// It comes over a group that is known only if that is behind the writer's horizon: what is there has to be kept or given up
+	// before, and its backings not used.
 	Begin struct{ record.Beginning }
 	// Compare asks for the sums of blocks to be compared with what the disk's backing has, for those of zeroes to be
 	// made so, and for Want to be called with the others that differ.
@@ -25,7 +28,8 @@ type (
 	// Finish says that a disk's backing was sent, or, of no disk, all of them: they are to be made durable, and the disk
 	// or the group begun with them, durably. Finished is to be called then.
 	Finish struct{ Disk record.DiskID }
-	// Rewind says to what LSN the group would have to go back to follow this writer. An End follows.
+	// Rewind says to what LSN the group would have to go back to follow this writer: whether it may is for people, or their policy, to
+	// say, and whether its history goes back that far still is to be looked at. An End follows.
 	Rewind struct{ To record.LSN }
 )
 
@@ -65,23 +69,52 @@ type Receiver struct {
 	At   time.Time
 }
 
-// content is what is due of a disk's: sums of all its blocks in their order, and those of them that were wanted.
+const (
+	// MaxSums is how many blocks one Sums may be of, and MaxUnanswered how many of them a writer may send that no Want has
+	// answered, or whose wanted blocks have not come: what a follower keeps of them is bounded.
+	MaxSums       = 1 << 16
+	MaxUnanswered = 8
+)
+
+// content is what is due of a disk's: sums of all its blocks in their order, answers to them, and those blocks that were wanted.
 type content struct {
-	size    int64
-	covered int64   // blocks that sums have come of
-	wanted  []int64 // blocks whose data has not come
+	size     int64
+	covered  int64   // blocks that sums have come of
+	answered int64   // blocks that a Want has answered
+	asked    []int64 // how many blocks each Sums was of that was not answered
+	wanted   []int64 // blocks whose data has not come
 }
 
 func (c *content) blocks() int64 { return (c.size + record.BlockSize - 1) / record.BlockSize }
 
 // sums takes up that sums of n blocks from first on have come.
 func (c *content) sums(first, n int64) error {
-	if first != c.covered || n == 0 || n > c.blocks()-first {
+	switch {
+	case first != c.covered || n == 0 || n > c.blocks()-first:
 		return fmt.Errorf("sums of %d blocks from block %d on, and of %d blocks the next is block %d", n, first, c.blocks(), c.covered)
+	case n > MaxSums || len(c.asked) >= MaxUnanswered || len(c.wanted) > MaxUnanswered*MaxSums:
+		return fmt.Errorf("sums of %d blocks, while %d are not answered and %d blocks are wanted", n, len(c.asked), len(c.wanted))
 	}
-	c.covered += n
+	c.covered, c.asked = c.covered+n, append(c.asked, n)
 	return nil
 }
+
+// want takes up the answer to the oldest sums that have none.
+func (c *content) want(m *wire.Want) error {
+	if len(c.asked) == 0 || m.First != c.answered || int64(len(m.Bits)) != (c.asked[0]+7)/8 {
+		return fmt.Errorf("an answer of %d bits from block %d on is to no sums", 8*len(m.Bits), m.First)
+	}
+	for i := range c.asked[0] {
+		if m.Bits[i/8]&(1<<(i%8)) != 0 {
+			c.wanted = append(c.wanted, m.First+i)
+		}
+	}
+	c.answered, c.asked = c.answered+c.asked[0], c.asked[1:]
+	return nil
+}
+
+// complete reports whether everything has come.
+func (c *content) complete() bool { return c.answered == c.blocks() && len(c.wanted) == 0 }
 
 // data takes up that blocks from first on have come.
 func (c *content) data(first int64, b []byte) error {
@@ -111,7 +144,10 @@ func (r *Receiver) Offer(m *wire.Offer, local Local) []Action {
 		return []Action{Send{&wire.Position{}}}
 	}
 	theirs, ours := m.Reigns[len(m.Reigns)-1], local.present()
+	_, err := local.Reigns.Common(local.Head, m.Reigns, m.Head)
 	switch {
+	case err != nil: // whatever epoch it claims, it is of another group
+		return r.end(refuse(wire.ReasonUnrelated, local.Reigns, fmt.Errorf("group %s: %w", m.Group, err)))
 	case theirs.Epoch < ours.Epoch || local.Leads && theirs.Epoch == ours.Epoch:
 		err := fmt.Errorf("%w: epoch %d is known here, and the group was offered in epoch %d", ErrDeposed, ours.Epoch, theirs.Epoch)
 		return r.end(refuse(wire.ReasonDeposed, local.Reigns, err))
@@ -129,9 +165,11 @@ func (r *Receiver) Receive(m wire.Message) []Action {
 	seeds := r.state == receiverSeeds || r.state == receiverAdopts
 	switch m := m.(type) {
 	case *wire.Refuse:
-		return r.refused(m)
+		if r.state != receiverEnded {
+			return r.refused(m)
+		}
 	case *wire.Beat:
-		if r.state > receiverWaits {
+		if r.state > receiverWaits && r.state != receiverEnded {
 			r.Head, r.At = m.Head, m.Time
 			return []Action{Send{&wire.Ack{Durable: r.durable}}}
 		}
@@ -141,7 +179,7 @@ func (r *Receiver) Receive(m wire.Message) []Action {
 		}
 	case *wire.Begin:
 		if r.state == receiverAnswers {
-			return r.begin(m)
+			return r.end(r.begin(m))
 		}
 	case *wire.Adopt:
 		if streams {
@@ -179,12 +217,16 @@ func (r *Receiver) end(actions []Action) []Action {
 func (r *Receiver) refused(m *wire.Refuse) []Action {
 	r.state = receiverEnded
 	err := refused(m)
-	if m.Reason != wire.ReasonDiverged || !r.local.Known || m.Reigns.Epoch() < r.local.Reigns.Epoch() {
+	// Two of one epoch are for people to decide about. A peer that refuses says nothing that its offer has not.
+	if m.Reason != wire.ReasonDiverged || !r.local.Known || r.offer.Reigns.Epoch() <= r.local.Reigns.Epoch() {
 		return []Action{End{err}}
 	}
-	to, cerr := r.local.Reigns.Common(r.local.Head, m.Reigns, r.offer.Head)
-	if cerr != nil || to >= r.local.Head {
+	to, cerr := r.local.Reigns.Common(r.local.Head, r.offer.Reigns, r.offer.Head)
+	switch {
+	case cerr != nil || to >= r.local.Head:
 		return []Action{End{err}}
+	case to < r.local.Horizon:
+		return []Action{End{fmt.Errorf("%w: to LSN %d, and its horizon is LSN %d: %w", ErrBeginAnew, to, r.local.Horizon, err)}}
 	}
 	return []Action{Rewind{to}, End{err}}
 }
@@ -215,6 +257,13 @@ func (r *Receiver) Durable(lsn record.LSN) []Action {
 }
 
 func (r *Receiver) begin(m *wire.Begin) []Action {
+	behind := r.next == r.local.Head+1 && r.local.Head < r.offer.Horizon
+	switch {
+	case r.local.Known && !behind:
+		return outOfTurn("a beginning, of a group that has come to LSN %d here, with records from LSN %d on there", r.next-1, r.offer.Horizon+1)
+	case m.At < r.offer.Horizon || m.At > r.offer.Head || len(m.Reigns) > len(r.offer.Reigns) || !slices.Equal(m.Reigns, r.offer.Reigns[:len(m.Reigns)]):
+		return outOfTurn("a beginning at LSN %d in epoch %d, which is not what was offered", m.At, m.Reigns.Epoch())
+	}
 	r.state, r.begins, r.disks = receiverSeeds, true, map[record.DiskID]*content{}
 	for _, d := range m.Disks {
 		if d.Removed == 0 {
@@ -230,20 +279,25 @@ func (r *Receiver) adopt(m *wire.Adopt) []Action {
 	if err := record.CheckDisks([]record.Disk{m.Disk}, m.At); err != nil || m.At != r.next-1 || m.Disk.Removed != 0 {
 		return outOfTurn("disk %q comes at LSN %d, and LSN %d is the next: %v", m.Disk.Name, m.At, r.next, err)
 	}
+	if slices.ContainsFunc(r.local.Disks, func(d record.Disk) bool { return d.ID == m.Disk.ID || d.Name == m.Disk.Name }) {
+		return outOfTurn("disk %q comes, and is here", m.Disk.Name)
+	}
+	r.local.Disks = append(slices.Clip(r.local.Disks), m.Disk)
 	r.state, r.disks = receiverAdopts, map[record.DiskID]*content{m.Disk.ID: {size: m.Disk.Size}}
 	return []Action{Adopt{m.Disk}}
 }
 
-// Want is the caller's answer to a Compare, which is not changed after it.
+// Want is the caller's answer to a Compare, the oldest of the disk's that has none: a bit for each of its blocks.
 func (r *Receiver) Want(m *wire.Want) []Action {
-	c := r.disks[m.Disk]
-	if c == nil || r.state == receiverEnded {
+	if r.state == receiverEnded {
 		return nil
 	}
-	for i := range min(int64(len(m.Bits))*8, c.covered-m.First) {
-		if m.Bits[i/8]&(1<<(i%8)) != 0 {
-			c.wanted = append(c.wanted, m.First+i)
-		}
+	c := r.disks[m.Disk]
+	if c == nil {
+		return r.end(refuse(wire.ReasonFailed, nil, fmt.Errorf("an answer about disk %d, of which nothing is due", m.Disk)))
+	}
+	if err := c.want(m); err != nil {
+		return r.end(refuse(wire.ReasonFailed, nil, fmt.Errorf("disk %d: %w", m.Disk, err)))
 	}
 	return []Action{Send{m}}
 }
@@ -251,8 +305,8 @@ func (r *Receiver) Want(m *wire.Want) []Action {
 func (r *Receiver) seeded(m *wire.Seeded) []Action {
 	c := r.disks[m.Disk]
 	switch {
-	case c != nil && (c.covered < c.blocks() || len(c.wanted) > 0):
-		return outOfTurn("the end of disk %d, of which %d of %d blocks have been told and %d are wanted", m.Disk, c.covered, c.blocks(), len(c.wanted))
+	case c != nil && !c.complete():
+		return outOfTurn("the end of disk %d, of which %d of %d blocks are answered and %d wanted", m.Disk, c.answered, c.blocks(), len(c.wanted))
 	case c != nil:
 		delete(r.disks, m.Disk)
 		if r.begins {

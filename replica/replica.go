@@ -44,6 +44,8 @@ var (
 	ErrDeposed = errors.New("another daemon writes the group in a later epoch")
 	// ErrDiverged is wrapped if the follower has records that the writer has not.
 	ErrDiverged = errors.New("the journals have diverged: the follower must rewind")
+	// ErrBeginAnew is wrapped if it must rewind, and its own history does not go back that far.
+	ErrBeginAnew = errors.New("the follower can not rewind as far, and must begin anew")
 	// ErrUnrelated is wrapped if the two journals are not of one history.
 	ErrUnrelated = record.ErrUnrelated
 	// ErrRefused is wrapped if the peer refused for another reason.

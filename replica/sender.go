@@ -76,7 +76,9 @@ func (s *Sender) Acked() record.LSN { return s.acked }
 func (s *Sender) Receive(m wire.Message) []Action {
 	switch m := m.(type) {
 	case *wire.Refuse:
-		return s.refused(m)
+		if s.state != senderEnded {
+			return s.refused(m)
+		}
 	case *wire.Position:
 		if s.state == senderOffers {
 			return s.end(s.position(m))
@@ -104,7 +106,8 @@ func (s *Sender) end(actions []Action) []Action {
 func (s *Sender) refused(m *wire.Refuse) []Action {
 	s.state = senderEnded
 	err := refused(m)
-	if m.Reason == wire.ReasonDeposed && m.Reigns.Epoch() > s.local.Reigns.Epoch() {
+	_, unrelated := s.local.Reigns.Common(s.local.Head, m.Reigns, record.MaxLSN)
+	if m.Reason == wire.ReasonDeposed && unrelated == nil && m.Reigns.Epoch() > s.local.Reigns.Epoch() {
 		return []Action{Depose{m.Reigns}, End{err}}
 	}
 	return []Action{End{err}}
@@ -116,14 +119,15 @@ func (s *Sender) position(m *wire.Position) []Action {
 		return s.beginAnew()
 	}
 	ours, theirs := s.local.present(), m.Reigns[len(m.Reigns)-1]
+	common, err := s.local.Reigns.Common(s.local.Head, m.Reigns, m.Head)
+	if err != nil { // whatever epoch it claims, it is of another group
+		return refuse(wire.ReasonUnrelated, s.local.Reigns, fmt.Errorf("group %s: %w", s.group, err))
+	}
 	if theirs.Epoch > ours.Epoch {
 		err := fmt.Errorf("%w: the follower knows of epoch %d, and this daemon writes in epoch %d", ErrDeposed, theirs.Epoch, ours.Epoch)
 		return append([]Action{Depose{m.Reigns}}, refuse(wire.ReasonDeposed, s.local.Reigns, err)...)
 	}
-	common, err := s.local.Reigns.Common(s.local.Head, m.Reigns, m.Head)
 	switch {
-	case err != nil:
-		return refuse(wire.ReasonUnrelated, s.local.Reigns, fmt.Errorf("group %s: %w", s.group, err))
 	case theirs.Epoch == ours.Epoch && theirs != ours:
 		err = fmt.Errorf("%w: another daemon took epoch %d too", ErrDiverged, ours.Epoch)
 		return refuse(wire.ReasonDiverged, s.local.Reigns, err)

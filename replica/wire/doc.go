@@ -6,9 +6,8 @@
 //
 //   - Decoding never panics, and allocates no more than the length that a frame's head gives, which is bounded
 //     ([MaxPayload], and less until the caller says so), and what that inflates to, which is too.
-//   - A frame that is not what was sent is an error that wraps record.ErrCorrupt; of an unknown version or type of message, one
-//     that names it.
-//   - What decodes can be encoded, and is the same bytes again.
+//   - A frame that is not what was sent, or of an unknown version or type of message, is an error that wraps record.ErrCorrupt, and names it.
+//   - What decodes can be encoded, and decodes to the same again.
 //
 // # The caller must
 //
@@ -28,5 +27,5 @@
 //
 // # Limits
 //
-// Version 1 is the only one.
+// Version 1 is the only one, and nothing speaks it yet: it may change until something does.
 package wire

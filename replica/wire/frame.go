@@ -113,7 +113,7 @@ type Reader struct {
 
 // NewReader makes a Reader that takes messages of MaxFirst bytes.
 func NewReader(r io.Reader) (*Reader, error) {
-	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(MaxPayload))
+	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(MaxPayload), zstd.WithDecodeAllCapLimit(true))
 	if err != nil {
 		return nil, err
 	}
@@ -139,7 +139,7 @@ func (r *Reader) Next() (Message, error) {
 		return nil, fmt.Errorf("%w: a frame begins with %#02x, one of version 1 with %#02x: is the peer a Tidemark of another version?", record.ErrCorrupt, head[0], frameMagic)
 	case n > int64(r.most):
 		return nil, fmt.Errorf("%w: %v of %d bytes, at most %d are taken", record.ErrCorrupt, t, n, r.most)
-	case head[2]&^flagZstd != 0:
+	case head[2]&^flagZstd != 0 || head[3] != 0:
 		return nil, fmt.Errorf("%w: %v with unknown flags %#02x", record.ErrCorrupt, t, head[2])
 	}
 	if int64(cap(r.buf)) < headSize+n {
@@ -176,7 +176,7 @@ func (r *Reader) inflate(b []byte) ([]byte, error) {
 	if int64(cap(r.raw)) < n {
 		r.raw = make([]byte, 0, n)
 	}
-	raw, err := r.zstd.DecodeAll(b[4:], r.raw[:0])
+	raw, err := r.zstd.DecodeAll(b[4:], r.raw[:0:n])
 	if err != nil {
 		return nil, err
 	}
