@@ -9,7 +9,7 @@ PACKAGES := qemu-utils libnbd-bin python3-libnbd nbdkit fio e2fsprogs xfsprogs b
 GUEST    := qemu-system-x86 busybox-static cpio debootstrap kmod guestmount guestfish libguestfs-xfs
 SERVERS  := qemu-guest-agent postgresql mariadb-server redis-server libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
 FUZZTIME ?= 10s
-SEEDS    ?= 1000
+SEEDS    ?= 600
 
 .PHONY: build deps guest-deps test test-guest test-long fuzz bench bench-markers bench-back lint demo clean
 

@@ -24,7 +24,7 @@ import (
 )
 
 var (
-	modelSeeds = flag.Int("model.seeds", 48, "how many seeds the model test runs")
+	modelSeeds = flag.Int("model.seeds", 32, "how many seeds the model test runs")
 	modelSeed  = flag.Uint64("model.seed", 0, "run this seed alone, and say what it does")
 	modelSteps = flag.Int("model.steps", 120, "steps of each seed")
 )

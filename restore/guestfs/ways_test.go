@@ -571,7 +571,7 @@ func TestCorruptImagesByTheKernel(t *testing.T) {
 
 // TestCorruptImagesInTheVM has some of every kind in one VM.
 func TestCorruptImagesInTheVM(t *testing.T) {
-	const ofAKind = 8
+	const ofAKind = 4
 	var images [][]image
 	var blocks [][]int64
 	for _, k := range corruptible {
