@@ -316,9 +316,6 @@ func (e *expiry) definitions() error {
 	carry := e.g.append.definitions.carried(e.horizon)
 	e.g.append.Unlock()
 	for _, d := range carry {
-		if err := e.g.indexTo(min(d.since, e.g.Head())); err != nil {
-			return err
-		}
 		def, err := e.g.ix.Definition(d.name, d.since)
 		if err != nil {
 			return fmt.Errorf("carry over definition %s: %w", d.name, err)

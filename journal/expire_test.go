@@ -37,6 +37,7 @@ func TestAnExpiryThatRemovedSomeFiles(t *testing.T) {
 			for range 2 {
 				r.open()
 				require.Equal(t, horizon, r.g.Horizon())
+				require.GreaterOrEqual(t, r.g.Applied(), horizon)
 				defs, err := r.g.Definitions(r.g.Horizon())
 				require.NoError(t, err)
 				require.Len(t, defs, 1)

@@ -271,6 +271,7 @@ func (r *recovery) state() (err error) {
 	for len(r.logs) > 1 && r.logs[1].First-1 <= g.Horizon() {
 		r.logs = r.logs[1:]
 	}
+	r.applied = max(r.applied, g.Horizon()) // nothing else expires
 	reigns := g.Reigns()
 	r.durable = max(r.mark.LSN, r.applied, reigns[len(reigns)-1].First-1) // see rollWith
 	g.index.mark = r.mark

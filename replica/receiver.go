@@ -208,7 +208,7 @@ func (r *Receiver) Receive(m wire.Message) []Action {
 }
 
 func (r *Receiver) end(actions []Action) []Action {
-	if slices.ContainsFunc(actions, func(a Action) bool { _, ok := a.(End); return ok }) {
+	if ends(actions) {
 		r.state = receiverEnded
 	}
 	return actions

@@ -3,6 +3,7 @@ package replica
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/tidemark-cdp/tidemark/journal/record"
 	"github.com/tidemark-cdp/tidemark/replica/wire"
@@ -51,6 +52,11 @@ var (
 	// ErrRefused is wrapped if the peer refused for another reason.
 	ErrRefused = errors.New("the peer refused")
 )
+
+// ends reports whether the stream is over with actions.
+func ends(actions []Action) bool {
+	return slices.ContainsFunc(actions, func(a Action) bool { _, ok := a.(End); return ok })
+}
 
 // refuse tells the peer why the stream ends, and the caller.
 func refuse(reason wire.Reason, reigns record.Reigns, err error) []Action {

@@ -97,7 +97,7 @@ func (s *Sender) Receive(m wire.Message) []Action {
 
 // end notes that the stream has ended if that is among the actions.
 func (s *Sender) end(actions []Action) []Action {
-	if slices.ContainsFunc(actions, func(a Action) bool { _, ok := a.(End); return ok }) {
+	if ends(actions) {
 		s.state = senderEnded
 	}
 	return actions
