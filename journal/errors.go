@@ -23,6 +23,8 @@ var (
 	ErrDetached = disk.ErrDetached
 	// ErrFollows is wrapped by what would write a group that follows another daemon's.
 	ErrFollows = errors.New("the group's records are another daemon's: write it there, or fail over first")
+	// ErrNotBegun is wrapped if a group whose journal comes from another daemon has none yet.
+	ErrNotBegun = errors.New("nothing of the group's journal has come yet")
 	// ErrDiverged is wrapped when records are received that are not of the group's history.
 	ErrDiverged = errors.New("the journals have diverged")
 	// ErrPinned is wrapped when a marker is pinned that would be deleted.

@@ -891,7 +891,11 @@ func (m *model) expire() {
 
 func (m *model) holdView() {
 	d := m.anyDisk()
-	v, err := m.g.View(m.disk(d), m.g.Head())
+	view := m.g.View
+	if m.rng.IntN(2) == 0 {
+		view = m.g.PassingView
+	}
+	v, err := view(m.disk(d), m.g.Head())
 	require.NoError(m.t, err)
 	m.setFlushed(m.g.Head())
 	m.views = append(m.views, heldView{v, d})
@@ -899,7 +903,14 @@ func (m *model) holdView() {
 
 func (m *model) closeViews() {
 	for _, h := range m.views {
-		m.compareView(h.v, h.disk)
+		if h.v.passing && h.v.LSN() < m.g.Horizon() {
+			err := h.v.ReadAt(make([]byte, 1), 0, false)
+			require.ErrorIs(m.t, err, ErrNoPoint)
+			err = h.v.Extents(record.Extent{Len: 1}, func(int64, bool) {})
+			require.ErrorIs(m.t, err, ErrNoPoint)
+		} else {
+			m.compareView(h.v, h.disk)
+		}
 		h.v.Close()
 	}
 	m.views = nil

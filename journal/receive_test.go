@@ -2,6 +2,7 @@ package journal
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -449,4 +450,49 @@ func TestManyTrimsAreReceived(t *testing.T) {
 	run := record.Run{First: 1, Last: record.LSN(len(recs)), Bytes: encoded(recs...), Disks: p.g.disks.Load().table, Reigns: p.g.Reigns()}
 	p.to.running(func() error { return p.to.g.Receive(run) })
 	require.EqualValues(t, len(recs), p.to.g.Head())
+}
+
+// TestAPassingView: it pins nothing, shows what a view does while its point can be viewed, and nothing else from then on.
+func TestAPassingView(t *testing.T) {
+	r := newRig(t, Options{})
+	require.NoError(t, r.write(1, 1))
+	v, err := r.g.PassingView(r.g.Disks()[0], r.g.Head())
+	require.NoError(t, err)
+	defer v.Close()
+	b := make([]byte, record.BlockSize)
+	require.NoError(t, v.ReadAt(b, record.BlockSize, false))
+	require.EqualValues(t, 1, b[0])
+	for i := range 60 {
+		require.NoError(t, r.write(int64(i%rigBlocks), 9))
+	}
+	require.NoError(t, errors.Join(r.g.Sync(), r.g.Apply()))
+	_, err = r.g.Expire(1)
+	require.NoError(t, err)
+	require.Greater(t, r.g.Horizon(), v.LSN())
+	require.ErrorIs(t, v.ReadAt(b, record.BlockSize, false), ErrNoPoint)
+	require.ErrorIs(t, v.Extents(record.Extent{Len: 1}, func(int64, bool) {}), ErrNoPoint)
+}
+
+// TestReceivedGroups: without a journal of the writer's, nothing is begun; what is discarded can be begun again.
+func TestReceivedGroups(t *testing.T) {
+	p := newPair(t)
+	require.NoError(t, p.write(1, 1))
+	p.ship()
+	gc := GroupConfig{Name: "g", Disks: []DiskConfig{{"d", "disk.raw"}}, Received: true}
+	require.ErrorIs(t, p.to.s.Discard("g"), ErrInUse)
+	require.NoError(t, p.to.s.RemoveGroup("g"))
+	require.NoError(t, p.to.s.AddGroup(gc))
+	require.NoError(t, p.to.s.RemoveGroup("g"))
+	require.NoError(t, p.to.s.Discard("g"))
+	require.Error(t, p.to.s.Discard("../g"))
+	require.ErrorIs(t, p.to.s.AddGroup(gc), ErrNotBegun)
+	require.NoError(t, p.to.s.Abandon())
+	s, err := Open("state", []GroupConfig{gc}, Options{FS: p.to.fs})
+	require.NoError(t, err, "a group that has not begun is left out")
+	p.to.s = s
+	require.Empty(t, s.Groups())
+	b, err := p.g.Beginning(p.g.Head())
+	require.NoError(t, err)
+	gc.Begin = &b
+	require.NoError(t, s.AddGroup(gc))
 }

@@ -75,6 +75,9 @@ type recovery struct {
 
 func (g *Group) recover(gc GroupConfig) error {
 	r := &recovery{g: g, logs: g.set.Files(segment.Log)}
+	if len(r.logs) == 0 && gc.Received && gc.Begin == nil {
+		return ErrNotBegun
+	}
 	table, err := r.head(gc.Begin)
 	if err != nil {
 		return err

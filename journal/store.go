@@ -47,6 +47,8 @@ type GroupConfig struct {
 	// Begin is what a group begins with that follows another daemon's and has no records yet; nil: a group that is
 	// begun begins with LSN 1, and is this daemon's.
 	Begin *record.Beginning
+	// Received says that its journal comes from another daemon's: without one it is not begun here. Open leaves it out then.
+	Received bool
 }
 
 // Store is a daemon's state directory, open.
@@ -148,7 +150,7 @@ func (s *Store) openAll(groups []GroupConfig) error {
 	}
 	s.open.count.Store(int64(len(groups)))
 	for _, gc := range groups {
-		if _, err := s.addGroup(gc); err != nil {
+		if _, err := s.addGroup(gc); err != nil && !(gc.Received && errors.Is(err, ErrNotBegun)) {
 			return err
 		}
 	}
@@ -290,6 +292,23 @@ func (s *Store) Claim(path, owner string) (release func(), err error) {
 	}
 	s.claims.disks[id] = owner
 	return func() { s.release(owner) }, nil
+}
+
+// Discard removes the journal of a group that is not open, for good.
+func (s *Store) Discard(name string) error {
+	s.joining.Lock()
+	defer s.joining.Unlock()
+	if _, err := s.Group(name); err == nil {
+		return fmt.Errorf("discard the journal of group %s: it is open: %w", name, ErrInUse)
+	}
+	if err := record.CheckName(name); err != nil {
+		return err
+	}
+	fs := s.o.FS
+	if err := fs.RemoveAll(fs.PathJoin(s.dir, groupsName, name)); err != nil {
+		return fmt.Errorf("discard the journal of group %s: %w", name, err)
+	}
+	return s.syncGroups()
 }
 
 // Has reports whether the state directory has a group's journal, be it open or not.

@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"sync"
@@ -18,13 +19,20 @@ type View struct {
 	d   *disk.Disk
 	lsn record.LSN
 
+	passing bool   // nothing is pinned for it
 	release func() // of the disk
 	closed  sync.Once
 }
 
 // View opens a disk as of an LSN between Horizon and Head. It reads nothing of
 // the disk.
-func (g *Group) View(d *disk.Disk, lsn record.LSN) (*View, error) {
+func (g *Group) View(d *disk.Disk, lsn record.LSN) (*View, error) { return g.view(d, lsn, false) }
+
+// PassingView is a View that keeps nothing from expiring, beyond what a [Hold] of the records behind its LSN does: from then
+// on its reads are *PointErrors, and no other bytes.
+func (g *Group) PassingView(d *disk.Disk, lsn record.LSN) (*View, error) { return g.view(d, lsn, true) }
+
+func (g *Group) view(d *disk.Disk, lsn record.LSN, passing bool) (*View, error) {
 	if lsn < d.Added {
 		return nil, &PointError{Group: g.name, Point: fmt.Sprintf("lsn:%d", lsn), Why: fmt.Sprintf("disk %s came to the group at LSN %d", d.Name, d.Added), Horizon: g.Horizon(), Head: g.Head()}
 	}
@@ -36,12 +44,24 @@ func (g *Group) View(d *disk.Disk, lsn record.LSN) (*View, error) {
 		release()
 		return nil, err
 	}
-	if err := g.indexTo(lsn); err != nil {
+	err = g.indexTo(lsn)
+	if err != nil || passing {
 		g.unpin(lsn)
+	}
+	if err != nil {
 		release()
 		return nil, fmt.Errorf("open disk %s/%s as of LSN %d: %w", g.name, d.Name, lsn, err)
 	}
-	return &View{g: g, d: d, lsn: lsn, release: release}, nil
+	return &View{g: g, d: d, lsn: lsn, passing: passing, release: release}, nil
+}
+
+// passed is an error if what a read has found may be what an expiry left. An expiry raises the horizon before it forgets
+// anything, so that it is asked after the read.
+func (v *View) passed() error {
+	if v.passing && v.lsn < v.g.Horizon() {
+		return v.g.expired(v.lsn)
+	}
+	return nil
 }
 
 // Older opens the view's disk as of a point that is not newer.
@@ -88,7 +108,9 @@ func (v *View) Size() int64 { return v.d.Size }
 // Close lets go of the view's history.
 func (v *View) Close() {
 	v.closed.Do(func() {
-		v.g.unpin(v.lsn)
+		if !v.passing {
+			v.g.unpin(v.lsn)
+		}
 		v.release()
 	})
 }
@@ -118,11 +140,11 @@ func (v *View) ReadAt(p []byte, off int64, nowait bool) error {
 		n := min(viewStep, int((off+int64(len(p))-1)/record.BlockSize-first+1))
 		part := p[:min(int64(len(p)), (first+int64(n))*record.BlockSize-off)]
 		if err := v.readStep(s, part, off, first, n, nowait); err != nil {
-			return err
+			return cmp.Or(v.passed(), err)
 		}
 		p, off = p[len(part):], off+int64(len(part))
 	}
-	return nil
+	return v.passed()
 }
 
 // readStep reads what n blocks from first on have between off and off+len(p).
@@ -318,11 +340,11 @@ func (v *View) Extents(ext record.Extent, fn func(n int64, zero bool)) error {
 		n := min(viewStep, int((ext.End()-1)/record.BlockSize-first+1))
 		part := record.Extent{Off: ext.Off, Len: min(ext.End(), (first+int64(n))*record.BlockSize) - ext.Off}
 		if err := v.extentsStep(picks[:n], first, part, fn); err != nil {
-			return err
+			return cmp.Or(v.passed(), err)
 		}
 		ext.Off, ext.Len = part.End(), ext.Len-part.Len
 	}
-	return nil
+	return v.passed()
 }
 
 // Changes calls fn with runs of the extent that together fill it, and whether each may differ from what
