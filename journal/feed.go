@@ -82,6 +82,28 @@ func (f *Feed) Next(ctx context.Context, most int) (record.Run, error) {
 	}
 }
 
+// Digest is that of the record of an LSN, which is durable when Digest returns; zeroes if the group has no such record, or a damaged one.
+func (g *Group) Digest(lsn record.LSN) (d [16]byte, err error) {
+	if lsn <= g.Horizon() {
+		return d, nil
+	}
+	f, err := g.Feed(lsn)
+	if err != nil {
+		return d, err
+	}
+	defer f.Close()
+	run, err := f.Next(context.Background(), 0)
+	var gone *PointError
+	if errors.Is(err, record.ErrCorrupt) || errors.As(err, &gone) {
+		return d, nil
+	}
+	if err != nil {
+		return d, err
+	}
+	h, err := record.Decode(run.Bytes)
+	return h.Digest(), err
+}
+
 // read reads what the present file has of the records from next to last.
 func (f *Feed) read(last record.LSN, most int) (record.Run, error) {
 	if len(f.buf) < most {

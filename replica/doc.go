@@ -6,8 +6,9 @@
 //
 //   - P6: a Receiver acknowledges what it was told is durable, of records that follow each other from what both sides
 //     have in common. Nothing that has diverged is appended, or taken for the same.
+//   - A writer whose records of a reign are others than its follower's is not followed: it lost what was durable, or was restored from a copy.
 //   - Of two writers of one history the one of the higher epoch is obeyed. One of a lower epoch is told so by whomever it offers the group to, and
-//     has to follow ([Depose]). Two that took one epoch are told apart by their reigns' ids, and neither follows the other.
+//     has to follow ([Depose]). A daemon that was told of an epoch obeys no earlier one, whatever it forgets ([Note]). Two that took one epoch are told apart by their reigns' ids, and neither follows the other.
 //   - A peer that speaks out of turn, or of LSNs that do not follow, ends the stream.
 //
 // # The caller must
@@ -29,6 +30,9 @@
 //	                          ←   Ack, …
 //	Adopt, Sums, Data, Seeded →   a disk has come to the group
 //	                          ←   Want
+//	                          ←   Handover: it wants to write the group
+//	Ready                     →   the last record was sent, and no more are taken
+//	                          ←   Taken
 //
 // A follower that has nothing, or is behind the writer's horizon, is first given a Begin, the content of each disk as an Adopt's is, and a
 // last Seeded. One that has records that the writer has not is refused: it has to rewind.
@@ -39,9 +43,7 @@
 //
 // Nothing uses this package yet, and version 1 of the messages is not settled before something does. Known gaps:
 //
-//   - The highest epoch that a daemon was told of is not durable before records of it come: until then an older writer is followed.
 //   - Reigns and disks travel with records alone: a disk that came is not at the follower before something is written.
-//   - A writer whose host lost what it had said was durable, or was restored from a copy, goes on under its old reign: nothing compares records.
 //   - A disk that left and came again, a backing that was changed by others, or a damaged record at the writer keep a follower where it
 //     is until it begins anew, by hand. One that is behind the horizon loses what history it has.
 //   - While a disk that came is seeded, records wait.

@@ -36,7 +36,7 @@ func TestNetwork(t *testing.T) {
 			n.settle()
 		})
 	}
-	for _, what := range []string{"appended", "acked", "begun", "adopted", "rewound", "deposed", "gave up", "refused as unrelated", "diverged", "out of turn", "crashed"} {
+	for _, what := range []string{"appended", "acked", "begun", "adopted", "rewound", "deposed", "gave up", "refused as unrelated", "diverged", "out of turn", "crashed", "handed over", "fenced"} {
 		require.Positive(t, reached[what], "no seed came to: %s", what)
 	}
 }
@@ -50,6 +50,7 @@ type daemon struct {
 	durable record.LSN
 	horizon record.LSN
 	reigns  record.Reigns
+	seen    record.Reigns // durable
 	disks   []record.Disk
 	life    int // how often it crashed, rewound or began anew
 }
@@ -57,8 +58,18 @@ type daemon struct {
 func (d *daemon) head() record.LSN { return record.LSN(len(d.records)) }
 
 func (d *daemon) local() Local {
-	return Local{Known: d.known, Leads: d.leads, Head: d.durable, Horizon: d.horizon, Reigns: d.reigns, Disks: d.disks}
+	return Local{Known: d.known, Leads: d.leads, Head: d.durable, Horizon: d.horizon, Reigns: d.reigns, Disks: d.disks, Digest: d.digest(d.durable), Seen: d.seen}
 }
+
+func (d *daemon) digest(lsn record.LSN) (b [16]byte) {
+	if lsn > d.horizon {
+		binary.LittleEndian.PutUint64(b[:], d.records[lsn-1])
+	}
+	return b
+}
+
+// epoch is what it would lead in.
+func (d *daemon) epoch() uint64 { return max(d.reigns.Epoch(), d.seen.Epoch()) + 1 }
 
 // stream is a connection: what is on its way, in each direction.
 type stream struct {
@@ -141,6 +152,12 @@ func (n *network) step() {
 	case k < 96:
 		n.failOver(n.any())
 	case k < 97:
+		if len(n.streams) > 0 && n.rng.IntN(4) == 0 {
+			st := n.streams[n.rng.IntN(len(n.streams))]
+			if st.toL == st.to.life && !st.rEnds {
+				n.receiver(st, st.r.Handover())
+			}
+		}
 		if d := n.any(); d.leads && len(d.disks) < 4 {
 			n.write(d)
 			d.disks = append(slices.Clone(d.disks), record.Disk{ID: record.DiskID(len(d.disks) + 1), Name: fmt.Sprint("d", len(d.disks)+1), Size: record.BlockSize, Added: d.head()})
@@ -174,7 +191,7 @@ func (n *network) failOver(d *daemon) {
 		return
 	}
 	n.sync(d)
-	d.reigns, d.leads = d.reigns.With(n.reign(d.reigns.Epoch()+1, d.head()+1)), true
+	d.reigns, d.leads = d.reigns.With(n.reign(d.epoch(), d.head()+1)), true
 	d.life++ // its streams are of before
 }
 
@@ -304,6 +321,9 @@ func (n *network) ended(err error) {
 			n.reached[what]++
 		}
 	}
+	if errors.Is(err, ErrDeposed) {
+		n.reached["fenced"]++
+	}
 	if n.quiet {
 		require.NotErrorIs(n.t, err, ErrProtocol)
 	}
@@ -329,6 +349,12 @@ func (n *network) sender(st *stream, actions []Action) {
 			}
 		case Seed:
 			n.seed(st, a)
+		case Verify:
+			n.sender(st, st.s.Verified(st.from.digest(a.LSN)))
+		case Yield:
+			n.sync(st.from)
+			st.from.leads = false
+			n.sender(st, st.s.Yielded(st.from.head()))
 		case Depose:
 			n.depose(st.from, a.Reigns)
 		case End:
@@ -378,7 +404,7 @@ func (n *network) content(st *stream, disk record.DiskID) {
 
 func (n *network) depose(d *daemon, by record.Reigns) {
 	require.Greater(n.t, by.Epoch(), d.reigns.Epoch())
-	d.leads = false
+	d.leads, d.seen = false, by
 	n.reached["deposed"]++
 }
 
@@ -411,9 +437,21 @@ func (n *network) receiver(st *stream, actions []Action) {
 			n.finish(st, a)
 		case Depose:
 			n.depose(d, a.Reigns)
+		case Note:
+			require.Greater(n.t, a.Reigns.Epoch(), max(d.seen.Epoch(), d.reigns.Epoch()))
+			d.seen = a.Reigns
+		case Take:
+			if st.fromL == st.from.life { // else it was told to lead again
+				require.Equal(n.t, st.from.head(), d.durable, "nothing is lost")
+				require.False(n.t, st.from.leads)
+			}
+			n.failOver(d)
+			d.life-- // this stream goes on to its end
+			n.receiver(st, st.r.Taken(d.reigns))
+			n.reached["handed over"]++
 		case Rewind:
 			if a.To < d.horizon { // which has moved since the stream began
-				*d = daemon{id: d.id, life: d.life + 1}
+				*d = daemon{id: d.id, life: d.life + 1, seen: d.seen}
 				continue
 			}
 			d.records, d.leads = d.records[:a.To], false
@@ -426,7 +464,7 @@ func (n *network) receiver(st *stream, actions []Action) {
 			st.rEnds = true
 			n.ended(a.Err)
 			if errors.Is(a.Err, ErrBeginAnew) {
-				*d = daemon{id: d.id, life: d.life + 1} // its operator gives up what it has
+				*d = daemon{id: d.id, life: d.life + 1, seen: d.seen} // its operator gives up what it has
 				n.reached["gave up"]++
 			}
 		default:

@@ -31,6 +31,9 @@ type (
 	// Rewind says to what LSN the group would have to go back to follow this writer: whether it may is for people, or their policy, to
 	// say, and whether its history goes back that far still is to be looked at. An End follows.
 	Rewind struct{ To record.LSN }
+	// Take asks for a reign to be begun, durably, of a higher epoch than any that is known, and for Taken to be called then: the writer
+	// has ended its own.
+	Take struct{}
 )
 
 func (Append) action()  {}
@@ -40,6 +43,7 @@ func (Put) action()     {}
 func (Adopt) action()   {}
 func (Finish) action()  {}
 func (Rewind) action()  {}
+func (Take) action()    {}
 
 type receiverState int
 
@@ -62,7 +66,11 @@ type Receiver struct {
 	durable record.LSN // that was acknowledged last
 	table   *record.Run
 	begins  bool // what is seeded is the group
-	disks   map[record.DiskID]*content
+	asked   bool // for the group
+	// ready is where the writer has ended its reign, and taking that the caller's Taken is due.
+	ready  record.LSN
+	taking bool
+	disks  map[record.DiskID]*content
 
 	// Head and At are what the writer said last of how far it has come, and when.
 	Head record.LSN
@@ -140,28 +148,39 @@ func (r *Receiver) Offer(m *wire.Offer, local Local) []Action {
 		return r.end(outOfTurn("a second offer"))
 	}
 	r.offer, r.local, r.state, r.Head = *m, local, receiverAnswers, m.Head
-	if !local.Known {
-		return []Action{Send{&wire.Position{}}}
+	theirs, newest := last(m.Reigns), local.newest()
+	var note []Action
+	if newest == nil || theirs.Epoch > newest.Epoch() {
+		note = []Action{Note{m.Reigns}}
 	}
-	theirs, ours := m.Reigns[len(m.Reigns)-1], local.present()
+	if !local.Known && (newest == nil || theirs.Epoch > newest.Epoch() || theirs == last(newest)) {
+		return append(note, Send{&wire.Position{}})
+	}
+	if !local.Known {
+		return r.end(refuse(wire.ReasonDeposed, newest, fmt.Errorf("%w: epoch %d is known here, and the group was offered in epoch %d", ErrDeposed, newest.Epoch(), theirs.Epoch)))
+	}
+	ours := last(local.Reigns)
 	_, err := local.Reigns.Common(local.Head, m.Reigns, m.Head)
 	switch {
 	case err != nil: // whatever epoch it claims, it is of another group
 		return r.end(refuse(wire.ReasonUnrelated, local.Reigns, fmt.Errorf("group %s: %w", m.Group, err)))
-	case theirs.Epoch < ours.Epoch || local.Leads && theirs.Epoch == ours.Epoch:
-		err := fmt.Errorf("%w: epoch %d is known here, and the group was offered in epoch %d", ErrDeposed, ours.Epoch, theirs.Epoch)
-		return r.end(refuse(wire.ReasonDeposed, local.Reigns, err))
+	case theirs.Epoch < newest.Epoch() || local.Leads && theirs.Epoch == ours.Epoch:
+		err := fmt.Errorf("%w: epoch %d is known here, and the group was offered in epoch %d", ErrDeposed, newest.Epoch(), theirs.Epoch)
+		return r.end(refuse(wire.ReasonDeposed, newest, err))
+	case theirs.Epoch == newest.Epoch() && theirs != last(newest):
+		err := fmt.Errorf("%w: another daemon took epoch %d too", ErrDiverged, theirs.Epoch)
+		return r.end(refuse(wire.ReasonDiverged, local.Reigns, err))
 	case local.Leads:
 		err := fmt.Errorf("%w: epoch %d; this daemon writes in epoch %d", ErrDeposed, theirs.Epoch, ours.Epoch)
 		return r.end(append([]Action{Depose{m.Reigns}}, refuse(wire.ReasonBusy, nil, err)...))
 	}
 	r.next, r.durable = local.Head+1, local.Head
-	return []Action{Send{&wire.Position{Known: true, Head: local.Head, Reigns: local.Reigns, Disks: local.Disks}}}
+	return append(note, Send{&wire.Position{Known: true, Head: local.Head, Digest: local.Digest, Reigns: local.Reigns, Disks: local.Disks}})
 }
 
 // Receive takes a message of the writer's that is not an offer.
 func (r *Receiver) Receive(m wire.Message) []Action {
-	streams := r.state == receiverAnswers && r.local.Known
+	streams := r.state == receiverAnswers && r.local.Known && !r.taking
 	seeds := r.state == receiverSeeds || r.state == receiverAdopts
 	switch m := m.(type) {
 	case *wire.Refuse:
@@ -176,6 +195,11 @@ func (r *Receiver) Receive(m wire.Message) []Action {
 	case *wire.Records:
 		if streams {
 			return r.end(r.records(m))
+		}
+	case *wire.Ready:
+		if streams && r.asked && !r.taking && m.Head == r.next-1 {
+			r.ready, r.taking = m.Head, true
+			return r.take()
 		}
 	case *wire.Begin:
 		if r.state == receiverAnswers {
@@ -253,7 +277,39 @@ func (r *Receiver) Durable(lsn record.LSN) []Action {
 		return nil
 	}
 	r.durable = lsn
-	return []Action{Send{&wire.Ack{Durable: lsn}}}
+	return append([]Action{Send{&wire.Ack{Durable: lsn}}}, r.take()...)
+}
+
+// Fail ends the stream for a reason of the caller's.
+func (r *Receiver) Fail(err error) []Action {
+	if r.state == receiverEnded {
+		return nil
+	}
+	return r.end(refuse(wire.ReasonFailed, nil, err))
+}
+
+// Handover asks the writer for the group. A Take follows when everything that it has written is durable here.
+func (r *Receiver) Handover() []Action {
+	if r.state != receiverAnswers || !r.local.Known || r.asked {
+		return nil
+	}
+	r.asked = true
+	return []Action{Send{&wire.Handover{Group: r.offer.Group}}}
+}
+
+func (r *Receiver) take() []Action {
+	if !r.taking || r.durable < r.ready {
+		return nil
+	}
+	return []Action{Take{}}
+}
+
+// Taken is the caller's answer to a Take.
+func (r *Receiver) Taken(reigns record.Reigns) []Action {
+	if r.state == receiverEnded || !r.taking || r.durable < r.ready {
+		return nil
+	}
+	return r.end([]Action{Send{&wire.Taken{Reigns: reigns}}, End{ErrHandedOver}})
 }
 
 func (r *Receiver) begin(m *wire.Begin) []Action {

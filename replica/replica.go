@@ -16,10 +16,21 @@ type Local struct {
 	Head    record.LSN // that is durable
 	Horizon record.LSN
 	Reigns  record.Reigns
-	Disks   []record.Disk // those whose content it has
+	Digest  [16]byte // of the record at Head; zeroes: it has none
+	// Seen are those of the highest epoch that it was told of, if that is higher than Reigns'.
+	Seen  record.Reigns
+	Disks []record.Disk // those whose content it has
 }
 
-func (l *Local) present() record.Reign { return l.Reigns[len(l.Reigns)-1] }
+func last(r record.Reigns) record.Reign { return r[len(r)-1] }
+
+// newest are the reigns of the highest epoch that is known.
+func (l *Local) newest() record.Reigns {
+	if l.Seen.Epoch() > l.Reigns.Epoch() {
+		return l.Seen
+	}
+	return l.Reigns
+}
 
 // Action is what the caller of a Sender or a Receiver must do.
 type Action interface{ action() }
@@ -27,13 +38,16 @@ type Action interface{ action() }
 type (
 	// Send a message. Its slices are not changed before the next call.
 	Send struct{ wire.Message }
-	// Depose has the group follow, durably: a writer of a later epoch is known. An End follows.
+	// Note has reigns of a later epoch than is known here be Local's Seen from now on, durably.
+	Note struct{ Reigns record.Reigns }
+	// Depose is a Note that has the group follow, durably, too: a writer of a later epoch is known. An End follows.
 	Depose struct{ Reigns record.Reigns }
 	// End closes the stream when what was sent before is on its way. Err is why, for people, and for errors.Is.
 	End struct{ Err error }
 )
 
 func (Send) action()   {}
+func (Note) action()   {}
 func (Depose) action() {}
 func (End) action()    {}
 
@@ -47,8 +61,13 @@ var (
 	ErrDiverged = errors.New("the journals have diverged: the follower must rewind")
 	// ErrBeginAnew is wrapped if it must rewind, and its own history does not go back that far.
 	ErrBeginAnew = errors.New("the follower can not rewind as far, and must begin anew")
+	// ErrForked is wrapped if the follower has other records of a reign than the writer: one of the two lost what it had said was durable, or
+	// was restored from a copy.
+	ErrForked = errors.New("the follower has other records of the same writer's reign")
 	// ErrUnrelated is wrapped if the two journals are not of one history.
 	ErrUnrelated = record.ErrUnrelated
+	// ErrHandedOver is why a stream ends whose follower has taken the group over, as it had asked for.
+	ErrHandedOver = errors.New("the follower has taken the group over")
 	// ErrRefused is wrapped if the peer refused for another reason.
 	ErrRefused = errors.New("the peer refused")
 )
@@ -79,6 +98,8 @@ func refused(m *wire.Refuse) error {
 		cause = ErrDiverged
 	case wire.ReasonUnrelated:
 		cause = ErrUnrelated
+	case wire.ReasonForked:
+		cause = ErrForked
 	}
 	return fmt.Errorf("%w: the peer says: %q", cause, m.Text)
 }

@@ -22,6 +22,11 @@ type (
 	}
 	// Answer is the follower's to the sums of a Seed.
 	Answer struct{ *wire.Want }
+	// Verify asks for the digest of the record of an LSN, by Verified.
+	Verify struct{ LSN record.LSN }
+	// Yield asks for the group to follow, durably, with no guest at its disks, and for Yielded to be called then; or, if that can not be,
+	// for Fail.
+	Yield struct{}
 	// Acked says that the follower has everything up to an LSN durably. The records behind it are what it has yet to get.
 	Acked struct{ Durable record.LSN }
 )
@@ -29,15 +34,18 @@ type (
 func (Feed) action()   {}
 func (Seed) action()   {}
 func (Answer) action() {}
+func (Verify) action() {}
+func (Yield) action()  {}
 func (Acked) action()  {}
 
 type senderState int
 
 const (
-	senderOffers  senderState = iota + 1 // the Position is due
-	senderBegins                         // the caller's Begin is
-	senderSeeds                          // its Seeded is
-	senderStreams                        // its runs are
+	senderOffers   senderState = iota + 1 // the Position is due
+	senderVerifies                        // the caller's Verified is
+	senderBegins                          // its Begin is
+	senderSeeds                           // its Seeded is
+	senderStreams                         // its runs are
 	senderEnded
 )
 
@@ -56,6 +64,12 @@ type Sender struct {
 	waiting *record.Run
 	table   *record.Run // whose table the follower was sent last
 	begin   bool        // what is seeded is a group, not a disk
+	digest  [16]byte    // that the follower has at sent
+
+	yields bool // the follower asked for the group
+	// ends is the LSN at which the reign has ended, if ended is true; said, that the follower was told so.
+	ends        record.LSN
+	ended, said bool
 }
 
 // NewSender makes the writer's side of a stream of a group that it leads.
@@ -87,6 +101,15 @@ func (s *Sender) Receive(m wire.Message) []Action {
 		if s.state == senderSeeds {
 			return []Action{Answer{m}}
 		}
+	case *wire.Handover:
+		if s.state == senderStreams && !s.yields {
+			s.yields = true
+			return []Action{Yield{}}
+		}
+	case *wire.Taken:
+		if s.said {
+			return s.end(s.taken(m))
+		}
 	case *wire.Ack:
 		if s.state == senderStreams || s.state == senderSeeds {
 			return s.end(s.ack(m))
@@ -113,12 +136,46 @@ func (s *Sender) refused(m *wire.Refuse) []Action {
 	return []Action{End{err}}
 }
 
+// Fail ends the stream for a reason of the caller's.
+func (s *Sender) Fail(err error) []Action {
+	if s.state == senderEnded {
+		return nil
+	}
+	return s.end(refuse(wire.ReasonFailed, nil, err))
+}
+
+// Yielded is the caller's answer to a Yield: the group follows, and the record of an LSN was its last.
+func (s *Sender) Yielded(head record.LSN) []Action {
+	if s.state == senderEnded || !s.yields || s.ended {
+		return nil
+	}
+	s.ends, s.ended = head, true
+	return s.ready()
+}
+
+// ready tells the follower that it has been sent everything, when it has.
+func (s *Sender) ready() []Action {
+	if !s.ended || s.said || s.state != senderStreams || s.sent < s.ends {
+		return nil
+	}
+	s.said = true
+	return []Action{Send{&wire.Ready{Head: s.ends}}}
+}
+
+func (s *Sender) taken(m *wire.Taken) []Action {
+	common, err := s.local.Reigns.Common(s.ends, m.Reigns, record.MaxLSN)
+	if err != nil || common != s.ends || m.Reigns.Epoch() <= s.local.Reigns.Epoch() {
+		return outOfTurn("a reign of epoch %d behind LSN %d: it was handed over in epoch %d at LSN %d", m.Reigns.Epoch(), common, s.local.Reigns.Epoch(), s.ends)
+	}
+	return []Action{Depose{m.Reigns}, End{ErrHandedOver}}
+}
+
 // position decides how to go on with a follower that has come so far.
 func (s *Sender) position(m *wire.Position) []Action {
 	if !m.Known {
 		return s.beginAnew()
 	}
-	ours, theirs := s.local.present(), m.Reigns[len(m.Reigns)-1]
+	ours, theirs := last(s.local.Reigns), last(m.Reigns)
 	common, err := s.local.Reigns.Common(s.local.Head, m.Reigns, m.Head)
 	if err != nil { // whatever epoch it claims, it is of another group
 		return refuse(wire.ReasonUnrelated, s.local.Reigns, fmt.Errorf("group %s: %w", s.group, err))
@@ -140,8 +197,28 @@ func (s *Sender) position(m *wire.Position) []Action {
 	for _, d := range m.Disks {
 		s.theirs[d.ID] = true
 	}
-	s.state, s.sent, s.acked = senderStreams, common, common
-	return []Action{Acked{common}, Feed{common + 1}}
+	s.sent, s.acked = common, common
+	if s.digest = m.Digest; s.digest != [16]byte{} {
+		s.state = senderVerifies
+		return []Action{Verify{common}}
+	}
+	return s.stream()
+}
+
+func (s *Sender) stream() []Action {
+	s.state = senderStreams
+	return []Action{Acked{s.acked}, Feed{s.sent + 1}}
+}
+
+// Verified is the caller's answer to a Verify; zeroes: it has no such record any more.
+func (s *Sender) Verified(digest [16]byte) []Action {
+	if s.state != senderVerifies {
+		return nil
+	}
+	if digest != s.digest && digest != [16]byte{} {
+		return s.end(refuse(wire.ReasonForked, nil, fmt.Errorf("%w: that of LSN %d differs: remove the group's journal on the one or the other side, and have it seeded again", ErrForked, s.sent)))
+	}
+	return s.stream()
 }
 
 func (s *Sender) beginAnew() []Action {
@@ -175,7 +252,7 @@ func (s *Sender) Seeded() []Action {
 	s.state, s.coming = senderStreams, nil
 	if s.begin {
 		s.begin = false
-		return []Action{Send{&wire.Seeded{}}, Feed{s.sent + 1}}
+		return append([]Action{Send{&wire.Seeded{}}, Feed{s.sent + 1}}, s.ready()...)
 	}
 	run := *s.waiting
 	s.waiting = nil
@@ -202,7 +279,7 @@ func (s *Sender) Run(run record.Run) []Action {
 		m.Table, s.table = true, &record.Run{Disks: run.Disks, Reigns: run.Reigns}
 	}
 	s.sent = run.Last
-	return []Action{Send{m}, Feed{run.Last + 1}}
+	return append([]Action{Send{m}, Feed{run.Last + 1}}, s.ready()...)
 }
 
 // Beat says from time to time how far the group has come, and keeps the stream alive.

@@ -200,3 +200,19 @@ func TestAlign(t *testing.T) {
 		require.True(t, a.Aligned(size))
 	}
 }
+
+// TestDigest: it is the same wherever a record stands, and another for any other record.
+func TestDigest(t *testing.T) {
+	h := Header{LSN: 7, Time: 9, Durable: 3, Extent: Extent{Off: BlockSize, Len: 512}, Disk: 2, Kind: KindWrite, Salt: 5, Payload: 512, Sums: AppendSums(nil, make([]byte, 512))}
+	same := h
+	same.Durable, same.Salt = 6, 8
+	require.Equal(t, h.Digest(), same.Digest())
+	for _, change := range []func(*Header){
+		func(h *Header) { h.LSN++ }, func(h *Header) { h.Time++ }, func(h *Header) { h.Disk++ }, func(h *Header) { h.Extent.Off += BlockSize },
+		func(h *Header) { h.Kind = KindOriginal }, func(h *Header) { h.Flags = 1 }, func(h *Header) { h.Sums = AppendSums(nil, []byte{1}) },
+	} {
+		other := h
+		change(&other)
+		require.NotEqual(t, h.Digest(), other.Digest())
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"time"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -27,25 +28,42 @@ const (
 
 // Writer frames messages.
 type Writer struct {
-	w    io.Writer
-	zstd *zstd.Encoder // nil: nothing is compressed
-	buf  []byte
+	w     io.Writer
+	level int
+	zstd  [MaxLevel + 1]*zstd.Encoder // by level, made when it is asked for first; none of level 0
+	buf   []byte
 	// Raw and Sent count the bytes of payloads, and those of their frames.
 	Raw, Sent int64
+	// Encoding and Writing are what it has spent on making frames, and on having them taken off its hands.
+	Encoding, Writing time.Duration
 }
 
-// NewWriter makes a Writer. Level is zstd's, 1 to 4 as the library has them; 0 compresses nothing.
+// MaxLevel is the highest level of compression.
+const MaxLevel = int(zstd.SpeedBestCompression)
+
+// NewWriter makes a Writer. Level is zstd's, 1 to MaxLevel as the library has them; 0 compresses nothing.
 func NewWriter(w io.Writer, level int) (*Writer, error) {
 	fw := &Writer{w: w}
-	if level == 0 {
-		return fw, nil
+	return fw, fw.SetLevel(level)
+}
+
+// Level is the present level.
+func (w *Writer) Level() int { return w.level }
+
+// SetLevel has it compress at another level from now on.
+func (w *Writer) SetLevel(level int) error {
+	if level < 0 || level > MaxLevel {
+		return fmt.Errorf("zstd level %d: 0 to %d are possible", level, MaxLevel)
 	}
-	var err error
-	fw.zstd, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.EncoderLevel(level)), zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false))
-	if err != nil {
-		return nil, fmt.Errorf("zstd level %d: %w", level, err)
+	if level > 0 && w.zstd[level] == nil {
+		var err error
+		w.zstd[level], err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.EncoderLevel(level)), zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false))
+		if err != nil {
+			return fmt.Errorf("zstd level %d: %w", level, err)
+		}
 	}
-	return fw, nil
+	w.level = level
+	return nil
 }
 
 // Write writes a message in a frame, with one call:
@@ -59,20 +77,22 @@ func NewWriter(w io.Writer, level int) (*Writer, error) {
 //	  8     4   CRC-32C of bytes 0 to 7 and the payload
 //	 12     …   payload
 func (w *Writer) Write(m Message) error {
-	le := binary.LittleEndian
+	le, began := binary.LittleEndian, time.Now()
 	w.buf = append(w.buf[:0], frameMagic, byte(m.Type()), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 	w.buf = m.append(w.buf)
 	raw := len(w.buf) - headSize
 	if raw > MaxPayload {
 		return fmt.Errorf("%v of %d bytes: at most %d can be sent", m.Type(), raw, MaxPayload)
 	}
-	if w.zstd != nil && raw >= worthwhile {
+	if w.level > 0 && raw >= worthwhile {
 		w.deflate(raw)
 	}
 	frame := w.buf
 	le.PutUint32(frame[4:], uint32(len(frame)-headSize))
 	le.PutUint32(frame[8:], sum(frame))
 	w.Raw, w.Sent = w.Raw+int64(raw), w.Sent+int64(len(frame))
+	encoded := time.Now()
+	defer func() { w.Encoding, w.Writing = w.Encoding+encoded.Sub(began), w.Writing+time.Since(encoded) }()
 	if _, err := w.w.Write(frame); err != nil {
 		return fmt.Errorf("send %v: %w", m.Type(), err)
 	}
@@ -87,7 +107,7 @@ func (w *Writer) deflate(raw int) {
 	payload := w.buf[headSize:]
 	whole := len(w.buf)
 	w.buf = append(w.buf, head...)
-	w.buf = w.zstd.EncodeAll(payload, w.buf)
+	w.buf = w.zstd[w.level].EncodeAll(payload, w.buf)
 	if len(w.buf)-whole < whole {
 		w.buf = append(w.buf[:0], w.buf[whole:]...)
 	} else {

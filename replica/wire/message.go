@@ -28,6 +28,11 @@ const (
 	TypeWant     Type = 11
 	TypeData     Type = 12
 	TypeSeeded   Type = 13
+	TypePair     Type = 14
+	TypePaired   Type = 15
+	TypeHandover Type = 16
+	TypeReady    Type = 17
+	TypeTaken    Type = 18
 )
 
 var types = map[Type]struct {
@@ -47,6 +52,11 @@ var types = map[Type]struct {
 	TypeWant:     {"wanted blocks", func() Message { return new(Want) }},
 	TypeData:     {"data", func() Message { return new(Data) }},
 	TypeSeeded:   {"end of seeding", func() Message { return new(Seeded) }},
+	TypePair:     {"request to pair", func() Message { return new(Pair) }},
+	TypePaired:   {"answer to it", func() Message { return new(Paired) }},
+	TypeHandover: {"request for the group", func() Message { return new(Handover) }},
+	TypeReady:    {"end of a reign", func() Message { return new(Ready) }},
+	TypeTaken:    {"new reign", func() Message { return new(Taken) }},
 }
 
 func (t Type) String() string {
@@ -82,11 +92,25 @@ func decode(t Type, payload []byte) (Message, error) {
 	return m, nil
 }
 
-// Hello is the first message of either side: lowest version (2), highest (2), node (16), name, build (texts).
+// Role says what a connection is for.
+type Role uint8
+
+// The roles. Values are on the wire: never renumber.
+const (
+	RoleOffers Role = 1 // who dials will make an Offer
+	RoleWaits  Role = 2 // who dials waits for one, however long
+	RolePairs  Role = 3 // who dials has a token
+)
+
+// Hello is the first message of either side, always in a frame of version 1: lowest version (2), highest (2), role (1), node (16), name,
+// build (texts). What follows them is of later versions, and passed over.
 type Hello struct {
 	Lowest, Highest uint16   // versions that it speaks
+	Role            Role     // of who dials; the other side has the same
 	Node            [16]byte // drawn once for a state directory
 	Name, Build     string   // for people
+
+	later []byte
 }
 
 // Type implements Message.
@@ -95,14 +119,42 @@ func (*Hello) Type() Type { return TypeHello }
 func (m *Hello) append(b []byte) []byte {
 	b = le.AppendUint16(b, m.Lowest)
 	b = le.AppendUint16(b, m.Highest)
-	b = append(b, m.Node[:]...)
-	return appendText(appendText(b, cut(m.Name, maxName)), cut(m.Build, maxName))
+	b = append(append(b, byte(m.Role)), m.Node[:]...)
+	return append(appendText(appendText(b, cut(m.Name, maxName)), cut(m.Build, maxName)), m.later...)
 }
 
 func (m *Hello) read(r *reader) {
-	m.Lowest, m.Highest, m.Node = r.u16("lowest version"), r.u16("highest version"), r.id("node")
+	m.Lowest, m.Highest, m.Role, m.Node = r.u16("lowest version"), r.u16("highest version"), Role(r.u8("role")), r.id("node")
 	m.Name, m.Build = r.text("name"), r.text("build")
+	m.later = append(m.later, r.rest()...)
 }
+
+// SecretSize is the length of a token's secret, in bytes.
+const SecretSize = 16
+
+// Pair asks to be taken for a peer by one who has given out a token: its secret (16), the name that it is to have (text). It is answered
+// by a Paired, or a Refuse.
+type Pair struct {
+	Secret [SecretSize]byte
+	Name   string
+}
+
+// Type implements Message.
+func (*Pair) Type() Type { return TypePair }
+
+func (m *Pair) append(b []byte) []byte {
+	return appendText(append(b, m.Secret[:]...), cut(m.Name, maxName))
+}
+func (m *Pair) read(r *reader) { m.Secret, m.Name = r.id("secret"), r.text("name") }
+
+// Paired says that the peer is one from now on, durably: name (text) of who says so.
+type Paired struct{ Name string }
+
+// Type implements Message.
+func (*Paired) Type() Type { return TypePaired }
+
+func (m *Paired) append(b []byte) []byte { return appendText(b, cut(m.Name, maxName)) }
+func (m *Paired) read(r *reader)         { m.Name = r.text("name") }
 
 const (
 	maxName = 255
@@ -132,6 +184,7 @@ const (
 	ReasonDiverged  Reason = 5 // the follower has records that the writer has not: it must rewind
 	ReasonBusy      Reason = 6 // another connection has the group
 	ReasonFailed    Reason = 7 // the group can not go on here
+	ReasonForked    Reason = 8 // of one reign, the follower has other records than the writer
 )
 
 // Refuse ends a stream: reason (2), text, reigns.
@@ -178,10 +231,11 @@ func (m *Offer) read(r *reader) {
 	}
 }
 
-// Position is the follower's answer: what it has of the group. Known (1), head (8), reigns, disks.
+// Position is the follower's answer: what it has of the group. Known (1), head (8), digest (16), reigns, disks.
 type Position struct {
 	Known  bool       // it has a journal of the group
 	Head   record.LSN // that is durable there
+	Digest [16]byte   // of the record at Head, see record.Header.Digest; zeroes: it has none
 	Reigns record.Reigns
 	Disks  []record.Disk // those whose content it has
 }
@@ -190,7 +244,8 @@ type Position struct {
 func (*Position) Type() Type { return TypePosition }
 
 func (m *Position) append(b []byte) []byte {
-	return appendDisks(appendReigns(le.AppendUint64(append(b, flagByte(m.Known)), uint64(m.Head)), m.Reigns), m.Disks)
+	b = le.AppendUint64(append(b, flagByte(m.Known)), uint64(m.Head))
+	return appendDisks(appendReigns(append(b, m.Digest[:]...), m.Reigns), m.Disks)
 }
 
 func flagByte(v bool) byte {
@@ -201,7 +256,7 @@ func flagByte(v bool) byte {
 }
 
 func (m *Position) read(r *reader) {
-	m.Known, m.Head, m.Reigns, m.Disks = r.flag("known"), r.lsn("head"), r.reigns(), r.disks()
+	m.Known, m.Head, m.Digest, m.Reigns, m.Disks = r.flag("known"), r.lsn("head"), r.id("digest"), r.reigns(), r.disks()
 	if m.Known && r.err == nil && len(m.Reigns) == 0 {
 		r.fail("a journal has had reigns, and here is none")
 	}
@@ -307,6 +362,34 @@ func (*Adopt) Type() Type { return TypeAdopt }
 
 func (m *Adopt) append(b []byte) []byte { return appendDisk(le.AppendUint64(b, uint64(m.At)), m.Disk) }
 func (m *Adopt) read(r *reader)         { m.At, m.Disk = r.lsn("LSN"), r.disk() }
+
+// Handover asks the writer to end its reign, for the follower to begin one: group (text). It is answered by a Ready behind the last
+// record, or by a Refuse.
+type Handover struct{ Group string }
+
+// Type implements Message.
+func (*Handover) Type() Type { return TypeHandover }
+
+func (m *Handover) append(b []byte) []byte { return appendText(b, m.Group) }
+func (m *Handover) read(r *reader)         { m.Group = r.text("group") }
+
+// Ready says that the writer takes no more writes, durably, and that the record of an LSN (8) was its last.
+type Ready struct{ Head record.LSN }
+
+// Type implements Message.
+func (*Ready) Type() Type { return TypeReady }
+
+func (m *Ready) append(b []byte) []byte { return le.AppendUint64(b, uint64(m.Head)) }
+func (m *Ready) read(r *reader)         { m.Head = r.lsn("head") }
+
+// Taken says that the follower is the writer now, durably: reigns.
+type Taken struct{ Reigns record.Reigns }
+
+// Type implements Message.
+func (*Taken) Type() Type { return TypeTaken }
+
+func (m *Taken) append(b []byte) []byte { return appendReigns(b, m.Reigns) }
+func (m *Taken) read(r *reader)         { m.Reigns = r.reigns() }
 
 // SumSize is the length of a block's sum, in bytes: the first of the BLAKE3 of its content under a key that is drawn for
 // each seeding. A guest that does not know the key can not have two blocks of one sum.

@@ -20,12 +20,12 @@ var (
 
 // samples are messages of every type.
 var samples = []Message{
-	&Hello{Lowest: 1, Highest: 2, Node: [16]byte{7}, Name: "höst", Build: "v1"},
+	&Hello{Lowest: 1, Highest: 2, Role: RoleWaits, Node: [16]byte{7}, Name: "höst", Build: "v1"},
 	&Refuse{Reason: ReasonDeposed, Text: "a later writer", Reigns: reigns},
 	&Refuse{Reason: ReasonRights, Text: "not yours"},
 	&Offer{Group: "web01", Head: 99, Horizon: 4, Reigns: reigns},
 	&Position{},
-	&Position{Known: true, Head: 80, Reigns: reigns, Disks: disks},
+	&Position{Known: true, Head: 80, Digest: [16]byte{9}, Reigns: reigns, Disks: disks},
 	&Records{Run: record.Run{First: 5, Last: 6, Bytes: bytes.Repeat([]byte("records "), 1000)}},
 	&Records{Run: record.Run{First: 5, Last: 6, Bytes: []byte("incompressible"), Disks: disks, Reigns: reigns}, Table: true},
 	&Ack{Durable: 12},
@@ -38,6 +38,11 @@ var samples = []Message{
 	&Data{Disk: 1, First: 4096, Bytes: bytes.Repeat([]byte{9}, 3*record.BlockSize)},
 	&Seeded{Disk: 1},
 	&Seeded{},
+	&Pair{Secret: [SecretSize]byte{3}, Name: "hosta"},
+	&Paired{Name: "hostb"},
+	&Handover{Group: "web01"},
+	&Ready{Head: 70},
+	&Taken{Reigns: reigns},
 }
 
 func TestEveryTypeHasASample(t *testing.T) {
@@ -118,7 +123,7 @@ func frame(t Type, flags byte, payload []byte) []byte {
 func TestAPeerThatLies(t *testing.T) {
 	w, err := NewWriter(io.Discard, 1)
 	require.NoError(t, err)
-	huge := w.zstd.EncodeAll(make([]byte, MaxPayload+1), le.AppendUint32(nil, 100))
+	huge := w.zstd[w.level].EncodeAll(make([]byte, MaxPayload+1), le.AppendUint32(nil, 100))
 	for name, c := range map[string]struct {
 		b    []byte
 		want string
@@ -135,9 +140,9 @@ func TestAPeerThatLies(t *testing.T) {
 		"too short":               {frame(TypeAck, 0, make([]byte, 7)), "cut short"},
 		"more reigns than bytes":  {frame(TypePosition, 0, append(make([]byte, 9), 255, 255)), "cut short"},
 		"more disks than bytes":   {frame(TypeBegin, 0, append(make([]byte, 18), 255, 255)), "cut short"},
-		"reigns out of order":     {frame(TypePosition, 0, appendReigns(make([]byte, 9), record.Reigns{reigns[1], reigns[0]})), "reign"},
+		"reigns out of order":     {frame(TypePosition, 0, appendReigns(make([]byte, 25), record.Reigns{reigns[1], reigns[0]})), "reign"},
 		"a name that is a path":   {frame(TypeOffer, 0, appendReigns(appendText(make([]byte, 16), "../x"), reigns)), "not allowed"},
-		"a name that is no UTF-8": {frame(TypeHello, 0, appendText(appendText(make([]byte, 20), "\xff"), "")), "UTF-8"},
+		"a name that is no UTF-8": {frame(TypeHello, 0, appendText(appendText(make([]byte, 21), "\xff"), "")), "UTF-8"},
 		"a beginning of no reign": {frame(TypeBegin, 0, make([]byte, 22)), "reigns"},
 		"a block on no disk":      {frame(TypeWant, 0, bytes.Repeat([]byte{255}, 12)), "on no disk"},
 		"a part of a sum":         {frame(TypeSums, 0, make([]byte, 4+8+32+SumSize+1)), "sums"},

@@ -1,0 +1,119 @@
+package replica
+
+import (
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/replica/wire"
+)
+
+var (
+	first  = record.Reigns{{Epoch: 1, First: 1, ID: [16]byte{1}}}
+	second = first.With(record.Reign{Epoch: 2, First: 9, ID: [16]byte{2}})
+	third  = second.With(record.Reign{Epoch: 3, First: 9, ID: [16]byte{3}})
+)
+
+func ended(t *testing.T, actions []Action) error {
+	t.Helper()
+	require.NotEmpty(t, actions)
+	end, ok := actions[len(actions)-1].(End)
+	require.True(t, ok, "%T", actions[len(actions)-1])
+	return end.Err
+}
+
+// TestOneReignOtherRecords: a writer that was restored from a copy goes on under its old reign. What it writes is not taken for
+// what the follower has.
+func TestOneReignOtherRecords(t *testing.T) {
+	position := &wire.Position{Known: true, Head: 5, Digest: [16]byte{5}, Reigns: first}
+	for name, c := range map[string]struct {
+		digest [16]byte
+		forked bool
+	}{"the same": {[16]byte{5}, false}, "expired there": {[16]byte{}, false}, "another": {[16]byte{6}, true}} {
+		t.Run(name, func(t *testing.T) {
+			s := NewSender("g", Local{Known: true, Leads: true, Head: 8, Reigns: first})
+			s.Start()
+			require.Equal(t, []Action{Verify{5}}, s.Receive(position))
+			got := s.Verified(c.digest)
+			if c.forked {
+				require.ErrorIs(t, ended(t, got), ErrForked)
+				require.Nil(t, s.Run(record.Run{First: 6, Last: 6}))
+				return
+			}
+			require.Equal(t, []Action{Acked{5}, Feed{6}}, got)
+		})
+	}
+}
+
+// TestTheFence: who was told of a later epoch obeys no earlier one from then on, though no record of it has come, and whatever
+// becomes of the stream.
+func TestTheFence(t *testing.T) {
+	local := Local{Known: true, Head: 8, Reigns: first}
+	got := NewReceiver().Offer(&wire.Offer{Group: "g", Head: 9, Reigns: second}, local)
+	require.Equal(t, Note{second}, got[0])
+	require.IsType(t, Send{}, got[1], "its position, behind the note")
+
+	local.Seen = second
+	got = NewReceiver().Offer(&wire.Offer{Group: "g", Head: 20, Reigns: first}, local)
+	require.ErrorIs(t, ended(t, got), ErrDeposed)
+	m := got[0].(Send).Message.(*wire.Refuse)
+	require.Equal(t, second, m.Reigns)
+	s := NewSender("g", Local{Known: true, Leads: true, Head: 20, Reigns: first})
+	s.Start()
+	require.Equal(t, Depose{second}, s.Receive(m)[0], "the older writer is deposed by it")
+
+	other := first.With(record.Reign{Epoch: 2, First: 9, ID: [16]byte{7}})
+	require.ErrorIs(t, ended(t, NewReceiver().Offer(&wire.Offer{Group: "g", Head: 20, Reigns: other}, local)), ErrDiverged)
+	require.Len(t, NewReceiver().Offer(&wire.Offer{Group: "g", Head: 9, Reigns: second}, local), 1, "no second note")
+
+	nothing := Local{Seen: second}
+	require.ErrorIs(t, ended(t, NewReceiver().Offer(&wire.Offer{Group: "g", Head: 20, Reigns: first}, nothing)), ErrDeposed)
+	require.Len(t, NewReceiver().Offer(&wire.Offer{Group: "g", Head: 20, Reigns: third}, nothing), 2)
+}
+
+// TestHandover: the follower takes the group when it has everything, and not before.
+func TestHandover(t *testing.T) {
+	s := NewSender("g", Local{Known: true, Leads: true, Head: 8, Reigns: first})
+	r := NewReceiver()
+	require.Nil(t, r.Handover(), "before there is a stream")
+	offer := s.Start()[0].(Send).Message.(*wire.Offer)
+	position := r.Offer(offer, Local{Known: true, Head: 6, Reigns: first})[0].(Send).Message
+	require.Equal(t, []Action{Acked{6}, Feed{7}}, s.Receive(position))
+	require.Empty(t, s.Yielded(6), "nobody has asked")
+	asked := r.Handover()[0].(Send).Message
+	require.Equal(t, []Action{Yield{}}, s.Receive(asked))
+	require.Empty(t, s.Yielded(8), "the last records are not sent")
+	sent := s.Run(record.Run{First: 7, Last: 8, Reigns: first})
+	require.Len(t, sent, 3)
+	require.IsType(t, Append{}, r.Receive(sent[0].(Send).Message)[0])
+	require.Empty(t, r.Receive(sent[2].(Send).Message), "the last records are not durable")
+	require.Empty(t, r.Taken(second))
+	require.Len(t, r.Durable(8), 2, "an acknowledgement, and now it can be taken")
+	require.ErrorIs(t, ended(t, s.Receive(&wire.Taken{Reigns: third})), ErrHandedOver, "however many reigns behind it")
+
+	r = NewReceiver()
+	r.Offer(offer, Local{Known: true, Head: 8, Reigns: first})
+	r.Handover()
+	require.ErrorIs(t, ended(t, r.Receive(&wire.Ready{Head: 7})), ErrProtocol, "it is behind what came")
+
+	r = NewReceiver()
+	r.Offer(offer, Local{Known: true, Head: 8, Reigns: first})
+	require.ErrorIs(t, ended(t, r.Receive(&wire.Ready{Head: 8})), ErrProtocol, "nobody has asked")
+
+	r = NewReceiver()
+	r.Offer(offer, Local{Known: true, Head: 8, Reigns: first})
+	r.Handover()
+	require.Equal(t, []Action{Take{}}, r.Receive(&wire.Ready{Head: 8}))
+	done := r.Taken(second)
+	require.ErrorIs(t, ended(t, done), ErrHandedOver)
+
+	for name, reigns := range map[string]record.Reigns{"no new reign": first, "from the middle": first.With(record.Reign{Epoch: 2, First: 5, ID: [16]byte{2}}), "unrelated": {{Epoch: 4, First: 1, ID: [16]byte{4}}}} {
+		s := NewSender("g", Local{Known: true, Leads: true, Head: 8, Reigns: first})
+		s.Start()
+		s.Receive(&wire.Position{Known: true, Head: 8, Reigns: first})
+		s.Receive(asked)
+		require.Len(t, s.Yielded(8), 1)
+		require.ErrorIs(t, ended(t, s.Receive(&wire.Taken{Reigns: reigns})), ErrProtocol, name)
+	}
+}
