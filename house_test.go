@@ -22,7 +22,7 @@ const module = "github.com/tidemark-cdp/tidemark"
 // share is journal/record; they meet only in cmd.
 var mayImport = map[string][]string{
 	"":                           {},
-	"cmd":                        {"cmd", "nbd", "journal", "guest", "restore"},
+	"cmd":                        {"cmd", "nbd", "journal", "guest", "replica", "restore"},
 	"nbd":                        {},
 	"nbd/client":                 {"nbd/internal/proto"},
 	"nbd/kernel":                 {"nbd/client", "nbd/internal/proto"},
@@ -37,6 +37,7 @@ var mayImport = map[string][]string{
 	"guest":                      {"journal/record"},
 	"replica":                    {"journal/record"},
 	"replica/wire":               {"journal/record"},
+	"replica/link":               {"replica", "journal/record"},
 	"restore":                    {"journal/record"},
 	"restore/export":             {"nbd"},
 	"restore/guestfs":            {"nbd", "restore/export"},
@@ -71,6 +72,7 @@ var keptTo = map[string]struct {
 	"github.com/schollz/progressbar":      {[]string{"cmd/tidemark"}, "the terminal is the client's"},
 	"github.com/vishvananda/netlink":      {[]string{"nbd/kernel"}, "the kernel is spoken to there"},
 	"github.com/klauspost/compress":       {[]string{"replica/wire"}, "what is compressed there is the wire's"},
+	"github.com/zeebo/blake3":             {[]string{"replica/link"}, "blocks are compared there"},
 	"github.com/hanwen/go-fuse":           {[]string{"restore/mount"}, "go-fuse's types stay there"},
 }
 

@@ -66,6 +66,7 @@ type Receiver struct {
 	durable record.LSN // that was acknowledged last
 	table   *record.Run
 	begins  bool // what is seeded is the group
+	heard   bool // the writer has taken the position
 	asked   bool // for the group
 	// ready is where the writer has ended its reign, and taking that the caller's Taken is due.
 	ready  record.LSN
@@ -189,7 +190,7 @@ func (r *Receiver) Receive(m wire.Message) []Action {
 		}
 	case *wire.Beat:
 		if r.state > receiverWaits && r.state != receiverEnded {
-			r.Head, r.At = m.Head, m.Time
+			r.Head, r.At, r.heard = m.Head, m.Time, true
 			return []Action{Send{&wire.Ack{Durable: r.durable}}}
 		}
 	case *wire.Records:
@@ -280,6 +281,14 @@ func (r *Receiver) Durable(lsn record.LSN) []Action {
 	return append([]Action{Send{&wire.Ack{Durable: lsn}}}, r.take()...)
 }
 
+// Alive says from time to time that the follower is there.
+func (r *Receiver) Alive() []Action {
+	if r.state <= receiverWaits || r.state == receiverEnded || !r.heard || r.taking {
+		return nil
+	}
+	return []Action{Send{&wire.Ack{Durable: r.durable}}}
+}
+
 // Fail ends the stream for a reason of the caller's.
 func (r *Receiver) Fail(err error) []Action {
 	if r.state == receiverEnded {
@@ -288,9 +297,10 @@ func (r *Receiver) Fail(err error) []Action {
 	return r.end(refuse(wire.ReasonFailed, nil, err))
 }
 
-// Handover asks the writer for the group. A Take follows when everything that it has written is durable here.
+// Handover asks the writer for the group, once, if the stream has come to records. A Take follows when everything that it has
+// written is durable here.
 func (r *Receiver) Handover() []Action {
-	if r.state != receiverAnswers || !r.local.Known || r.asked {
+	if r.state != receiverAnswers || !r.local.Known || !r.heard || r.asked {
 		return nil
 	}
 	r.asked = true

@@ -2,6 +2,7 @@ package replica
 
 import (
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -81,6 +82,9 @@ func TestHandover(t *testing.T) {
 	position := r.Offer(offer, Local{Known: true, Head: 6, Reigns: first})[0].(Send).Message
 	require.Equal(t, []Action{Acked{6}, Feed{7}}, s.Receive(position))
 	require.Empty(t, s.Yielded(6), "nobody has asked")
+	require.Nil(t, r.Handover(), "the writer may not have taken the position yet")
+	beat := s.Beat(8, time.Unix(1, 0))[0].(Send).Message
+	r.Receive(beat)
 	asked := r.Handover()[0].(Send).Message
 	require.Equal(t, []Action{Yield{}}, s.Receive(asked))
 	require.Empty(t, s.Yielded(8), "the last records are not sent")
@@ -94,6 +98,7 @@ func TestHandover(t *testing.T) {
 
 	r = NewReceiver()
 	r.Offer(offer, Local{Known: true, Head: 8, Reigns: first})
+	r.Receive(beat)
 	r.Handover()
 	require.ErrorIs(t, ended(t, r.Receive(&wire.Ready{Head: 7})), ErrProtocol, "it is behind what came")
 
@@ -103,6 +108,7 @@ func TestHandover(t *testing.T) {
 
 	r = NewReceiver()
 	r.Offer(offer, Local{Known: true, Head: 8, Reigns: first})
+	r.Receive(beat)
 	r.Handover()
 	require.Equal(t, []Action{Take{}}, r.Receive(&wire.Ready{Head: 8}))
 	done := r.Taken(second)

@@ -1,0 +1,220 @@
+package link
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/replica/wire"
+)
+
+const (
+	// introduceWithin is how long the two sides of a new connection may take to know each other.
+	introduceWithin = 15 * time.Second
+	// silence is how long nothing may come, or go, before a connection is given up. Both sides speak more often.
+	silence = 20 * time.Second
+	// chatter is how often they do.
+	chatter = 2 * time.Second
+)
+
+// Conn is a connection to a peer who is known: what is said on it is secret and whole.
+type Conn struct {
+	Peer Peer
+	Role wire.Role
+	// Version is that of the messages, Build what the peer is, for people.
+	Version uint16
+	Build   string
+	Node    [16]byte
+
+	tls *tls.Conn
+	in  *wire.Reader
+	out *wire.Writer
+
+	sending sync.Mutex // held for what is written
+	once    sync.Once
+	onClose func()
+	// Received counts bytes, encrypted.
+	received, sent *atomic.Int64
+}
+
+// paced is a connection whose deadlines move on with every byte that does.
+type paced struct {
+	net.Conn
+	fixed          atomic.Bool // the deadline is set, and stays
+	received, sent atomic.Int64
+	limit          Limiter // nil: none
+	ctx            context.Context
+}
+
+// Limiter bounds a rate: Wait returns when n bytes may be sent.
+type Limiter interface {
+	Wait(ctx context.Context, n int) error
+}
+
+func (p *paced) Read(b []byte) (int, error) {
+	if !p.fixed.Load() {
+		if err := p.SetReadDeadline(time.Now().Add(silence)); err != nil {
+			return 0, err
+		}
+	}
+	n, err := p.Conn.Read(b)
+	p.received.Add(int64(n))
+	return n, err
+}
+
+func (p *paced) Write(b []byte) (int, error) {
+	if p.limit != nil {
+		if err := p.limit.Wait(p.ctx, len(b)); err != nil {
+			return 0, err
+		}
+	}
+	if !p.fixed.Load() {
+		if err := p.SetWriteDeadline(time.Now().Add(silence)); err != nil {
+			return 0, err
+		}
+	}
+	n, err := p.Conn.Write(b)
+	p.sent.Add(int64(n))
+	return n, err
+}
+
+// Send sends a message now.
+func (c *Conn) Send(m wire.Message) error {
+	c.sending.Lock()
+	defer c.sending.Unlock()
+	return c.out.Write(m)
+}
+
+// Receive waits for a message, whose slices are the connection's until the next call. One goroutine uses it at a time.
+func (c *Conn) Receive() (wire.Message, error) { return c.in.Next() }
+
+// Close ends the connection.
+func (c *Conn) Close() error {
+	var err error
+	c.once.Do(func() {
+		err = c.tls.NetConn().Close()
+		if c.onClose != nil {
+			c.onClose()
+		}
+	})
+	return err
+}
+
+// Address is where the peer is, or dialled from.
+func (c *Conn) Address() string { return c.tls.RemoteAddr().String() }
+
+// Bytes are how many came and went, encrypted.
+func (c *Conn) Bytes() (received, sent int64) { return c.received.Load(), c.sent.Load() }
+
+// RefusedError is what the peer says who ends a connection.
+type RefusedError struct {
+	Reason wire.Reason
+	Text   string
+}
+
+func (e *RefusedError) Error() string { return fmt.Sprintf("the peer refused: %q", e.Text) }
+
+// introduce makes a connection of a socket: who it is, and which version both speak. The side that dialled gives its role and what it expects of the
+// other's certificate; known says who a certificate is, and may have it pass without a peer.
+func (e *Endpoint) introduce(ctx context.Context, raw net.Conn, role wire.Role, known func(tls.ConnectionState) (Peer, error)) (_ *Conn, err error) {
+	p := &paced{Conn: raw, limit: e.Limit, ctx: ctx}
+	p.fixed.Store(true)
+	if err := p.SetDeadline(time.Now().Add(introduceWithin)); err != nil {
+		return nil, err
+	}
+	c := &Conn{Role: role, received: &p.received, sent: &p.sent}
+	conf := &tls.Config{
+		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{e.Identity.Cert}, ClientAuth: tls.RequireAnyClientCert,
+		InsecureSkipVerify: true, // VerifyConnection does: peers are known by their keys
+		VerifyConnection: func(s tls.ConnectionState) (err error) {
+			c.Peer, err = known(s)
+			return err
+		},
+		SessionTicketsDisabled: true,
+	}
+	dialled := role != 0
+	if dialled {
+		c.tls = tls.Client(p, conf)
+	} else {
+		c.tls = tls.Server(p, conf)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, ignoreClosed(raw.Close()))
+		}
+	}()
+	if err := c.tls.HandshakeContext(ctx); err != nil {
+		return nil, fmt.Errorf("TLS: %w", err)
+	}
+	if c.in, err = wire.NewReader(c.tls); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			c.in.Close()
+		}
+	}()
+	if c.out, err = wire.NewWriter(c.tls, 0); err != nil {
+		return nil, err
+	}
+	if err := c.hello(e, dialled); err != nil {
+		return nil, err
+	}
+	p.fixed.Store(false)
+	return c, p.SetDeadline(time.Time{})
+}
+
+func ignoreClosed(err error) error {
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// hello exchanges what each side is and speaks.
+func (c *Conn) hello(e *Endpoint, dialled bool) error {
+	mine := &wire.Hello{Lowest: wire.Version, Highest: wire.Version, Role: c.Role, Node: e.Node, Name: e.Name, Build: e.Build}
+	if dialled {
+		if err := c.Send(mine); err != nil {
+			return err
+		}
+	}
+	m, err := c.Receive()
+	if err != nil {
+		return fmt.Errorf("the peer's first message: %w", err)
+	}
+	if r, ok := m.(*wire.Refuse); ok {
+		return &RefusedError{r.Reason, r.Text}
+	}
+	theirs, ok := m.(*wire.Hello)
+	if !ok {
+		return fmt.Errorf("%w: a stream begins with a %v", record.ErrCorrupt, m.Type())
+	}
+	if theirs.Highest < mine.Lowest || theirs.Lowest > mine.Highest {
+		err := fmt.Errorf("%s (%s) speaks versions %d to %d of the replication protocol, and %s (%s) %d to %d: bring both to versions of Tidemark that have one in common",
+			theirs.Name, theirs.Build, theirs.Lowest, theirs.Highest, mine.Name, mine.Build, mine.Lowest, mine.Highest)
+		return errors.Join(err, c.refuse(wire.ReasonVersion, err))
+	}
+	if !dialled {
+		c.Role = theirs.Role
+		mine.Role = theirs.Role
+		if err := c.Send(mine); err != nil {
+			return err
+		}
+	}
+	c.Version, c.Build, c.Node = min(theirs.Highest, mine.Highest), theirs.Build, theirs.Node
+	if c.Peer.Name != "" {
+		c.in.Trust()
+	}
+	return nil
+}
+
+func (c *Conn) refuse(reason wire.Reason, why error) error {
+	return c.Send(&wire.Refuse{Reason: reason, Text: why.Error()})
+}

@@ -1,0 +1,248 @@
+package link
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/replica"
+	"github.com/tidemark-cdp/tidemark/replica/wire"
+)
+
+// Target is a group that follows, or is to. Its methods are called one at a time, but for Sync, which runs beside Receive, and Heard.
+type Target interface {
+	// Local is what the daemon has of the group. Everything in it is durable, and the group's other streams have ended.
+	Local() (replica.Local, error)
+	// Receive appends records. Their slices are the caller's again when it returns.
+	Receive(record.Run) error
+	// Sync makes what was received durable, and returns up to where.
+	Sync() (record.LSN, error)
+	// Begin and Adopt prepare the backings of disks that come, Backing is one of them.
+	Begin(record.Beginning) error
+	Adopt(record.Disk) error
+	Backing(record.DiskID) (Backing, error)
+	// Finish makes the disk that was adopted one of the group, or, with 0, begins the group, durably.
+	Finish(record.DiskID) error
+	// Note and Depose are durable when they return, see replica.Note.
+	Note(record.Reigns) error
+	Depose(record.Reigns) error
+	// Rewind takes the group back to an LSN.
+	Rewind(to record.LSN) error
+	// Take begins a reign of this daemon, durably.
+	Take() (record.Reigns, error)
+	// Heard says how far the writer has come, and when.
+	Heard(head record.LSN, at time.Time)
+	// Handover is closed when the writer is to be asked for the group.
+	Handover() <-chan struct{}
+}
+
+// Backing is what a disk that comes is written to.
+type Backing interface {
+	// ReadAt and WriteAt are within the disk's size.
+	ReadAt(p []byte, off int64) (int, error)
+	WriteAt(p []byte, off int64) (int, error)
+	// Zero makes bytes zeroes.
+	Zero(off, n int64) error
+	// Data calls fn with runs of bytes from off on, which fill n, and whether there may be something else than zeroes in each.
+	Data(off, n int64, fn func(n int64, data bool)) error
+}
+
+// follower runs the follower's side of a stream.
+type follower struct {
+	stream
+	t Target
+	r *replica.Receiver
+
+	syncing, unsynced bool
+	asks              bool                    // for the group, when it can
+	sizes             map[record.DiskID]int64 // of disks that come
+	buf               []byte
+}
+
+// Follow takes a group that was offered on a connection until ctx ends, or the stream does. It closes the connection.
+func Follow(ctx context.Context, c *Conn, offer *wire.Offer, t Target) error {
+	local, err := t.Local()
+	if err != nil {
+		_ = c.refuse(wire.ReasonFailed, err)
+		_ = c.Close()
+		return err
+	}
+	x := &follower{t: t, r: replica.NewReceiver(), sizes: map[record.DiskID]int64{}}
+	own := *offer
+	if err := x.open(ctx, c, 0); err != nil {
+		_ = c.Close()
+		return err
+	}
+	x.do, x.fail = x.work, x.r.Fail
+	x.perform(x.r.Offer(&own, local))
+	x.wg.Go(x.read)
+	tick := time.NewTicker(chatter)
+	defer tick.Stop()
+	x.wg.Go(func() {
+		select {
+		case <-t.Handover():
+			x.post(func() { x.asks = true })
+		case <-x.ctx.Done():
+		}
+	})
+	taken := false // a message, whose slices are in use
+	for !x.over {
+		take := func(m wire.Message) {
+			taken = true
+			x.perform(x.r.Receive(m))
+			t.Heard(x.r.Head, x.r.At)
+		}
+		if x.busy {
+			take = nil
+		} else if taken {
+			taken = false
+			x.release()
+		}
+		if x.asks {
+			x.perform(x.r.Handover())
+		}
+		x.turn(take, tick.C, func() { x.perform(x.r.Alive()) })
+	}
+	return x.shut()
+}
+
+// work is what an action takes.
+func (x *follower) work(a replica.Action) (func() error, func() []replica.Action) {
+	switch a := a.(type) {
+	case replica.Append:
+		return func() error { return x.t.Receive(a.Run) }, x.sync
+	case replica.Begin:
+		return func() error { return x.begin(a) }, nil
+	case replica.Adopt:
+		return func() error {
+			x.sizes[a.Disk.ID] = a.Disk.Size
+			return x.t.Adopt(a.Disk)
+		}, nil
+	case replica.Compare:
+		var want *wire.Want
+		return func() (err error) {
+			want, err = x.compare(a.Sums)
+			return err
+		}, func() []replica.Action { return x.r.Want(want) }
+	case replica.Put:
+		return func() error { return x.put(a.Data) }, nil
+	case replica.Finish:
+		return func() error { return x.t.Finish(a.Disk) }, x.r.Finished
+	case replica.Note:
+		return func() error { return x.t.Note(a.Reigns) }, nil
+	case replica.Depose:
+		return func() error { return x.t.Depose(a.Reigns) }, nil
+	case replica.Rewind:
+		return func() error { return x.t.Rewind(a.To) }, nil
+	case replica.Take:
+		var reigns record.Reigns
+		return func() (err error) {
+			reigns, err = x.t.Take()
+			return err
+		}, func() []replica.Action { return x.r.Taken(reigns) }
+	}
+	x.end(fmt.Errorf("a receiver asks for %T", a))
+	return nil, nil
+}
+
+// sync has what was received made durable beside what comes next.
+func (x *follower) sync() []replica.Action {
+	if x.unsynced = true; x.syncing {
+		return nil
+	}
+	x.syncing, x.unsynced = true, false
+	x.wg.Go(func() {
+		durable, err := x.t.Sync()
+		x.post(func() {
+			x.syncing = false
+			if err != nil {
+				x.perform(x.r.Fail(err))
+				return
+			}
+			x.perform(x.r.Durable(durable))
+			if x.unsynced {
+				x.sync()
+			}
+		})
+	})
+	return nil
+}
+
+func (x *follower) begin(a replica.Begin) error {
+	for _, d := range a.Disks {
+		x.sizes[d.ID] = d.Size
+	}
+	return x.t.Begin(a.Beginning)
+}
+
+// compare finds which blocks of a backing are not what their sums say, and makes those zeroes that are to be.
+func (x *follower) compare(m *wire.Sums) (*wire.Want, error) {
+	backing, err := x.t.Backing(m.Disk)
+	if err != nil {
+		return nil, err
+	}
+	s, err := newSummer(&m.Key)
+	if err != nil {
+		return nil, err
+	}
+	n := int64(len(m.Sums) / wire.SumSize)
+	off := m.First * record.BlockSize
+	end := min(off+n*record.BlockSize, x.sizes[m.Disk])
+	if int64(len(x.buf)) < end-off {
+		x.buf = make([]byte, end-off)
+	}
+	b := x.buf[:end-off]
+	if err := readData(backing, b, off); err != nil {
+		return nil, err
+	}
+	want := &wire.Want{Disk: m.Disk, First: m.First, Bits: make([]byte, (n+7)/8)}
+	sum := make([]byte, 0, wire.SumSize)
+	for i := range n {
+		at := i * record.BlockSize
+		block := b[at:min(at+record.BlockSize, int64(len(b)))]
+		sum = s.append(sum[:0], block)
+		theirs := m.Sums[i*wire.SumSize:][:wire.SumSize]
+		switch {
+		case bytes.Equal(sum, theirs):
+		case bytes.Equal(theirs, zeroes[:wire.SumSize]):
+			err = backing.Zero(off+at, int64(len(block)))
+		default:
+			want.Bits[i/8] |= 1 << (i % 8)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return want, nil
+}
+
+// readData reads a backing, but for what is a hole.
+func readData(backing Backing, b []byte, off int64) error {
+	at := int64(0)
+	var rerr error
+	err := backing.Data(off, int64(len(b)), func(n int64, data bool) {
+		part := b[at : at+n]
+		at += n
+		if !data {
+			clear(part)
+		} else if rerr == nil {
+			_, rerr = backing.ReadAt(part, off+at-n)
+		}
+	})
+	if err == nil {
+		err = rerr
+	}
+	return err
+}
+
+// put writes blocks that were wanted.
+func (x *follower) put(m *wire.Data) error {
+	backing, err := x.t.Backing(m.Disk)
+	if err != nil {
+		return err
+	}
+	_, err = backing.WriteAt(m.Bytes, m.First*record.BlockSize)
+	return err
+}
