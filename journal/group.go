@@ -157,6 +157,13 @@ func (g *Group) Horizon() record.LSN { return record.LSN(g.horizon.Load()) }
 // JournalBytes is what the group's segments take up.
 func (g *Group) JournalBytes() int64 { return g.set.Size() }
 
+// Appended is how many bytes of records were appended since the group was opened.
+func (g *Group) Appended() int64 {
+	g.append.Lock()
+	defer g.append.Unlock()
+	return g.append.bytes
+}
+
 // Unapplied is how many bytes of records the backings are behind, each counted as
 // [Options.Unapplied] does.
 func (g *Group) Unapplied() int64 { return g.unapplied.Load() }

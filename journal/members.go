@@ -52,6 +52,18 @@ func (g *Group) Disks() []*disk.Disk {
 	return in
 }
 
+// Table is what is known of the disks that are in the group.
+func (g *Group) Table() []record.Disk {
+	m := g.disks.Load()
+	var in []record.Disk
+	for i, d := range m.all {
+		if m.table[i].Removed == 0 && d.Attached() {
+			in = append(in, m.table[i])
+		}
+	}
+	return in
+}
+
 // Removed are the disks that were in the group, whose history it has, by the LSN at which they left.
 func (g *Group) Removed() map[*disk.Disk]record.LSN {
 	m := g.disks.Load()

@@ -28,11 +28,13 @@ const (
 	exitNotAtRest   = 7
 	exitFrozen      = 8
 	exitInUse       = 9
+	exitLate        = 10
 )
 
 var (
 	errUsage  = errors.New("usage")
 	errDamage = errors.New("damage was found")
+	errLate   = errors.New("a replica has not got it in time")
 )
 
 func main() {
@@ -67,6 +69,8 @@ func exitCode(err error) int {
 		return exitUsage
 	case errors.Is(err, errDamage):
 		return exitDamage
+	case errors.Is(err, errLate):
+		return exitLate
 	case errors.Is(err, api.ErrUnreachable):
 		return exitUnreachable
 	case errors.As(err, &e):
@@ -120,7 +124,7 @@ func root() *cobra.Command {
 	cmd.PersistentFlags().StringVar(&a.api, "api", def, "the daemon's control socket, unix:PATH; also TIDEMARK_API")
 	cmd.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON")
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
-	cmd.AddCommand(a.status(), a.mark(), a.thaw(), a.points(), a.pin(), a.unpin(), a.describe(), a.delete(), a.definition(), a.reload(), a.restore(), a.rollback(), a.export(), a.unexport(), a.promote(), a.attach(), a.detach(), a.ls(), a.cp(), a.diff(), a.versions(), a.mount(), a.showVolumes(), a.keepMoment(), a.verify(), a.dump(), a.version())
+	cmd.AddCommand(a.status(), a.mark(), a.thaw(), a.points(), a.pin(), a.unpin(), a.describe(), a.delete(), a.definition(), a.reload(), a.restore(), a.rollback(), a.replica(), a.failover(), a.failback(), a.export(), a.unexport(), a.promote(), a.attach(), a.detach(), a.ls(), a.cp(), a.diff(), a.versions(), a.mount(), a.showVolumes(), a.keepMoment(), a.verify(), a.dump(), a.version())
 	return cmd
 }
 

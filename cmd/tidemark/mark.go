@@ -13,6 +13,7 @@ import (
 
 func (a *app) mark() *cobra.Command {
 	var req api.MarkRequest
+	var wait time.Duration
 	cmd := &cobra.Command{
 		Use:   "mark GROUP LABEL",
 		Short: "Name this moment of a group",
@@ -33,7 +34,7 @@ as another form of a point (latest, lsn:7, -15m, 2026-11-21).`,
 			if err != nil {
 				return err
 			}
-			req.Label = args[1]
+			req.Label, req.WaitReplica = args[1], wait.Seconds()
 			m, err := c.Mark(cmd.Context(), args[0], req)
 			if err != nil {
 				return err
@@ -42,6 +43,9 @@ as another form of a point (latest, lsn:7, -15m, 2026-11-21).`,
 				err = printJSON(cmd, m)
 			} else {
 				err = printMarked(cmd, m)
+			}
+			if err == nil && len(m.Late) > 0 {
+				return fmt.Errorf("the marker was taken, but: %w: %s", errLate, strings.Join(m.Late, ", "))
 			}
 			if err == nil && len(m.Problems) > 0 {
 				return fmt.Errorf("the marker was taken, but: %w", &problems{m.Problems})
@@ -53,6 +57,8 @@ as another form of a point (latest, lsn:7, -15m, 2026-11-21).`,
 	fl.StringVar(&req.Consistency, "consistency", "", "crash (default), filesystem or application")
 	fl.BoolVar(&req.OrCrash, "or-crash", false, "rather a crash-consistent marker than none")
 	fl.StringVar(&req.Description, "description", "", "a text for people")
+	fl.DurationVar(&wait, "wait-replica", 0, "return when it is durable at every replica too, or after this long")
+	fl.Lookup("wait-replica").NoOptDefVal = "1m"
 	fl.BoolVar(&req.Pin, "pin", false, "keep its history from expiring")
 	return cmd
 }

@@ -88,6 +88,7 @@ func printMembers(w io.Writer, g api.Group) {
 		}
 		fmt.Fprintf(w, "  every %v, %s: last %s, next %s, missed %d\n", time.Duration(s.Every*float64(time.Second)), s.Consistency, last, s.Next.Format(time.RFC3339), s.Missed)
 	}
+	printReplication(w, g)
 	for _, p := range g.Problems {
 		fmt.Fprintf(w, "  PROBLEM %s\n", p)
 	}

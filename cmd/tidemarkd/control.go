@@ -29,11 +29,14 @@ type control struct {
 	exports   *exports
 	rollbacks *rollbacks
 	attached  *attachments
-	serving   context.Context // ends when the daemon stops
-	stateDir  string
-	storeID   string
-	nbd       []string
-	log       *zap.Logger
+
+	replication *replication
+
+	serving  context.Context // ends when the daemon stops
+	stateDir string
+	storeID  string
+	nbd      []string
+	log      *zap.Logger
 }
 
 func (c *control) handler() http.Handler {
@@ -60,6 +63,12 @@ func (c *control) handler() http.Handler {
 	handle("POST /v1/attachments", c.attach)
 	handle("DELETE /v1/attachments", c.detach)
 	handle("GET /v1/groups/{group}/resolve", c.resolve)
+	handle("POST /v1/groups/{group}/failover", c.failover)
+	handle("POST /v1/groups/{group}/failback", c.failback)
+	handle("GET /v1/peers", c.peers)
+	handle("POST /v1/peers", c.join)
+	handle("POST /v1/peers/invitations", c.invite)
+	handle("DELETE /v1/peers/{peer}", c.revoke)
 	handle("POST /v1/groups/{group}/verify", c.verify)
 	mux.HandleFunc("GET /v1/groups/{group}/dump", c.dump)
 	mux.Handle("GET /metrics", c.keepers.metrics.handler())
@@ -133,6 +142,7 @@ func (c *control) status(*http.Request) (any, error) {
 		if k, err := c.keepers.get(g.Name()); err == nil {
 			k.status(&a)
 		}
+		c.replication.status(g, &a)
 		if err := c.rollbacks.problem(g.Name()); err != nil {
 			a.Problems = append(a.Problems, err.Error())
 		}

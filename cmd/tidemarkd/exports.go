@@ -96,7 +96,7 @@ func (e *exports) openLive(group, disk string) (nbd.Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &live{e: e, g: g, d: d, release: release}
+	l := &live{e: e, g: g, d: d, follows: g.Follows(), release: release}
 	if e.lives[group] == nil {
 		e.lives[group] = map[*live]struct{}{}
 	}
@@ -148,6 +148,7 @@ type live struct {
 	e       *exports
 	g       *journal.Group
 	d       *disk.Disk
+	follows bool // it was another daemon's when it was opened: it can be read
 	release func()
 
 	cut  atomic.Bool
@@ -175,7 +176,7 @@ func (l *live) cutOff() {
 }
 
 func (l *live) Size() int64    { return l.d.Size }
-func (l *live) ReadOnly() bool { return false }
+func (l *live) ReadOnly() bool { return l.follows }
 
 func (l *live) Flush() error {
 	end, err := l.begin()

@@ -91,6 +91,13 @@ func (c *control) mark(r *http.Request) (any, error) {
 		return nil, err
 	}
 	a := marker(k.g, m.Marker)
+	if req.WaitReplica > 0 {
+		ctx, cancel := context.WithTimeout(r.Context(), time.Duration(min(req.WaitReplica, 86400)*float64(time.Second)))
+		defer cancel()
+		if a.Late, err = c.replication.await(ctx, k.g.Name(), m.LSN); err != nil {
+			return nil, err
+		}
+	}
 	if m.problem != nil {
 		a.Problems = strings.Split(m.problem.Error(), "\n")
 	}

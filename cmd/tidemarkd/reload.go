@@ -15,6 +15,7 @@ import (
 	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
 	"github.com/tidemark-cdp/tidemark/cmd/internal/config"
 	"github.com/tidemark-cdp/tidemark/journal"
+	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
 // reloader makes what runs what the configuration says now.
@@ -26,6 +27,9 @@ type reloader struct {
 
 	mu  sync.Mutex // one at a time
 	now config.Config
+
+	// reloaded is called behind each change of the groups.
+	reloaded func()
 }
 
 // reload reads the configuration again and takes up what it says of groups. Everything that can be
@@ -64,6 +68,9 @@ func (r *reloader) reload() (api.Reloaded, error) {
 	for _, name := range slices.Sorted(maps.Keys(want.Groups)) {
 		next := want.Groups[name]
 		now, ok := groups[name]
+		if !ok && next.Received && !r.store.Has(name) {
+			continue // nothing of it has come yet
+		}
 		if !ok {
 			if did(r.addGroup(name, next), "group %s added", name) {
 				groups[name] = next
@@ -74,7 +81,15 @@ func (r *reloader) reload() (api.Reloaded, error) {
 		groups[name] = r.keep(name, groups[name], next, did)
 	}
 	r.now.Groups = groups
+	r.reloaded()
 	return done, nil
+}
+
+// configured are the groups as they are configured.
+func (r *reloader) configured() map[string]config.Group {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.now.Groups
 }
 
 // fixed are the settings that differ and take a restart.
@@ -175,9 +190,7 @@ func (r *reloader) adopt(name string, conf config.Group, hold, back func() error
 
 // protect makes a group's configuration durable and opens it. r.mu is held.
 func (r *reloader) protect(name string, conf config.Group) error {
-	path, err := config.WritePromoted(r.now.StateDir, name, conf, func(path string, b []byte) error {
-		return errors.Join(mkdirDurable(filepath.Dir(path)), writeDurable(path, b))
-	})
+	path, err := r.write(name, conf)
 	if err != nil {
 		return err
 	}
@@ -191,15 +204,90 @@ func (r *reloader) protect(name string, conf config.Group) error {
 	if err != nil {
 		return errors.Join(err, removeDurable(path))
 	}
-	r.now.Groups = maps.Clone(r.now.Groups)
-	r.now.Groups[name] = want.Groups[name]
+	r.take(name, want.Groups[name])
 	r.log.Info("group is protected; its configuration is in a file that can be moved to the daemon's", zap.String("group", name), zap.String("file", path))
 	return nil
 }
 
+// write makes the file of a group's configuration, durably.
+func (r *reloader) write(name string, conf config.Group) (path string, err error) {
+	return config.WritePromoted(r.now.StateDir, name, conf, func(path string, b []byte) error {
+		return errors.Join(mkdirDurable(filepath.Dir(path)), writeDurable(path, b))
+	})
+}
+
+// take notes what is configured from now on. r.mu is held.
+func (r *reloader) take(name string, conf config.Group) {
+	r.now.Groups = maps.Clone(r.now.Groups)
+	if r.now.Groups == nil {
+		r.now.Groups = map[string]config.Group{}
+	}
+	r.now.Groups[name] = conf
+}
+
+// begin begins with a group that comes from another daemon. Its configuration is in a file first: without its journal, the next
+// start leaves it out.
+func (r *reloader) begin(name string, conf config.Group, b *record.Beginning) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	path, err := r.write(name, conf)
+	if err != nil {
+		return err
+	}
+	want, err := r.read()
+	if err != nil {
+		return err
+	}
+	conf = want.Groups[name]
+	gc := groupConfig(name, conf)
+	gc.Begin = b
+	if err := r.store.AddGroup(gc); err != nil {
+		return err
+	}
+	if err := r.keepers.put(name, conf); err != nil {
+		return err
+	}
+	r.take(name, conf)
+	r.log.Info("the group comes from another daemon from here on", zap.String("group", name), zap.Uint64("lsn", uint64(b.At)), zap.String("file", path))
+	return nil
+}
+
+// discard closes a group and removes its journal.
+func (r *reloader) discard(name string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.now.Groups[name].Received {
+		return fmt.Errorf("group %s did not come from another daemon to begin with: its journal is not given up", name)
+	}
+	if err := r.removeGroup(name, r.now.Groups[name]); err != nil {
+		return err
+	}
+	r.now.Groups = maps.Clone(r.now.Groups)
+	delete(r.now.Groups, name)
+	return r.store.Discard(name)
+}
+
+// adoptDisk adds a disk to a group that comes from another daemon: by fn, and to its configuration.
+func (r *reloader) adoptDisk(group, name string, disk config.Disk, fn func() error) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	conf := r.now.Groups[group]
+	conf.Disks = maps.Clone(conf.Disks)
+	conf.Disks[name] = disk
+	if err := fn(); err != nil {
+		return err
+	}
+	r.take(group, conf)
+	if !conf.Received {
+		return fmt.Errorf("disk %s/%s came from another daemon: add it to the configuration, with the backing %s", group, name, disk.Backing)
+	}
+	_, err := r.write(group, conf)
+	return err
+}
+
 // groupConfig is the journal's part of a group.
 func groupConfig(name string, g config.Group) journal.GroupConfig {
-	gc := journal.GroupConfig{Name: name}
+	gc := journal.GroupConfig{Name: name, Received: g.Received}
 	for disk, d := range g.Disks {
 		gc.Disks = append(gc.Disks, journal.DiskConfig{Name: disk, Backing: d.Backing})
 	}

@@ -59,6 +59,7 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	if err != nil {
 		return errors.Join(err, store.Close())
 	}
+	c.Groups = begun(c.Groups, store, log)
 	keepers, err := newKeepers(store, c, notes, newMetrics(store), log)
 	if err != nil {
 		return errors.Join(err, store.Close())
@@ -102,7 +103,14 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 
 	re := &reloader{read: read, store: store, keepers: keepers, log: log, now: c}
 	scratches.adopt = re
-	ls.serve(serving, eg, &control{store: store, keepers: keepers, reloader: re, exports: exports, rollbacks: rollbacks, attached: attached, serving: serving,
+	repl, err := newReplication(c, id, store, exports, re, log)
+	if err != nil {
+		// Nothing is served yet.
+		stopWork()
+		return errors.Join(err, <-storeDone, ls.close(), scratches.stop(), store.Close())
+	}
+	re.reloaded = repl.reconcileSoon
+	ls.serve(serving, eg, &control{store: store, keepers: keepers, reloader: re, exports: exports, rollbacks: rollbacks, attached: attached, replication: repl, serving: serving,
 		stateDir: c.StateDir, storeID: id, nbd: ls.names, log: log}, tlsConf)
 	scratches.start()
 	eg.Go(func() error { return scratches.janitor(serving) })
@@ -114,6 +122,7 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	}
 	eg.Go(func() error { return keepers.run(serving, woken) })
 	eg.Go(func() error { return reloadOn(serving, hup, re) })
+	eg.Go(func() error { return repl.run(serving, ls) })
 	notify(log, daemon.SdNotifyReady)
 	served := make(chan error, 1)
 	go func() {
@@ -170,6 +179,19 @@ func openStore(c config.Config, log *zap.Logger) (*journal.Store, error) {
 	})
 }
 
+// begun are the groups without those that come from another daemon and of which nothing has come yet.
+func begun(groups map[string]config.Group, store *journal.Store, log *zap.Logger) map[string]config.Group {
+	groups = maps.Clone(groups)
+	maps.DeleteFunc(groups, func(name string, g config.Group) bool {
+		_, err := store.Group(name)
+		if err != nil && g.Received {
+			log.Info("a group that comes from another daemon has not begun", zap.String("group", name))
+		}
+		return err != nil && g.Received
+	})
+	return groups
+}
+
 // storeID is what tells a state directory from every other one: what was copied from a journal belongs to that journal alone.
 func storeID(dir string) (string, error) {
 	path := filepath.Join(dir, "id")
@@ -206,7 +228,9 @@ type listeners struct {
 	nbd     []net.Listener
 	api     net.Listener
 	metrics net.Listener // nil: on the control socket only
-	names   []string
+
+	replication net.Listener // nil: peers do not dial
+	names       []string
 }
 
 // listen opens the sockets, or takes them from systemd: sockets named "api" and
@@ -245,6 +269,11 @@ func listen(c config.Config) (*listeners, error) {
 	}
 	if c.Metrics != "" {
 		if ls.metrics, err = listenOn(c.Metrics, ""); err != nil {
+			return nil, errors.Join(err, ls.close())
+		}
+	}
+	if c.Replication.Listen != "" {
+		if ls.replication, err = listenOn(c.Replication.Listen, ""); err != nil {
 			return nil, errors.Join(err, ls.close())
 		}
 	}

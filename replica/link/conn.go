@@ -199,7 +199,7 @@ func (c *Conn) hello(e *Endpoint, dialled bool) error {
 	if theirs.Highest < mine.Lowest || theirs.Lowest > mine.Highest {
 		err := fmt.Errorf("%s (%s) speaks versions %d to %d of the replication protocol, and %s (%s) %d to %d: bring both to versions of Tidemark that have one in common",
 			theirs.Name, theirs.Build, theirs.Lowest, theirs.Highest, mine.Name, mine.Build, mine.Lowest, mine.Highest)
-		return errors.Join(err, c.refuse(wire.ReasonVersion, err))
+		return errors.Join(err, c.Refuse(wire.ReasonVersion, err))
 	}
 	if !dialled {
 		c.Role = theirs.Role
@@ -215,6 +215,7 @@ func (c *Conn) hello(e *Endpoint, dialled bool) error {
 	return nil
 }
 
-func (c *Conn) refuse(reason wire.Reason, why error) error {
+// Refuse tells the peer why it gets no farther.
+func (c *Conn) Refuse(reason wire.Reason, why error) error {
 	return c.Send(&wire.Refuse{Reason: reason, Text: why.Error()})
 }

@@ -38,6 +38,8 @@ type Endpoint struct {
 	conns  map[*Conn]struct{}
 	parked map[string][]*Conn // by peer: who wait for an offer, the newest last
 	bell   chan struct{}      // closed and made anew when one is parked
+
+	routes bell // rung when the host's network changes
 }
 
 const (
@@ -52,7 +54,7 @@ func (e *Endpoint) Init() {
 	e.conns, e.parked, e.bell = map[*Conn]struct{}{}, map[string][]*Conn{}, make(chan struct{})
 	e.Peers.mu.Lock()
 	defer e.Peers.mu.Unlock()
-	e.Peers.changed = e.drop
+	e.Peers.dropped = e.drop
 }
 
 // drop ends the connections to a peer.
@@ -143,7 +145,7 @@ func (e *Endpoint) admit(ctx context.Context, raw net.Conn) {
 	case c.Role == wire.RolePairs:
 		err = e.pair(c)
 	case unknown != nil:
-		err = errors.Join(unknown, c.refuse(wire.ReasonRights, unknown))
+		err = errors.Join(unknown, c.Refuse(wire.ReasonRights, unknown))
 	default:
 		stranger()
 		if err = e.keep(c); err == nil {
@@ -171,7 +173,7 @@ func (e *Endpoint) attend(ctx context.Context, c *Conn) error {
 		return e.park(c)
 	}
 	err := fmt.Errorf("role %d is not known", c.Role)
-	return errors.Join(err, c.refuse(wire.ReasonVersion, err))
+	return errors.Join(err, c.Refuse(wire.ReasonVersion, err))
 }
 
 // offered passes an offer on, if that is what it is.
@@ -184,7 +186,7 @@ func (e *Endpoint) offered(ctx context.Context, c *Conn, m wire.Message) error {
 		return &RefusedError{m.Reason, m.Text}
 	}
 	err := fmt.Errorf("a %v where an offer was expected", m.Type())
-	return errors.Join(err, c.refuse(wire.ReasonFailed, err))
+	return errors.Join(err, c.Refuse(wire.ReasonFailed, err))
 }
 
 // park keeps a connection for when there is something to offer.

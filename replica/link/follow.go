@@ -65,7 +65,7 @@ type follower struct {
 func Follow(ctx context.Context, c *Conn, offer *wire.Offer, t Target) error {
 	local, err := t.Local()
 	if err != nil {
-		_ = c.refuse(wire.ReasonFailed, err)
+		_ = c.Refuse(wire.ReasonFailed, err)
 		_ = c.Close()
 		return err
 	}

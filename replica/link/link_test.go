@@ -47,7 +47,7 @@ func newHost(t *testing.T, name string) *host {
 	require.NoError(t, err)
 	h.Endpoint = &Endpoint{Identity: id, Peers: peers, Name: name, Build: "test", Log: zap.NewNop(), Offered: func(ctx context.Context, c *Conn, m *wire.Offer) {
 		if may, _ := c.Peer.Sends(m.Group); !may {
-			_ = c.refuse(wire.ReasonRights, errors.New("not yours"))
+			_ = c.Refuse(wire.ReasonRights, errors.New("not yours"))
 			_ = c.Close()
 			return
 		}

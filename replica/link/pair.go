@@ -34,7 +34,7 @@ func (e *Endpoint) Invite(p Peer, expires time.Time) (Token, error) {
 func (e *Endpoint) pair(c *Conn) error {
 	err := e.takeToken(c)
 	if err != nil {
-		err = errors.Join(err, c.refuse(wire.ReasonRights, err))
+		err = errors.Join(err, c.Refuse(wire.ReasonRights, err))
 	}
 	return err
 }

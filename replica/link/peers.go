@@ -68,8 +68,9 @@ type Peers struct {
 
 	mu      sync.Mutex
 	paired  map[string]Peer
-	given   map[string]Peer // by the configuration; they count for more
-	changed func(name string)
+	given   map[string]Peer   // by the configuration; they count for more
+	dropped func(name string) // called when one was revoked
+	changes bell
 }
 
 // LoadPeers reads the file, if there is one. write makes a file, durably. Roots are of the authority whose certificates are taken, or nil.
@@ -157,13 +158,16 @@ func (p *Peers) Remove(name string) error {
 	next := maps.Clone(p.paired)
 	delete(next, name)
 	err := p.saveLocked(next)
-	changed := p.changed
+	dropped := p.dropped
 	p.mu.Unlock()
-	if err == nil && changed != nil {
-		changed(name)
+	if err == nil && dropped != nil {
+		dropped(name)
 	}
 	return err
 }
+
+// Changed is closed when the peers are others than when it was called.
+func (p *Peers) Changed() <-chan struct{} { return p.changes.wait() }
 
 func (p *Peers) saveLocked(next map[string]Peer) error {
 	all := make([]Peer, 0, len(next))
@@ -178,6 +182,7 @@ func (p *Peers) saveLocked(next map[string]Peer) error {
 		return fmt.Errorf("peers: %w", err)
 	}
 	p.paired = next
+	p.changes.ring()
 	return nil
 }
 

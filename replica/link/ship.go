@@ -84,7 +84,7 @@ type shipper struct {
 func Ship(ctx context.Context, c *Conn, group string, src Source, level int) error {
 	local, err := src.Local()
 	if err != nil {
-		_ = c.refuse(wire.ReasonFailed, err)
+		_ = c.Refuse(wire.ReasonFailed, err)
 		_ = c.Close()
 		return err
 	}

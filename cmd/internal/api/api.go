@@ -169,10 +169,101 @@ type Group struct {
 	Unapplied    int64  `json:"unapplied_bytes"`
 	Disks        []Disk `json:"disks"`
 
+	Epoch uint64 `json:"epoch"`
+	Role  string `json:"role"` // writes, follows
+	// Replicas are those that the group is shipped to, Source whom it comes from.
+	Replicas []Replica `json:"replicas,omitempty"`
+	Source   *Source   `json:"source,omitempty"`
+
 	Trusted  bool      `json:"trusted"` // its file systems may meet the host's kernel
 	Guests   []Guest   `json:"guests"`
 	Schedule *Schedule `json:"schedule,omitempty"`
 	Problems []string  `json:"problems"` // what the operator must see to
+}
+
+// Replica is a daemon that a group is shipped to.
+type Replica struct {
+	Peer      string   `json:"peer"`
+	State     string   `json:"state"`       // not connected, connected, seeding, streaming
+	Acked     uint64   `json:"acked"`       // LSN: it has everything up to there, durably
+	Lag       float64  `json:"lag_seconds"` // age of what it has
+	LagBytes  int64    `json:"lag_bytes"`   // of records that it has not, since the daemon started
+	SentBytes int64    `json:"sent_bytes"`  // on this connection
+	Build     string   `json:"build,omitempty"`
+	Seeding   *Seeding `json:"seeding,omitempty"`
+	Error     string   `json:"error,omitempty"` // why it is not connected
+}
+
+// Seeding is how far a replica is on its way to a group's content, in bytes.
+type Seeding struct {
+	Disk     string  `json:"disk"`
+	Compared int64   `json:"compared"`
+	All      int64   `json:"all"`
+	Sent     int64   `json:"sent"`
+	Left     float64 `json:"left_seconds"` // at the present pace
+}
+
+// Source is the daemon that a group comes from.
+type Source struct {
+	Peer          string    `json:"peer"`
+	State         string    `json:"state"` // not connected, connected
+	Head          uint64    `json:"head"`  // what it said last of how far it has come
+	At            time.Time `json:"at,omitzero"`
+	Behind        uint64    `json:"behind"` // records
+	ReceivedBytes int64     `json:"received_bytes"`
+	Build         string    `json:"build,omitempty"`
+}
+
+// Peer is a daemon that this one trusts.
+type Peer struct {
+	Name        string    `json:"name"`
+	Fingerprint string    `json:"fingerprint,omitempty"`
+	Address     string    `json:"address,omitempty"`
+	MaySend     []string  `json:"may_send"`
+	Since       time.Time `json:"since,omitzero"`
+}
+
+// Peers is the answer to GET /v1/peers.
+type Peers struct {
+	Name        string `json:"name"` // of this daemon
+	Fingerprint string `json:"fingerprint"`
+	Peers       []Peer `json:"peers"`
+}
+
+// InviteRequest is the body of POST /v1/peers/invitations.
+type InviteRequest struct {
+	Name    string   `json:"name,omitempty"` // of the peer; as it calls itself, if empty
+	MaySend []string `json:"may_send,omitempty"`
+	Valid   float64  `json:"valid_seconds"`
+}
+
+// Invitation is the answer to it.
+type Invitation struct {
+	Token   string    `json:"token"`
+	Expires time.Time `json:"expires"`
+	Listen  string    `json:"listen"` // where this daemon listens; empty: nowhere
+}
+
+// JoinRequest is the body of POST /v1/peers.
+type JoinRequest struct {
+	Address string   `json:"address"`
+	Token   string   `json:"token"`
+	Name    string   `json:"name,omitempty"`
+	MaySend []string `json:"may_send,omitempty"`
+}
+
+// FailoverRequest is the body of POST /v1/groups/GROUP/failover.
+type FailoverRequest struct {
+	Point string `json:"point,omitempty"`
+}
+
+// FailedOver is the answer to it, and to POST /v1/groups/GROUP/failback: this daemon writes the group.
+type FailedOver struct {
+	Group      string      `json:"group"`
+	Epoch      uint64      `json:"epoch"`
+	LSN        uint64      `json:"lsn"` // the last of the writer before
+	Seconds    float64     `json:"seconds"`
+	RolledBack *RolledBack `json:"rolled_back,omitempty"`
 }
 
 // Guest is a guest of a group.
@@ -213,6 +304,8 @@ type Marker struct {
 	Frozen      float64   `json:"frozen_seconds"` // how long guests stood still for it
 	Note        string    `json:"note,omitempty"` // why less was reached than was asked for
 	Pinned      bool      `json:"pinned"`
+	// Late are the replicas that had not got it in time.
+	Late []string `json:"late,omitempty"`
 	// Problems, of a marker just taken, are what the operator must see to.
 	Problems []string `json:"problems,omitempty"`
 }
@@ -224,6 +317,8 @@ type MarkRequest struct {
 	Consistency string `json:"consistency,omitempty"` // crash by default
 	OrCrash     bool   `json:"or_crash,omitempty"`    // a crash-consistent marker rather than none
 	Pin         bool   `json:"pin,omitempty"`
+	// WaitReplica is how long to wait for the marker to be durable at every replica; 0: not at all.
+	WaitReplica float64 `json:"wait_replica_seconds,omitempty"`
 }
 
 // Amendment is the body of PATCH /v1/groups/GROUP/markers/LABEL: what is nil stays as it is.
@@ -489,6 +584,42 @@ func (c *Client) Attach(ctx context.Context, r AttachRequest) (all []Attachment,
 func (c *Client) Detach(ctx context.Context, name string, force bool) (all []Attachment, err error) {
 	err = c.do(ctx, http.MethodDelete, "/v1/attachments?name="+url.QueryEscape(name)+"&force="+strconv.FormatBool(force), nil, &all)
 	return all, err
+}
+
+// Peers asks for the daemons that the daemon trusts.
+func (c *Client) Peers(ctx context.Context) (p Peers, err error) {
+	err = c.do(ctx, http.MethodGet, "/v1/peers", nil, &p)
+	return p, err
+}
+
+// Invite asks for a token that another daemon can join with.
+func (c *Client) Invite(ctx context.Context, r InviteRequest) (i Invitation, err error) {
+	err = c.do(ctx, http.MethodPost, "/v1/peers/invitations", r, &i)
+	return i, err
+}
+
+// Join makes a daemon that gave out a token a peer.
+func (c *Client) Join(ctx context.Context, r JoinRequest) (p Peer, err error) {
+	err = c.do(ctx, http.MethodPost, "/v1/peers", r, &p)
+	return p, err
+}
+
+// Revoke takes a peer's trust back.
+func (c *Client) Revoke(ctx context.Context, name string) (p Peer, err error) {
+	err = c.do(ctx, http.MethodDelete, "/v1/peers/"+url.PathEscape(name), nil, &p)
+	return p, err
+}
+
+// Failover has the daemon write a group that follows.
+func (c *Client) Failover(ctx context.Context, group string, r FailoverRequest) (f FailedOver, err error) {
+	err = c.do(ctx, http.MethodPost, groupPath(group, "/failover"), r, &f)
+	return f, err
+}
+
+// Failback has the writer of a group hand it over to the daemon.
+func (c *Client) Failback(ctx context.Context, group string) (f FailedOver, err error) {
+	err = c.do(ctx, http.MethodPost, groupPath(group, "/failback"), nil, &f)
+	return f, err
 }
 
 // Reload has the configuration read again.

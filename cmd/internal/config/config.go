@@ -51,6 +51,8 @@ type Config struct {
 	Metrics string           `yaml:"metrics"` // tcp:HOST:PORT; they are on the control socket too
 	Guests  Guests           `yaml:"guests"`
 	Groups  map[string]Group `yaml:"groups"`
+
+	Replication Replication `yaml:"replication"`
 }
 
 // Guests is what holds of the guests of all groups.
@@ -91,6 +93,12 @@ type Group struct {
 	Definitions map[string]Definition `yaml:"definitions"`
 	// Trusted lets the host's kernel read the guests' file systems: fast, and what is in them is believed not to attack it.
 	Trusted bool `yaml:"trusted"`
+	// Replicas are peers that the group is shipped to while this daemon writes it.
+	Replicas []string `yaml:"replicas"`
+	// RPO is how far a replica may be behind before that is a problem; 0: as far as it likes.
+	RPO time.Duration `yaml:"rpo"`
+	// Received says that the group's journal came from another daemon: it is never begun here.
+	Received bool `yaml:"received"`
 }
 
 // Guest says how a guest is reached.
@@ -252,6 +260,7 @@ func (c *Config) Default() {
 	if c.Guests.MaxFrozen == 0 {
 		c.Guests.MaxFrozen = 4
 	}
+	c.Replication.setDefaults(c.StateDir)
 	for name, g := range c.Groups {
 		def(&g.Markers.Consistency, record.Crash.String())
 		def(&g.Markers.Label, "auto")
@@ -287,7 +296,8 @@ func (c *Config) Validate() error {
 	if (c.TLS.Cert == "") != (c.TLS.Key == "") || c.TLS.ClientCA != "" && c.TLS.Cert == "" {
 		add("tls", errors.New("cert and key go together, client_ca needs both"))
 	}
-	if len(c.Groups) == 0 {
+	errs = append(errs, c.Replication.validate())
+	if len(c.Groups) == 0 && !c.Replication.On() {
 		add("groups", errors.New("no disk is given: use --disk GROUP/DISK=BACKING or a configuration file"))
 	}
 	ports := map[string]string{}
@@ -366,6 +376,15 @@ func (g *Group) validate() error {
 		}
 	}
 	add("markers", g.Markers.validate(freezes, len(g.Hooks) > 0))
+	for i, peer := range g.Replicas {
+		add(fmt.Sprintf("replicas[%d]", i), record.CheckName(peer))
+		if slices.Contains(g.Replicas[:i], peer) {
+			add(fmt.Sprintf("replicas[%d]", i), fmt.Errorf("%s is given twice", peer))
+		}
+	}
+	if g.RPO < 0 {
+		add("rpo", fmt.Errorf("%v: it must not be negative", g.RPO))
+	}
 	return errors.Join(errs...)
 }
 

@@ -115,6 +115,48 @@ func TestAddGuest(t *testing.T) {
 	}
 }
 
+func TestReplication(t *testing.T) {
+	c, err := Parse([]byte(`
+replication:
+  listen: tcp:0.0.0.0:10900
+  name: hosta
+  compression: 0
+  limit: 10MiB
+  hours:
+  - {from: "08:00", to: "18:00", limit: 1MiB}
+  - {from: "22:00", to: "06:00", limit: 0}
+  peers: {hostb: {address: "hostb:10900", fingerprint: aa, may_send: ["db*"]}}
+groups: {web01: {disks: {vda: {backing: /x}}, replicas: [hostb], rpo: 5s}}
+`))
+	require.NoError(t, err)
+	c.Default()
+	require.NoError(t, c.Validate())
+	require.Equal(t, 0, c.Replication.Level())
+	require.Equal(t, DefaultStateDir+"/replicas", c.Replication.Dir)
+	for at, want := range map[string]Size{"07:59": 10 << 20, "08:00": 1 << 20, "17:59": 1 << 20, "18:00": 10 << 20, "23:00": 0, "05:59": 0, "06:00": 10 << 20} {
+		when, err := time.Parse("15:04", at)
+		require.NoError(t, err)
+		require.Equal(t, want, c.Replication.At(when), at)
+	}
+
+	empty := Config{}
+	empty.Default()
+	require.ErrorContains(t, empty.Validate(), "no disk is given")
+	empty = Config{Replication: Replication{Name: "b"}}
+	empty.Default()
+	require.NoError(t, empty.Validate(), "one that waits for groups has none to begin with")
+	require.Equal(t, 2, empty.Replication.Level())
+
+	nine := 9
+	bad := Config{Replication: Replication{Listen: "unix:/x", Name: "a b", Dir: "here", Compression: &nine, Cert: "c", Hours: []Hour{{From: "8:00", To: "25:00"}}, Peers: map[string]Peer{"p": {}}},
+		Groups: map[string]Group{"g": {Disks: map[string]Disk{"d": {Backing: "/x"}}, Replicas: []string{"p", "p", "a/b"}, RPO: -1}}}
+	bad.Default()
+	err = bad.Validate()
+	for _, want := range []string{"replication.listen", "replication.name", "replication.dir", "replication.compression", "cert and key", `"8:00"`, `"25:00"`, "replication.peers.p", "p is given twice", "replicas[2]", "rpo"} {
+		require.ErrorContains(t, err, want)
+	}
+}
+
 func FuzzConfig(f *testing.F) {
 	f.Add([]byte("groups: {web01: {disks: {vda: {backing: /x}}}}\njournal: {limit: 1GiB}\nnbd: [\"unix:/x\"]"))
 	f.Fuzz(func(_ *testing.T, b []byte) {

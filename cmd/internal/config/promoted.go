@@ -20,17 +20,18 @@ type promoted struct {
 }
 
 type promotedGroup struct {
-	Disks map[string]Disk `yaml:"disks"`
+	Disks    map[string]Disk `yaml:"disks"`
+	Received bool            `yaml:"received,omitempty"`
 }
 
 // WritePromoted writes the file of a group that came to be while the daemon ran, by a function that makes it, and the directory
 // that it is in, durable.
 func WritePromoted(stateDir, name string, g Group, write func(path string, b []byte) error) (path string, err error) {
-	b, err := yaml.Marshal(promoted{map[string]promotedGroup{name: {g.Disks}}})
+	b, err := yaml.Marshal(promoted{map[string]promotedGroup{name: {g.Disks, g.Received}}})
 	if err != nil {
 		return "", err
 	}
-	b = append([]byte("# Made by tidemark promote. Move the group to the daemon's configuration, remove this file, then: tidemark reload\n"), b...)
+	b = append([]byte("# Made by tidemarkd. Move the group to the daemon's configuration, remove this file, then: tidemark reload\n"), b...)
 	path = filepath.Join(stateDir, promotedDir, name+".yaml")
 	return path, write(path, b)
 }

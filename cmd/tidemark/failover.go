@@ -1,0 +1,73 @@
+package main
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+)
+
+func (a *app) failover() *cobra.Command {
+	var r api.FailoverRequest
+	cmd := &cobra.Command{
+		Use:   "failover GROUP [--to POINT]",
+		Short: "Write a group here that was another daemon's, from what has come of it",
+		Long: `Have this daemon write a group that comes from another one. Its epoch is raised: the daemon that wrote it before is refused when it
+can be reached again, takes no more writes, and follows. What that one had written and not sent by then is not here.
+
+The other daemon is not asked: where it can be, "tidemark failback" loses nothing. With --to, the group's disks
+are taken back to an earlier point then, as "tidemark rollback" does.`,
+		Example: `  tidemark failover web01
+  tidemark failover web01 --to latest:application`,
+		Args:              args(cobra.ExactArgs(1)),
+		ValidArgsFunction: a.completeGroups,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			f, err := c.Failover(cmd.Context(), args[0], r)
+			if err != nil {
+				return err
+			}
+			return a.printFailedOver(cmd, f)
+		},
+	}
+	cmd.Flags().StringVar(&r.Point, "to", "", "an earlier point")
+	return cmd
+}
+
+func (a *app) failback() *cobra.Command {
+	return &cobra.Command{
+		Use:   "failback GROUP",
+		Short: "Take a group over from the daemon that writes it, with nothing lost",
+		Long: `Ask the daemon that writes a group, and ships it here, to hand it over: it takes no more writes, what it has written gets here, and this
+daemon writes the group from then on. No guest may have the group's disks open there.`,
+		Args:              args(cobra.ExactArgs(1)),
+		ValidArgsFunction: a.completeGroups,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			f, err := c.Failback(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return a.printFailedOver(cmd, f)
+		},
+	}
+}
+
+func (a *app) printFailedOver(cmd *cobra.Command, f api.FailedOver) error {
+	if a.json {
+		return printJSON(cmd, f)
+	}
+	_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s is written here from LSN %d on, in epoch %d (%v)\n", f.Group, f.LSN+1, f.Epoch, time.Duration(f.Seconds*float64(time.Second)).Round(time.Millisecond))
+	if r := f.RolledBack; err == nil && r != nil {
+		_, err = fmt.Fprintf(cmd.OutOrStdout(), "its disks are what they were at LSN %d; the way back: tidemark rollback %s --to %s\n", r.LSN, f.Group, r.Before)
+	}
+	return err
+}

@@ -1,0 +1,177 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+)
+
+func (a *app) replica() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "replica",
+		Short: "Pair this host's daemon with others, to ship groups to them or take theirs",
+		Args:  args(cobra.NoArgs),
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(a.invite(), a.join(), a.peers(), a.revoke())
+	return cmd
+}
+
+const maySend = "groups that the other daemon may send here, a pattern as web*; repeatable"
+
+func (a *app) invite() *cobra.Command {
+	var r api.InviteRequest
+	var valid time.Duration
+	cmd := &cobra.Command{
+		Use:   "invite",
+		Short: "Print a token that another daemon can join with, once",
+		Long: `Print a token. On the other host, "tidemark replica join" with it makes each of the two daemons trust the other, and nobody
+else: each knows the other's key from then on. The token can be used once, until it expires or this daemon stops.`,
+		Example: `  tidemark replica invite --may-send 'web*'`,
+		Args:    args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			r.Valid = valid.Seconds()
+			i, err := c.Invite(cmd.Context(), r)
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return printJSON(cmd, i)
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s\n", i.Token)
+			fmt.Fprintf(cmd.ErrOrStderr(), "valid until %s; on the other host: tidemark replica join HOST:PORT TOKEN (this daemon listens on %s)\n", i.Expires.Format(time.RFC3339), i.Listen)
+			return err
+		},
+	}
+	fl := cmd.Flags()
+	fl.StringVar(&r.Name, "name", "", "what the other daemon is called here (default: what it calls itself)")
+	fl.StringArrayVar(&r.MaySend, "may-send", []string{"*"}, maySend)
+	fl.DurationVar(&valid, "valid", time.Hour, "how long the token can be used")
+	return cmd
+}
+
+func (a *app) join() *cobra.Command {
+	var r api.JoinRequest
+	cmd := &cobra.Command{
+		Use:   "join HOST:PORT TOKEN",
+		Short: "Make a daemon that gave out a token a peer, and this one a peer of it",
+		Example: `  tidemark replica join backup1:10900 tidemark-mfrgg...
+  # then, in the configuration: groups: {web01: {replicas: [backup1]}}`,
+		Args: args(cobra.ExactArgs(2)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			r.Address, r.Token = args[0], args[1]
+			p, err := c.Join(cmd.Context(), r)
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return printJSON(cmd, p)
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s is a peer (key %s)\n", p.Name, p.Fingerprint)
+			return err
+		},
+	}
+	fl := cmd.Flags()
+	fl.StringVar(&r.Name, "name", "", "what the other daemon is called here (default: what it calls itself)")
+	fl.StringArrayVar(&r.MaySend, "may-send", nil, maySend+" (default: none, but those that are shipped to it)")
+	return cmd
+}
+
+func (a *app) peers() *cobra.Command {
+	return &cobra.Command{
+		Use:   "list",
+		Short: "List the daemons that this one trusts, and what each may do",
+		Args:  args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			p, err := c.Peers(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return printJSON(cmd, p)
+			}
+			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
+			fmt.Fprintln(w, "PEER\tADDRESS\tMAY SEND\tKEY")
+			fmt.Fprintf(w, "%s\t(this daemon)\t\t%s\n", p.Name, p.Fingerprint)
+			for _, one := range p.Peers {
+				address, key := one.Address, one.Fingerprint
+				if address == "" {
+					address = "(it dials)"
+				}
+				if key == "" {
+					key = "(by its certificate)"
+				}
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", one.Name, address, strings.Join(one.MaySend, " "), key)
+			}
+			return w.Flush()
+		},
+	}
+}
+
+func (a *app) revoke() *cobra.Command {
+	return &cobra.Command{
+		Use:   "revoke PEER",
+		Short: "Trust a daemon no more: its connections end, and it is not let in again",
+		Args:  args(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			p, err := c.Revoke(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return printJSON(cmd, p)
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s is no peer any more\n", p.Name)
+			return err
+		},
+	}
+}
+
+// printReplication says to whom a group is shipped, and whom it comes from.
+func printReplication(w io.Writer, g api.Group) {
+	for _, r := range g.Replicas {
+		what := r.State
+		switch {
+		case r.Seeding != nil:
+			what = fmt.Sprintf("seeding %s: %s of %s compared, %s sent", r.Seeding.Disk, size(r.Seeding.Compared), size(r.Seeding.All), size(r.Seeding.Sent))
+			if r.Seeding.Left > 0 {
+				what += fmt.Sprintf(", %v left", time.Duration(r.Seeding.Left*float64(time.Second)).Round(time.Second))
+			}
+		case r.Lag > 0:
+			what += fmt.Sprintf(", %v and %s behind", time.Duration(r.Lag*float64(time.Second)).Round(time.Millisecond), size(r.LagBytes))
+		}
+		fmt.Fprintf(w, "  replica %s\tLSN %d\t%s\n", r.Peer, r.Acked, what)
+		if r.Error != "" {
+			fmt.Fprintf(w, "    %s\n", r.Error)
+		}
+	}
+	if s := g.Source; s != nil {
+		what := s.State
+		if s.Behind > 0 {
+			what += fmt.Sprintf(", %d records behind", s.Behind)
+		}
+		fmt.Fprintf(w, "  comes from %s\tepoch %d\t%s\n", s.Peer, g.Epoch, what)
+	}
+}

@@ -1,0 +1,301 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+	"github.com/tidemark-cdp/tidemark/cmd/internal/config"
+	"github.com/tidemark-cdp/tidemark/journal"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/replica"
+	"github.com/tidemark-cdp/tidemark/replica/link"
+	"github.com/tidemark-cdp/tidemark/replica/wire"
+)
+
+// receiving is a group that comes from a peer. Its methods are link.Target's.
+type receiving struct {
+	one    *replicated
+	peer   string
+	conn   *link.Conn
+	cancel context.CancelFunc
+	done   chan struct{}
+
+	g      *journal.Group // nil: it is not here yet
+	begins *record.Beginning
+	coming record.Disk // that is adopted
+	opened map[record.DiskID]*rawBacking
+
+	mu   sync.Mutex // guards what follows
+	head record.LSN // the writer's
+	at   time.Time  // when it said so, by its clock
+	err  error      // why the stream has ended
+}
+
+// receive takes the group that a peer offers until the stream ends. One that came before, and whose writer is not of a later
+// epoch, ends first.
+func (one *replicated) receive(ctx context.Context, c *link.Conn, offer *wire.Offer) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	x := &receiving{one: one, peer: c.Peer.Name, conn: c, cancel: cancel, done: make(chan struct{}), opened: map[record.DiskID]*rawBacking{}}
+	defer close(x.done)
+	if epoch := one.seen().Epoch(); offer.Reigns.Epoch() < epoch {
+		// Nothing that is under way ends for this one.
+		err := fmt.Errorf("%w: epoch %d is known here, and the group was offered in epoch %d", replica.ErrDeposed, epoch, offer.Reigns.Epoch())
+		return errors.Join(err, c.Send(&wire.Refuse{Reason: wire.ReasonDeposed, Text: err.Error(), Reigns: one.seen()}), c.Close())
+	}
+	one.mu.Lock()
+	before := one.comes
+	one.comes = x
+	one.mu.Unlock()
+	defer func() {
+		one.mu.Lock()
+		defer one.mu.Unlock()
+		if one.comes == x {
+			one.comes = nil
+		}
+	}()
+	if before != nil {
+		before.cancel()
+		<-before.done
+	}
+	defer x.closeBackings()
+	one.log.Info("a peer offers the group", zap.String("peer", x.peer), zap.Uint64("head", uint64(offer.Head)), zap.Uint64("epoch", offer.Reigns.Epoch()))
+	err := link.Follow(ctx, c, offer, x)
+	x.mu.Lock()
+	x.err = err
+	x.mu.Unlock()
+	return err
+}
+
+// end ends the stream on which the group comes, if there is one, and waits for it.
+func (one *replicated) end() {
+	one.mu.Lock()
+	x := one.comes
+	one.mu.Unlock()
+	if x != nil {
+		x.cancel()
+		<-x.done
+	}
+}
+
+func (x *receiving) Local() (replica.Local, error) {
+	x.g = x.one.journal()
+	return x.one.local()
+}
+
+func (x *receiving) Receive(run record.Run) error { return x.g.Receive(run) }
+
+func (x *receiving) Sync() (record.LSN, error) {
+	err := x.g.Sync()
+	return x.g.Durable(), err
+}
+
+// Begin makes the disks' backings, over what there is of them. A group that is here already is behind the writer's horizon, and given
+// up.
+func (x *receiving) Begin(b record.Beginning) error {
+	one := x.one
+	one.changing.Lock()
+	defer one.changing.Unlock()
+	if x.g != nil {
+		one.log.Warn("the group's journal here is behind what the writer still has: it begins anew, and its history here ends", zap.Uint64("head", uint64(x.g.Head())), zap.Uint64("at", uint64(b.At)))
+		if err := one.r.reloader.discard(one.name); err != nil {
+			return fmt.Errorf("give up what is here of group %s, to begin anew: %w", one.name, err)
+		}
+		x.g = nil
+	}
+	x.begins = &b
+	for _, d := range b.Disks {
+		if d.Removed != 0 {
+			continue
+		}
+		if err := x.open(d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// open opens a disk's backing, which is made if there is none.
+func (x *receiving) open(d record.Disk) error {
+	path := x.one.backing(d.Name)
+	if err := mkdirDurable(filepath.Dir(path)); err != nil {
+		return err
+	}
+	b, err := openRaw(path, d.Size)
+	if err != nil {
+		return fmt.Errorf("backing %s: %w", path, err)
+	}
+	release, err := x.one.r.store.Claim(path, "seed of "+x.one.name+"/"+d.Name)
+	if err != nil {
+		return errors.Join(fmt.Errorf("backing %s: %w", path, err), b.Close())
+	}
+	b.release = release
+	x.opened[d.ID] = b
+	return nil
+}
+
+func (x *receiving) closeBackings() {
+	for id, b := range x.opened {
+		_ = b.Close() // what counts was synced
+		delete(x.opened, id)
+	}
+}
+
+func (x *receiving) Adopt(d record.Disk) error {
+	x.coming = d
+	return x.open(d)
+}
+
+func (x *receiving) Backing(id record.DiskID) (link.Backing, error) {
+	b := x.opened[id]
+	if b == nil {
+		return nil, fmt.Errorf("disk %d does not come", id)
+	}
+	return b, nil
+}
+
+func (x *receiving) Finish(id record.DiskID) error {
+	x.one.changing.Lock()
+	defer x.one.changing.Unlock()
+	for _, b := range x.opened {
+		if err := errors.Join(b.f.Sync(), syncDir(filepath.Dir(b.f.Name()))); err != nil {
+			return err
+		}
+	}
+	x.closeBackings()
+	disk := func(d record.Disk) (string, config.Disk) { return d.Name, config.Disk{Backing: x.one.backing(d.Name)} }
+	if id != 0 {
+		name, c := disk(x.coming)
+		return x.one.r.reloader.adoptDisk(x.one.name, name, c, func() error {
+			return x.g.Adopt(journal.DiskConfig{Name: name, Backing: c.Backing}, x.coming)
+		})
+	}
+	conf := config.Group{Received: true, Disks: map[string]config.Disk{}}
+	for _, d := range x.begins.Disks {
+		if d.Removed == 0 {
+			name, c := disk(d)
+			conf.Disks[name] = c
+		}
+	}
+	if err := x.one.setNote(func(n *groupNote) { n.From = x.peer }); err != nil {
+		return err
+	}
+	if err := x.one.r.reloader.begin(x.one.name, conf, x.begins); err != nil {
+		return err
+	}
+	x.g = x.one.journal()
+	return nil
+}
+
+func (x *receiving) Note(reigns record.Reigns) error { return x.one.setSeen(reigns) }
+
+func (x *receiving) Depose(reigns record.Reigns) error { return x.one.depose(x.g, reigns, x.peer) }
+
+func (x *receiving) Heard(head record.LSN, at time.Time) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.head, x.at = head, at
+}
+
+// why is why the stream has ended.
+func (x *receiving) why() error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.err
+}
+
+func (x *receiving) status(g *journal.Group) *api.Source {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	a := &api.Source{Peer: x.peer, State: "connected", Head: uint64(x.head), At: x.at, Build: x.conn.Build}
+	a.ReceivedBytes, _ = x.conn.Bytes()
+	if x.head > g.Durable() {
+		a.Behind = uint64(x.head - g.Durable())
+	}
+	return a
+}
+
+// rawBacking is a raw file that a disk comes to.
+type rawBacking struct {
+	f       *os.File
+	release func()
+}
+
+// openRaw opens a file, or makes one of a size. One of another size is in the way.
+func openRaw(path string, size int64) (*rawBacking, error) {
+	fresh, err := exists(path)
+	if err != nil {
+		return nil, err
+	}
+	fresh = !fresh
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	switch {
+	case err != nil:
+	case fresh || info.Size() == 0:
+		err = f.Truncate(size)
+	case info.Size() != size:
+		err = fmt.Errorf("it has %d bytes, and the disk that comes has %d: remove it", info.Size(), size)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return &rawBacking{f: f, release: func() {}}, nil
+}
+
+// Close closes the file. What was written is not durable by that.
+func (b *rawBacking) Close() error {
+	defer b.release()
+	return b.f.Close()
+}
+
+func (b *rawBacking) ReadAt(p []byte, off int64) (int, error)  { return b.f.ReadAt(p, off) }
+func (b *rawBacking) WriteAt(p []byte, off int64) (int, error) { return b.f.WriteAt(p, off) }
+
+// Zero makes a hole, or, where there can be none, writes zeroes.
+func (b *rawBacking) Zero(off, n int64) error {
+	err := unix.Fallocate(int(b.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	if !errors.Is(err, unix.EOPNOTSUPP) {
+		return err
+	}
+	_, err = b.f.WriteAt(make([]byte, n), off)
+	return err
+}
+
+// Data tells holes from data.
+func (b *rawBacking) Data(off, n int64, fn func(int64, bool)) error {
+	for end := off + n; off < end; {
+		data, err := b.f.Seek(off, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			data, err = end, nil
+		}
+		if err != nil {
+			return err
+		}
+		if data = min(data, end); data > off {
+			fn(data-off, false)
+			off = data
+			continue
+		}
+		hole, err := b.f.Seek(off, unix.SEEK_HOLE)
+		if err != nil {
+			return err
+		}
+		hole = min(hole, end)
+		fn(hole-off, true)
+		off = hole
+	}
+	return nil
+}

@@ -1,0 +1,539 @@
+package main
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+	"github.com/tidemark-cdp/tidemark/cmd/internal/build"
+	"github.com/tidemark-cdp/tidemark/cmd/internal/config"
+	"github.com/tidemark-cdp/tidemark/journal"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/replica"
+	"github.com/tidemark-cdp/tidemark/replica/link"
+	"github.com/tidemark-cdp/tidemark/replica/wire"
+)
+
+// replication ships groups to other daemons, and takes those of others.
+type replication struct {
+	conf     config.Replication
+	store    *journal.Store
+	exports  *exports
+	reloader *reloader
+	e        *link.Endpoint
+	dir      string // of keys, peers and notes
+	log      *zap.Logger
+
+	mu     sync.Mutex // guards what follows
+	groups map[string]*replicated
+	ctx    context.Context // of what runs; nil while nothing does
+	wg     sync.WaitGroup
+
+	kick chan struct{} // of one slot: look at what is to be shipped to whom
+}
+
+// replicated is what is known of a group beside its journal: one that is shipped, that comes, or that came once.
+type replicated struct {
+	r    *replication
+	name string
+	log  *zap.Logger
+
+	// changing serialises what changes who writes the group, or whether it is here.
+	changing sync.Mutex
+
+	mu    sync.Mutex // guards what follows
+	note  groupNote
+	ships map[string]*shipping // by peer
+	comes *receiving           // nil: nobody sends it
+	asks  chan struct{}        // closed when the writer is to be asked for the group
+}
+
+// groupNote is what must be known of a group after a crash, beside its journal.
+type groupNote struct {
+	Version int `json:"version"`
+	// Seen are the reigns of the highest epoch that this daemon was told of.
+	Seen []reignNote `json:"seen,omitempty"`
+	// From is the peer that the group came from last.
+	From string `json:"from,omitempty"`
+	// Yielded is the peer that the group was handed over to, until it is known that it was taken.
+	Yielded string `json:"yielded,omitempty"`
+	// Acked is what each replica has, at least.
+	Acked map[string]record.LSN `json:"acked,omitempty"`
+}
+
+type reignNote struct {
+	Epoch uint64     `json:"epoch"`
+	First record.LSN `json:"first"`
+	ID    string     `json:"id"`
+}
+
+const groupNoteVersion = 1
+
+func reignNotes(r record.Reigns) (all []reignNote) {
+	for _, x := range r {
+		all = append(all, reignNote{x.Epoch, x.First, hex.EncodeToString(x.ID[:])})
+	}
+	return all
+}
+
+// seen are the note's reigns.
+func (n *groupNote) seen() (r record.Reigns, err error) {
+	for _, x := range n.Seen {
+		one := record.Reign{Epoch: x.Epoch, First: x.First}
+		if k, err := hex.Decode(one.ID[:], []byte(x.ID)); err != nil || k != len(one.ID) {
+			return nil, fmt.Errorf("id %q of epoch %d", x.ID, x.Epoch)
+		}
+		r = append(r, one)
+	}
+	if len(r) > 0 {
+		err = r.Check()
+	}
+	return r, err
+}
+
+func newReplication(c config.Config, storeID string, store *journal.Store, x *exports, re *reloader, log *zap.Logger) (*replication, error) {
+	r := &replication{conf: c.Replication, store: store, exports: x, reloader: re, dir: filepath.Join(c.StateDir, "replication"), log: log, groups: map[string]*replicated{}, kick: make(chan struct{}, 1)}
+	if err := mkdirDurable(filepath.Join(r.dir, "groups")); err != nil {
+		return nil, fmt.Errorf("replication: %w", err)
+	}
+	e := &link.Endpoint{Name: c.Replication.Name, Build: build.Version(), Log: log, Offered: r.offered}
+	copy(e.Node[:], storeID)
+	var err error
+	if c.Replication.Cert != "" {
+		e.Identity, err = link.ReadIdentity(c.Replication.Cert, c.Replication.Key)
+	} else {
+		e.Identity, err = link.LoadIdentity(r.dir, c.Replication.Name, writeDurable)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("replication: %w", err)
+	}
+	roots, err := c.Replication.Roots()
+	if err != nil {
+		return nil, err
+	}
+	var given []link.Peer
+	for _, name := range slices.Sorted(maps.Keys(c.Replication.Peers)) {
+		p := c.Replication.Peers[name]
+		one := link.Peer{Name: name, Address: p.Address, MaySend: p.MaySend}
+		if p.Fingerprint != "" {
+			if err := one.Fingerprint.UnmarshalText([]byte(p.Fingerprint)); err != nil {
+				return nil, fmt.Errorf("replication.peers.%s: %w", name, err)
+			}
+		}
+		given = append(given, one)
+	}
+	if e.Peers, err = link.LoadPeers(filepath.Join(r.dir, "peers.json"), given, roots, writeDurable); err != nil {
+		return nil, fmt.Errorf("replication: %w", err)
+	}
+	e.Limit = newPace(&r.conf)
+	e.Init()
+	r.e = e
+	return r, r.loadNotes()
+}
+
+func (r *replication) loadNotes() error {
+	entries, err := os.ReadDir(filepath.Join(r.dir, "groups"))
+	if err != nil {
+		return fmt.Errorf("replication: %w", err)
+	}
+	for _, entry := range entries {
+		name, ok := strings.CutSuffix(entry.Name(), ".json")
+		if !ok {
+			continue // of a write that a crash cut off
+		}
+		one := r.group(name)
+		if err := readNote(one.path(), &one.note); err != nil {
+			return fmt.Errorf("replication: %w", err)
+		}
+		if one.note.Version != groupNoteVersion {
+			return fmt.Errorf("replication: note %s has version %d, this Tidemark knows %d: use the one that wrote it", one.path(), one.note.Version, groupNoteVersion)
+		}
+		if _, err := one.note.seen(); err != nil {
+			return fmt.Errorf("replication: note %s: %w", one.path(), err)
+		}
+	}
+	return nil
+}
+
+// group finds what is known of a group, or begins to.
+func (r *replication) group(name string) *replicated {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	one := r.groups[name]
+	if one == nil {
+		one = &replicated{r: r, name: name, log: r.log.With(zap.String("group", name)), ships: map[string]*shipping{}, asks: make(chan struct{})}
+		one.note.Version = groupNoteVersion
+		r.groups[name] = one
+	}
+	return one
+}
+
+func (one *replicated) path() string { return filepath.Join(one.r.dir, "groups", one.name+".json") }
+
+// setNote changes the note, durably.
+func (one *replicated) setNote(change func(*groupNote)) error {
+	one.mu.Lock()
+	defer one.mu.Unlock()
+	next := one.note
+	next.Acked = maps.Clone(next.Acked)
+	change(&next)
+	if err := writeNote(one.path(), next); err != nil {
+		return err
+	}
+	one.note = next
+	return nil
+}
+
+func (one *replicated) known() groupNote {
+	one.mu.Lock()
+	defer one.mu.Unlock()
+	return one.note
+}
+
+// seen are the reigns of the highest epoch that this daemon was told of.
+func (one *replicated) seen() record.Reigns {
+	n := one.known()
+	r, _ := n.seen() // they were read, or written, as such
+	return r
+}
+
+func (one *replicated) setSeen(reigns record.Reigns) error {
+	return one.setNote(func(n *groupNote) {
+		n.Seen = reignNotes(reigns)
+		n.Yielded = ""
+	})
+}
+
+// journal is the group's, nil if there is none here that is open.
+func (one *replicated) journal() *journal.Group {
+	g, err := one.r.store.Group(one.name)
+	if err != nil {
+		return nil
+	}
+	return g
+}
+
+// local is what this daemon has of the group, durably.
+func (one *replicated) local() (replica.Local, error) {
+	l := replica.Local{Seen: one.seen()}
+	g := one.journal()
+	if g == nil {
+		return l, nil
+	}
+	if state, why := g.State(); state == "failed" {
+		return l, why
+	}
+	if err := g.Sync(); err != nil {
+		return l, err
+	}
+	l.Known, l.Leads, l.Head, l.Horizon, l.Reigns, l.Disks = true, !g.Follows(), g.Durable(), g.Horizon(), g.Reigns(), g.Table()
+	var err error
+	l.Digest, err = g.Digest(l.Head)
+	return l, err
+}
+
+// run does what replication has to until ctx ends.
+func (r *replication) run(ctx context.Context, ls *listeners) error {
+	r.mu.Lock()
+	r.ctx = ctx
+	r.mu.Unlock()
+	r.reconcile()
+	if ls.replication != nil {
+		r.wg.Go(func() { _ = r.e.Serve(ctx, ls.replication) }) // it returns nil
+	}
+	r.wg.Go(func() { r.wait(ctx) })
+	r.wg.Go(func() { r.e.Watch(ctx) })
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	for n := 1; ctx.Err() == nil; n++ {
+		select {
+		case <-tick.C:
+			r.look(n%noteEvery == 0)
+		case <-r.kick:
+			r.reconcile()
+		case <-ctx.Done():
+		}
+	}
+	r.mu.Lock()
+	r.ctx = nil
+	r.mu.Unlock()
+	r.e.Shut()
+	for _, one := range r.all() {
+		one.mu.Lock()
+		ships := slices.Collect(maps.Values(one.ships))
+		one.mu.Unlock()
+		for _, s := range ships {
+			s.stop()
+		}
+	}
+	r.wg.Wait()
+	r.look(true)
+	return nil
+}
+
+const (
+	// lookEvery is how often it is looked at how far writers have come, and every how many looks it is noted what replicas have.
+	lookEvery = 200 * time.Millisecond
+	noteEvery = 50
+)
+
+// look measures how far replicas are behind.
+func (r *replication) look(note bool) {
+	for _, one := range r.all() {
+		one.mu.Lock()
+		acked := maps.Clone(one.note.Acked)
+		for peer, s := range one.ships {
+			if lsn := s.look(); lsn > acked[peer] {
+				if acked == nil {
+					acked = map[string]record.LSN{}
+				}
+				acked[peer] = lsn
+			}
+		}
+		changed := !maps.Equal(acked, one.note.Acked)
+		one.mu.Unlock()
+		if !note || !changed {
+			continue
+		}
+		if err := one.setNote(func(n *groupNote) { n.Acked = acked }); err != nil {
+			one.log.Warn("note what replicas have", zap.Error(err))
+		}
+	}
+}
+
+func (r *replication) all() []*replicated {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	all := make([]*replicated, 0, len(r.groups))
+	for _, name := range slices.Sorted(maps.Keys(r.groups)) {
+		all = append(all, r.groups[name])
+	}
+	return all
+}
+
+// reconcileSoon has run do so.
+func (r *replication) reconcileSoon() {
+	select {
+	case r.kick <- struct{}{}:
+	default:
+	}
+}
+
+// reconcile has every group shipped to whom it is to be shipped to, and to nobody else.
+func (r *replication) reconcile() {
+	groups := r.reloader.configured()
+	for _, g := range r.store.Groups() {
+		r.group(g.Name())
+	}
+	for _, one := range r.all() {
+		one.reconcile(groups[one.name])
+	}
+}
+
+// replicas are the peers that the group is to be shipped to.
+func (one *replicated) replicas(conf config.Group) []string {
+	g := one.journal()
+	if g == nil || g.Follows() {
+		return nil
+	}
+	peers := slices.Clone(conf.Replicas)
+	if from := one.known().From; from != "" && !slices.Contains(peers, from) {
+		if _, err := one.r.e.Peers.Get(from); err == nil {
+			peers = append(peers, from)
+		}
+	}
+	return peers
+}
+
+func (one *replicated) reconcile(conf config.Group) {
+	one.r.mu.Lock()
+	ctx := one.r.ctx
+	one.r.mu.Unlock()
+	if ctx == nil {
+		return
+	}
+	want := one.replicas(conf)
+	one.mu.Lock()
+	var gone []*shipping
+	for peer, s := range one.ships {
+		if !slices.Contains(want, peer) || s.g != one.journal() {
+			gone = append(gone, s)
+			delete(one.ships, peer)
+		}
+	}
+	for _, peer := range want {
+		if one.ships[peer] == nil {
+			one.ships[peer] = one.ship(ctx, one.journal(), peer)
+		}
+	}
+	one.mu.Unlock()
+	for _, s := range gone {
+		s.stop()
+	}
+}
+
+// wait has peers offer groups here whose address is known, so that they need not know this daemon's.
+func (r *replication) wait(ctx context.Context) {
+	waiting := map[string]context.CancelFunc{}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for ctx.Err() == nil {
+		now := map[string]bool{}
+		for _, p := range r.e.Peers.All() {
+			if p.Address == "" {
+				continue
+			}
+			now[p.Name] = true
+			if waiting[p.Name] == nil {
+				one, cancel := context.WithCancel(ctx)
+				waiting[p.Name] = cancel
+				wg.Go(func() { r.waitFor(one, p.Name) })
+			}
+		}
+		for name, cancel := range waiting {
+			if !now[name] {
+				cancel()
+				delete(waiting, name)
+			}
+		}
+		select {
+		case <-r.e.Peers.Changed():
+		case <-ctx.Done():
+		}
+	}
+	for _, cancel := range waiting {
+		cancel()
+	}
+}
+
+// waitFor keeps a connection to a peer on which it may offer a group.
+func (r *replication) waitFor(ctx context.Context, peer string) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	b := r.e.Backoff()
+	for ctx.Err() == nil {
+		taken := make(chan struct{})
+		ended := make(chan error, 1)
+		wg.Go(func() { ended <- r.e.Await(ctx, peer, func() { close(taken) }) })
+		select {
+		case <-taken:
+			b.Reset()
+		case err := <-ended:
+			if ctx.Err() == nil {
+				r.log.Debug("wait for a peer's offers", zap.String("peer", peer), zap.Error(err))
+				b.Wait(ctx)
+			}
+		}
+	}
+}
+
+// offered takes a group that a peer offers, if it may.
+func (r *replication) offered(ctx context.Context, c *link.Conn, m *wire.Offer) {
+	log := r.log.With(zap.String("group", m.Group), zap.String("peer", c.Peer.Name))
+	one, err := r.admit(c.Peer, m)
+	if err == nil {
+		err = one.receive(ctx, c, m)
+	} else {
+		r.e.Refused.Add(1)
+		err = errors.Join(err, c.Refuse(wire.ReasonRights, err), c.Close())
+	}
+	if err != nil && ctx.Err() == nil {
+		log.Warn("the group does not come any more", zap.Error(err))
+	}
+	r.reconcileSoon()
+}
+
+// admit says whether a peer may send a group here: one whose pattern it is, unless it came from another peer, or one to which it is
+// shipped from here, which may have taken it over.
+func (r *replication) admit(p link.Peer, m *wire.Offer) (*replicated, error) {
+	may, named := p.Sends(m.Group)
+	conf := r.reloader.configured()[m.Group]
+	r.mu.Lock()
+	one := r.groups[m.Group]
+	r.mu.Unlock()
+	from := ""
+	if one != nil {
+		from = one.known().From
+	}
+	switch {
+	case slices.Contains(conf.Replicas, p.Name), from == p.Name, named:
+	case !may:
+		return nil, fmt.Errorf("peer %s may not send group %s to %s", p.Name, m.Group, r.conf.Name)
+	case from != "":
+		return nil, fmt.Errorf("group %s came to %s from peer %s, and peer %s may send it only if that is said of this very group", m.Group, r.conf.Name, from, p.Name)
+	}
+	return r.group(m.Group), nil
+}
+
+// wait returns when every replica of a group has everything up to an LSN, or says which have not by the time that ctx ends.
+func (r *replication) await(ctx context.Context, group string, lsn record.LSN) (late []string, err error) {
+	one := r.group(group)
+	conf := r.reloader.configured()[group]
+	peers := one.replicas(conf)
+	if len(peers) == 0 {
+		return nil, fmt.Errorf("%w: group %s has no replica", errBadRequest, group)
+	}
+	for _, peer := range peers {
+		one.mu.Lock()
+		s := one.ships[peer]
+		one.mu.Unlock()
+		if s == nil || !s.await(ctx, lsn) {
+			late = append(late, peer)
+		}
+	}
+	return late, nil
+}
+
+// status adds what is known of a group's replication.
+func (r *replication) status(g *journal.Group, a *api.Group) {
+	one := r.group(g.Name())
+	a.Epoch, a.Role = g.Reigns().Epoch(), "writes"
+	n := one.known()
+	if g.Follows() {
+		a.Role = "follows"
+	}
+	if n.Yielded != "" && g.Follows() {
+		a.Problems = append(a.Problems, fmt.Sprintf("it was handed over to %s, and whether that has taken it is not known: if it has not, tidemark failover %s, there or here", n.Yielded, g.Name()))
+	}
+	one.mu.Lock()
+	defer one.mu.Unlock()
+	for _, peer := range slices.Sorted(maps.Keys(one.ships)) {
+		a.Replicas = append(a.Replicas, one.ships[peer].status())
+	}
+	rpo := r.reloader.configured()[g.Name()].RPO
+	for _, s := range a.Replicas {
+		if lag := time.Duration(s.Lag * float64(time.Second)); rpo > 0 && lag > rpo {
+			a.Problems = append(a.Problems, fmt.Sprintf("replica %s is %v behind, and rpo is %v", s.Peer, lag.Round(time.Millisecond), rpo))
+		}
+	}
+	if one.comes != nil {
+		a.Source = one.comes.status(g)
+	} else if g.Follows() {
+		a.Source = &api.Source{Peer: n.From, State: "not connected"}
+	}
+}
+
+// receivedDir is where the disks of a group that comes are.
+func (one *replicated) backing(disk string) string {
+	return filepath.Join(one.r.conf.Dir, one.name, disk+".raw")
+}
+
+func exists(path string) (bool, error) {
+	_, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
+}

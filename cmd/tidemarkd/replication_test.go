@@ -1,0 +1,159 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+func freePort(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// hostsOf are a daemon hosta that has web01, and one hostb that it is shipped to.
+func hostsOf(t *testing.T, size int64) (a, b *served) {
+	t.Helper()
+	b = &served{t: t, dir: t.TempDir()}
+	listen := freePort(t)
+	b.configure(fmt.Sprintf("replication: {listen: 'tcp:%s', name: hostb}\n", listen))
+	b.start()
+	a = &served{t: t, dir: t.TempDir()}
+	a.raw("vda.raw", size)
+	a.disk = a.path("vda.raw")
+	a.configure("replication: {name: hosta}\n")
+	a.start()
+	token := strings.TrimSpace(b.ok("replica", "invite"))
+	token = strings.Split(token, "\n")[0]
+	require.Contains(t, a.ok("replica", "join", listen, token), "hostb is a peer")
+	return a, b
+}
+
+// replicate has hosta ship web01 to hostb.
+func (d *served) replicate(rest string) {
+	d.t.Helper()
+	d.disk = "" // the file has it
+	d.configure(fmt.Sprintf("replication: {name: hosta}\ngroups: {web01: {disks: {vda: {backing: %s}}, replicas: [hostb]%s}}\n", d.path("vda.raw"), rest))
+	d.stop()
+	d.start()
+}
+
+// scribble writes random blocks, and returns the disk as it is.
+func scribble(t *testing.T, d *served, rng *rand.ChaCha8, image []byte, n int) {
+	t.Helper()
+	c := d.dial("web01/vda")
+	defer c.Close()
+	b := make([]byte, 4096)
+	for range n {
+		_, _ = rng.Read(b)
+		off := int64(rng.Uint64()%uint64(len(image)/4096)) * 4096
+		require.NoError(t, c.WriteAt(b, off, false))
+		copy(image[off:], b)
+	}
+	require.NoError(t, c.Flush())
+}
+
+func imageOf(t *testing.T, d *served, export string, size int64) []byte {
+	t.Helper()
+	c := d.dial(export)
+	defer c.Close()
+	b := make([]byte, size)
+	for off := int64(0); off < size; off += 1 << 20 {
+		require.NoError(t, c.ReadAt(b[off:min(off+1<<20, size)], off))
+	}
+	return b
+}
+
+func eventually(t *testing.T, what func() bool, args ...any) {
+	t.Helper()
+	require.Eventually(t, what, 60*time.Second, 20*time.Millisecond, args...)
+}
+
+// TestReplication: a group is seeded and shipped, read and mounted at its replica, taken over there, and the daemon that wrote it before
+// is refused.
+func TestReplication(t *testing.T) {
+	const size = 64 << 20
+	a, b := hostsOf(t, size)
+	rng := rand.NewChaCha8([32]byte{1})
+	image := make([]byte, size)
+	scribble(t, a, rng, image, 500)
+	a.ok("mark", "web01", "before")
+	a.replicate("")
+	a.ok("mark", "web01", "shipped", "--wait-replica")
+	atShipped := bytes.Clone(image)
+	scribble(t, a, rng, image, 300)
+	a.ok("mark", "web01", "later", "--wait-replica")
+
+	// Everything from the replica.
+	require.True(t, bytes.Equal(atShipped, imageOf(t, b, "web01/vda@shipped", size)))
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda@later", size)))
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda", size)))
+	require.Contains(t, b.ok("points", "web01"), "later")
+	require.Contains(t, b.ok("verify", "web01"), "no damage")
+	g := b.group("web01")
+	require.Equal(t, "follows", g.Role)
+	require.Equal(t, "hosta", g.Source.Peer)
+	_, code := b.tidemark("mark", "web01", "here")
+	require.NotZero(t, code, "a follower takes no markers of its own")
+	s := a.group("web01").Replicas[0]
+	require.Equal(t, "streaming", s.State)
+
+	// Either side is killed.
+	b.kill()
+	scribble(t, a, rng, image, 200)
+	_, code = a.tidemark("mark", "web01", "alone", "--wait-replica=200ms")
+	require.Equal(t, 10, code)
+	b.start()
+	a.ok("mark", "web01", "again", "--wait-replica")
+	a.kill()
+	a.start()
+	scribble(t, a, rng, image, 200)
+	a.ok("mark", "web01", "last", "--wait-replica")
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda@last", size)))
+
+	// Failover, while the writer is away.
+	a.kill()
+	require.Contains(t, b.ok("failover", "web01"), "in epoch 2")
+	require.Equal(t, "writes", b.group("web01").Role)
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda", size)))
+	scribble(t, b, rng, image, 100)
+	b.ok("mark", "web01", "taken-over")
+
+	// The one that comes back is refused, and follows.
+	a.start()
+	eventually(t, func() bool { return a.group("web01").Role == "follows" })
+	eventually(t, func() bool { return a.group("web01").Head == b.group("web01").Head })
+	require.True(t, bytes.Equal(image, imageOf(t, a, "web01/vda@taken-over", size)))
+
+	// And takes over again, with nothing lost.
+	scribble(t, b, rng, image, 100)
+	require.Contains(t, a.ok("failback", "web01"), "in epoch 3")
+	require.True(t, bytes.Equal(image, imageOf(t, a, "web01/vda", size)))
+	scribble(t, a, rng, image, 100)
+	eventually(t, func() bool {
+		return b.group("web01").Role == "follows" && b.group("web01").Head == a.group("web01").Head
+	})
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda", size)))
+	a.stop()
+	b.stop()
+	require.True(t, bytes.Equal(image, mustRead(t, a.path("vda.raw"))))
+	require.True(t, bytes.Equal(image, mustRead(t, filepath.Join(b.path("state"), "replicas/web01/vda.raw"))))
+}
+
+func mustRead(t *testing.T, path string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	require.NoError(t, err)
+	return b
+}

@@ -1,0 +1,172 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+	"github.com/tidemark-cdp/tidemark/journal"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// depose has the group follow, durably: a peer writes it, or knows who does, in a later epoch.
+func (one *replicated) depose(g *journal.Group, reigns record.Reigns, peer string) error {
+	one.changing.Lock()
+	defer one.changing.Unlock()
+	if err := one.setNote(func(n *groupNote) {
+		n.Seen, n.Yielded, n.From = reignNotes(reigns), "", peer
+	}); err != nil {
+		return err
+	}
+	if g == nil || g.Follows() {
+		return nil
+	}
+	one.log.Warn("another daemon writes the group in a later epoch: its disks take no more writes here", zap.Uint64("epoch", reigns.Epoch()), zap.String("peer", peer))
+	return g.Follow()
+}
+
+// yield has the group follow, durably, for a peer to write it. Nobody may have a disk of it open.
+func (one *replicated) yield(g *journal.Group, peer string) (record.LSN, error) {
+	one.changing.Lock()
+	defer one.changing.Unlock()
+	x := one.r.exports
+	if err := x.seal(one.name, "it is handed over to "+peer, false); err != nil {
+		return 0, err
+	}
+	defer x.unseal(one.name)
+	if err := one.setNote(func(n *groupNote) { n.Yielded = peer }); err != nil {
+		return 0, err
+	}
+	if err := g.Follow(); err != nil {
+		return 0, errors.Join(err, one.setNote(func(n *groupNote) { n.Yielded = "" }))
+	}
+	return g.Head(), nil
+}
+
+// lead begins a reign of this daemon in the group, durably.
+func (one *replicated) lead(g *journal.Group) (record.Reigns, error) {
+	one.changing.Lock()
+	defer one.changing.Unlock()
+	if _, err := g.Lead(max(g.Reigns().Epoch(), one.seen().Epoch()) + 1); err != nil {
+		return nil, err
+	}
+	if one.known().Yielded != "" {
+		if err := one.setNote(func(n *groupNote) { n.Yielded = "" }); err != nil {
+			one.log.Warn("the group is not handed over any more", zap.Error(err))
+		}
+	}
+	return g.Reigns(), nil
+}
+
+func (x *receiving) Take() (record.Reigns, error) {
+	reigns, err := x.one.lead(x.g)
+	if err == nil {
+		x.one.mu.Lock()
+		x.one.asks = make(chan struct{})
+		x.one.mu.Unlock()
+		x.one.r.reconcileSoon()
+	}
+	return reigns, err
+}
+
+func (x *receiving) Handover() <-chan struct{} {
+	x.one.mu.Lock()
+	defer x.one.mu.Unlock()
+	return x.one.asks
+}
+
+func (x *receiving) Rewind(to record.LSN) error {
+	return fmt.Errorf("the group has to go back to LSN %d here to follow its writer: that can not be done yet: remove its journal here, and have it seeded again", to)
+}
+
+// failover has this daemon write a group that follows, from what it has, or from an earlier point.
+func (c *control) failover(r *http.Request) (any, error) {
+	var q api.FailoverRequest
+	if err := decode(r, &q); err != nil {
+		return nil, err
+	}
+	g, err := c.store.Group(r.PathValue("group"))
+	if err != nil {
+		return nil, err
+	}
+	one := c.replication.group(g.Name())
+	if !g.Follows() {
+		return nil, fmt.Errorf("%w: group %s is this daemon's already, in epoch %d", errBadRequest, g.Name(), g.Reigns().Epoch())
+	}
+	if q.Point != "" {
+		p, err := record.ParsePoint(q.Point)
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", errBadRequest, err)
+		}
+		if _, err := g.Resolve(p); err != nil {
+			return nil, err
+		}
+	}
+	began := time.Now()
+	one.end()
+	reigns, err := one.lead(g)
+	if err != nil {
+		return nil, err
+	}
+	c.replication.reconcileSoon()
+	last := reigns[len(reigns)-1]
+	a := api.FailedOver{Group: g.Name(), Epoch: last.Epoch, LSN: uint64(last.First - 1), Seconds: time.Since(began).Seconds()}
+	if q.Point == "" {
+		return a, nil
+	}
+	done, err := c.rollbacks.rollback(r.Context(), g, api.RollbackRequest{Point: q.Point}, peer(r))
+	if err != nil {
+		return nil, fmt.Errorf("this daemon writes group %s from LSN %d on, in epoch %d, and it could not be taken back to %s: tidemark rollback tries again: %w", g.Name(), a.LSN, a.Epoch, q.Point, err)
+	}
+	a.RolledBack = &done
+	return a, nil
+}
+
+// failback has the writer of a group that follows hand it over: nothing of what it has written is lost.
+func (c *control) failback(r *http.Request) (any, error) {
+	g, err := c.store.Group(r.PathValue("group"))
+	if err != nil {
+		return nil, err
+	}
+	one := c.replication.group(g.Name())
+	if !g.Follows() {
+		return nil, fmt.Errorf("%w: group %s is this daemon's already, in epoch %d", errBadRequest, g.Name(), g.Reigns().Epoch())
+	}
+	one.mu.Lock()
+	x, asks := one.comes, one.asks
+	one.mu.Unlock()
+	if x == nil {
+		return nil, fmt.Errorf("group %s: its writer (%s) is not connected: with tidemark failover, this daemon writes it without being asked, from what it has", g.Name(), one.known().From)
+	}
+	began := time.Now()
+	ctx, cancel := context.WithTimeout(r.Context(), handoverWithin)
+	defer cancel()
+	one.mu.Lock()
+	select {
+	case <-asks:
+	default:
+		close(asks)
+	}
+	one.mu.Unlock()
+	select {
+	case <-x.done:
+	case <-ctx.Done():
+	}
+	if g.Follows() {
+		one.mu.Lock()
+		one.asks = make(chan struct{})
+		one.mu.Unlock()
+		return nil, fmt.Errorf("group %s was not handed over by %s: %w", g.Name(), x.peer, errors.Join(ctx.Err(), x.why()))
+	}
+	reigns := g.Reigns()
+	last := reigns[len(reigns)-1]
+	return api.FailedOver{Group: g.Name(), Epoch: last.Epoch, LSN: uint64(last.First - 1), Seconds: time.Since(began).Seconds()}, nil
+}
+
+// handoverWithin is how long a writer may take to hand a group over: what is under way must get here.
+const handoverWithin = time.Minute
