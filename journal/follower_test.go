@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 	"github.com/stretchr/testify/require"
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
@@ -113,8 +114,9 @@ func (m *model) ship() {
 		require.Equal(m.t, run.Last, f.g.Head())
 	}
 	m.note("the follower has %d", f.g.Head())
-	m.work(f)
-	m.checkFollower()
+	if m.work(f); m.follower != nil {
+		m.checkFollower()
+	}
 }
 
 // receive reports whether the follower can go on.
@@ -154,7 +156,9 @@ func (m *model) work(f *follower) {
 		require.NoError(m.t, g.Sync())
 		f.synced = g.Head()
 	}
-	switch m.rng.IntN(8) {
+	switch m.rng.IntN(10) {
+	case 8, 9:
+		m.stray(f)
 	case 0:
 		sync()
 	case 1:
@@ -186,6 +190,99 @@ func (m *model) work(f *follower) {
 		require.NoError(m.t, f.store.Close())
 		require.NoError(m.t, f.fs.RemoveAll("state/index"))
 		m.openFollower(nil)
+	}
+}
+
+// stray has the follower write the group itself for a while, as if it had been failed over to, and come back to its writer: by a rewind,
+// which a crash may cut off.
+func (m *model) stray(f *follower) {
+	require.NoError(m.t, f.g.Sync())
+	common := f.g.Head()
+	f.synced = common
+	reigns := f.g.Reigns()
+	_, err := f.g.Lead(reigns.Epoch() + 1)
+	require.NoError(m.t, err)
+	disks := f.g.Disks()
+	for n := m.rng.IntN(80); n > 0 && len(disks) > 0; n-- {
+		d := disks[m.rng.IntN(len(disks))]
+		op := Op{Kind: record.KindWrite, Disk: d, Ext: record.Extent{Off: m.rng.Int64N(d.Size/record.BlockSize+1) * record.BlockSize}}
+		if op.Ext.Len = min(int64(1+m.rng.IntN(8))*record.BlockSize, d.Size-op.Ext.Off); op.Ext.Len <= 0 {
+			continue
+		}
+		switch m.rng.IntN(6) {
+		case 0:
+			op.Kind = record.KindTrim
+		case 1:
+			op.Kind = record.KindZero
+		default:
+			op.Data = make([]byte, op.Ext.Len)
+			m.fill(op.Data)
+		}
+		require.NoError(m.t, f.g.Append([]Op{op}))
+		switch m.rng.IntN(20) {
+		case 0:
+			require.NoError(m.t, f.g.Apply())
+		case 1:
+			_, err := f.g.Mark(record.Marker{Label: fmt.Sprintf("stray-%d", m.rng.Uint64()), Asked: record.Crash, Consistency: record.Crash, Pinned: m.rng.IntN(2) == 0})
+			require.NoError(m.t, err)
+		case 2:
+			_, err := f.g.Define("stray", []byte(fmt.Sprint(m.rng.Uint64())))
+			require.NoError(m.t, err)
+		case 3:
+			_, err := f.g.Expire(1)
+			require.NoError(m.t, err)
+		case 4:
+			require.NoError(m.t, f.g.Checkpoint())
+		}
+	}
+	require.NoError(m.t, f.g.Follow())
+	m.note("the follower has strayed from %d to %d, horizon %d", common, f.g.Head(), f.g.Horizon())
+	if f.g.Horizon() > common {
+		require.ErrorIs(m.t, f.store.Rewind("g", common), ErrNoPoint)
+		m.dropFollower()
+		return
+	}
+	m.rewind(f, common)
+	require.Equal(m.t, common, f.g.Head())
+	require.Equal(m.t, reigns, f.g.Reigns())
+	require.True(m.t, f.g.Follows())
+}
+
+// rewind takes the follower back, with a crash at some step or without.
+func (m *model) rewind(f *follower, to record.LSN) {
+	require.NoError(m.t, f.store.Close())
+	steps, percent := m.rng.IntN(120), survivals[m.rng.IntN(len(survivals))]
+	armed := false
+	var clone *vfs.MemFS
+	mem := f.fs
+	fs := errorfs.Wrap(mem, errorfs.InjectorFunc(func(op errorfs.Op) error {
+		if armed && isWrite(op.Kind) && clone == nil {
+			if steps--; steps == 0 {
+				clone = mem.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: rand.New(rand.NewPCG(m.rng.Uint64(), 3))})
+			}
+		}
+		return nil
+	}))
+	var err error
+	f.store, err = Open("state", []GroupConfig{{Name: "g", Disks: f.disks}}, Options{FS: fs, Log: m.log, SegmentSize: 64 << 10, Unapplied: 1 << 30, checkpointBytes: m.checkpoint})
+	require.NoError(m.t, err)
+	armed = true
+	require.NoError(m.t, f.store.Rewind("g", to))
+	armed = false
+	if clone == nil {
+		m.note("it goes back to %d", to)
+		f.g = f.store.Groups()[0]
+		require.NoError(m.t, f.store.Close())
+		m.openFollower(nil)
+		return
+	}
+	require.NoError(m.t, f.store.Abandon())
+	f.fs = clone
+	m.note("it crashes on its way back to %d", to)
+	m.openFollower(nil)
+	if f.g.Head() != to { // the crash came before the note
+		require.NoError(m.t, f.store.Rewind("g", to))
+		f.g = f.store.Groups()[0]
 	}
 }
 

@@ -41,10 +41,20 @@ func (s *Store) openGroup(gc GroupConfig, newID uint32) (*Group, error) {
 	g.append.log = segment.NewWriter(set, segment.Log, s.o.SegmentSize, s.o.keepLog())
 	g.apply.orig = segment.NewWriter(set, segment.Originals, s.o.SegmentSize, s.o.keepApply())
 	if err := g.recover(gc); err != nil {
-		return nil, errors.Join(err, g.closeOnError())
+		err = errors.Join(err, g.closeOnError())
+		if errors.Is(err, errRewound) {
+			for _, d := range gc.Disks {
+				s.release(gc.Name + "/" + d.Name)
+			}
+			return s.openGroup(gc, newID)
+		}
+		return nil, err
 	}
 	return g, nil
 }
+
+// errRewound says that a group is to be opened anew, as the first step of its rewind is done.
+var errRewound = errors.New("the group is to be opened anew")
 
 func (g *Group) closeOnError() error {
 	if g.ix == nil {
@@ -69,12 +79,27 @@ type recovery struct {
 	damage   error           // of a record that was durable
 	renewed  *segment.File   // whose header was written again last
 
+	rewind *rewindNote // of a rewind whose backings are to be restored; nil: there is none
+
 	added     []*disk.Disk // that the group did not have before
 	returning []*disk.Disk // that were removed from it
 }
 
 func (g *Group) recover(gc GroupConfig) error {
+	rewind, err := g.readRewindNote()
+	if err != nil {
+		return err
+	}
+	restore := false
+	if rewind != nil {
+		if restore, err = g.resumeRewind(rewind); err != nil {
+			return fmt.Errorf("go on rewinding to LSN %d: %w", rewind.to, err)
+		}
+	}
 	r := &recovery{g: g, logs: g.set.Files(segment.Log)}
+	if restore {
+		r.rewind = rewind
+	}
 	if len(r.logs) == 0 && gc.Received && gc.Begin == nil {
 		return ErrNotBegun
 	}
@@ -128,6 +153,12 @@ func (g *Group) recover(gc GroupConfig) error {
 	}
 	if g.o.ReadOnly || r.damage != nil {
 		return nil
+	}
+	if restore {
+		if err := g.rewindTo(rewind.to); err != nil {
+			return fmt.Errorf("go on rewinding to LSN %d: %w", rewind.to, err)
+		}
+		return errRewound
 	}
 	if g.Follows() {
 		return g.awaitWriter(r)
@@ -377,7 +408,7 @@ func (r *recovery) originalsTail(f *segment.File, end int64, cause error) error 
 	if err != nil {
 		return err
 	}
-	if applied {
+	if applied && (r.rewind == nil || f.Number <= r.rewind.last) { // what a rewind copied was not synced before it was noted
 		if cause == nil {
 			cause = fmt.Errorf("%w: %s: nothing at %d, and originals behind it", record.ErrCorrupt, f.Path, end)
 		}

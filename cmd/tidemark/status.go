@@ -63,6 +63,8 @@ func printScratches(w io.Writer, all []api.Scratch) {
 			note = "not promoted: " + p.Error
 		case p != nil:
 			note = fmt.Sprintf("becomes group %s: %s of %s", p.Group, size(p.Filled), size(whole))
+		case s.Branch != nil:
+			note = fmt.Sprintf("what %s had written in epoch %d, LSN %d to %d, and its group has not", s.Branch.Host, s.Branch.Epoch, s.Branch.From, s.Branch.To)
 		case s.Once:
 			note = "goes with its last client"
 		}

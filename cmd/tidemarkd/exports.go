@@ -96,7 +96,7 @@ func (e *exports) openLive(group, disk string) (nbd.Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &live{e: e, g: g, d: d, follows: g.Follows(), release: release}
+	l := &live{e: e, g: g, d: d, follows: g.Follows(), release: sync.OnceFunc(release)}
 	if e.lives[group] == nil {
 		e.lives[group] = map[*live]struct{}{}
 	}
@@ -148,8 +148,8 @@ type live struct {
 	e       *exports
 	g       *journal.Group
 	d       *disk.Disk
-	follows bool // it was another daemon's when it was opened: it can be read
-	release func()
+	follows bool   // it was another daemon's when it was opened: it can be read
+	release func() // may be called again
 
 	cut  atomic.Bool
 	busy sync.RWMutex // held for reading by each request; for writing to wait for them
@@ -168,11 +168,12 @@ func (l *live) begin() (end func(), err error) {
 	return l.busy.RUnlock, nil
 }
 
-// cutOff makes every request from now on an error, and waits for those under way.
+// cutOff makes every request from now on an error, and waits for those under way. The disk is let go of.
 func (l *live) cutOff() {
 	l.cut.Store(true)
 	l.busy.Lock()
 	defer l.busy.Unlock()
+	l.release()
 }
 
 func (l *live) Size() int64    { return l.d.Size }
@@ -196,16 +197,20 @@ func (l *live) Close() error {
 }
 
 func (l *live) ReadAt(p []byte, off int64, nowait bool) error {
-	if l.cut.Load() {
-		return errCut
+	end, err := l.begin()
+	if err != nil {
+		return err
 	}
+	defer end()
 	return wouldBlock(l.d.ReadAt(p, off, nowait))
 }
 
 func (l *live) Extents(off, n int64, fn func(int64, bool)) error {
-	if l.cut.Load() {
-		return errCut
+	end, err := l.begin()
+	if err != nil {
+		return err
 	}
+	defer end()
 	return l.d.Extents(record.Extent{Off: off, Len: n}, fn)
 }
 

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -156,4 +157,65 @@ func mustRead(t *testing.T, path string) []byte {
 	b, err := os.ReadFile(path)
 	require.NoError(t, err)
 	return b
+}
+
+// TestDivergence: both daemons wrote the group, of which one did not know yet that the other had taken it over. It goes back to what they have in
+// common, keeps what only it has, follows, and takes over again.
+func TestDivergence(t *testing.T) {
+	const size = 64 << 20
+	a, b := hostsOf(t, size)
+	rng := rand.NewChaCha8([32]byte{2})
+	image := make([]byte, size)
+	scribble(t, a, rng, image, 300)
+	a.replicate("")
+	a.ok("mark", "web01", "common", "--wait-replica")
+	common := bytes.Clone(image)
+	b.kill()
+	only := bytes.Clone(image)
+	scribble(t, a, rng, only, 400)
+	a.ok("mark", "web01", "only-here")
+	held := a.dial("web01/vda") // the guest runs on
+	defer held.Close()
+	scratch := strings.Fields(a.ok("export", "web01@common", "--scratch", "--name", "keep"))
+	require.NotEmpty(t, scratch)
+
+	require.NoError(t, a.cmd.Process.Signal(syscall.SIGSTOP)) // else it may get there first
+	b.start()
+	b.ok("failover", "web01")
+	require.NoError(t, a.cmd.Process.Signal(syscall.SIGCONT))
+	eventually(t, func() bool { return a.group("web01").Role == "follows" })
+	require.Error(t, held.WriteAt(make([]byte, 4096), 0, false), "its guest is cut off")
+	scribble(t, b, rng, image, 200)
+	b.ok("mark", "web01", "taken-over", "--wait-replica")
+
+	g := a.group("web01")
+	require.Equal(t, b.group("web01").Head, g.Head)
+	require.True(t, bytes.Equal(image, imageOf(t, a, "web01/vda", size)))
+	require.True(t, bytes.Equal(common, imageOf(t, a, "web01/vda@common", size)), "history before stays whole")
+	_, code := a.tidemark("points", "web01", "--label", "only-here")
+	require.Zero(t, code)
+	require.NotContains(t, a.ok("points", "web01"), "only-here")
+	require.Contains(t, a.ok("verify", "web01"), "no damage")
+
+	s, err := a.api().Status(t.Context())
+	require.NoError(t, err)
+	require.Len(t, s.Scratches, 2)
+	for _, one := range s.Scratches {
+		if one.Name == "keep" {
+			require.True(t, bytes.Equal(common, imageOf(t, a, "scratch/keep/vda", size)))
+			continue
+		}
+		require.EqualValues(t, 1, one.Branch.Epoch)
+		require.True(t, bytes.Equal(only, imageOf(t, a, "scratch/"+one.Name+"/vda", size)), "what only it had written is kept")
+	}
+	require.Less(t, g.Source.ReceivedBytes, int64(300*4200+64<<10), "what both have is not sent again")
+
+	a.kill()
+	a.start()
+	eventually(t, func() bool { return a.group("web01").Source.State == "connected" && a.group("web01").Head == b.group("web01").Head })
+	a.ok("failback", "web01")
+	require.True(t, bytes.Equal(image, imageOf(t, a, "web01/vda", size)))
+	scribble(t, a, rng, image, 50)
+	eventually(t, func() bool { return b.group("web01").Role == "follows" && b.group("web01").Head == a.group("web01").Head })
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda", size)))
 }

@@ -95,6 +95,8 @@ type scratchNote struct {
 	Created time.Time  `json:"created"`
 	Once    bool       `json:"once"`
 	Promote *promotion `json:"promote,omitempty"`
+	// Branch says what it was made of, if that was what a group left when it was rewound.
+	Branch *api.Branch `json:"branch,omitempty"`
 }
 
 const scratchNoteVersion = 1
@@ -236,7 +238,7 @@ func (s *scratches) create(req api.ScratchRequest) (*scratch, error) {
 	one := &scratch{s: s, name: name, dir: filepath.Join(s.dir, name), fresh: true, idle: time.Now(), note: scratchNote{
 		Version: scratchNoteVersion, Name: name, Group: g.Name(), Point: p.String(), LSN: uint64(lsn), Disks: disks, Created: time.Now().UTC(), Once: req.Once,
 	}}
-	if err := one.make(); err != nil {
+	if err := one.make(func() error { return nil }); err != nil {
 		return nil, errors.Join(fmt.Errorf("scratch export %s: %w", name, err), one.close(), os.RemoveAll(one.dir))
 	}
 	s.mu.Lock()
@@ -266,8 +268,8 @@ func (s *scratches) free(name, group string) (string, error) {
 	return name, nil
 }
 
-// make makes the files of a new scratch export; the note comes last.
-func (one *scratch) make() error {
+// make makes the files of a new scratch export, and what fill writes to it; the note comes last.
+func (one *scratch) make(fill func() error) error {
 	if err := os.RemoveAll(one.dir); err != nil {
 		return err
 	}
@@ -278,6 +280,9 @@ func (one *scratch) make() error {
 		return err
 	}
 	one.fresh = false
+	if err := fill(); err != nil {
+		return err
+	}
 	if err := one.writeNoteLocked(); err != nil {
 		return err
 	}
@@ -398,6 +403,9 @@ func (s *scratches) open(name, disk string) (nbd.Device, error) {
 	defer one.mu.Unlock()
 	if one.gone {
 		return nil, fmt.Errorf("scratch export %q: %w", name, journal.ErrNotFound)
+	}
+	if errors.Is(one.why, errSuspended) {
+		return nil, fmt.Errorf("scratch export %s: %w: %w", name, journal.ErrInUse, one.why)
 	}
 	if one.why != nil {
 		// What it stands on may be configured again.
@@ -619,6 +627,7 @@ func (one *scratch) status() api.Scratch {
 	if one.why != nil {
 		a.Error = one.why.Error()
 	}
+	a.Branch = n.Branch
 	if p := n.Promote; p != nil {
 		a.Promotion = &api.Promotion{Group: p.Group, Done: p.Done, Filled: one.fill.done}
 		if one.fill.why != nil {

@@ -80,10 +80,6 @@ func (x *receiving) Handover() <-chan struct{} {
 	return x.one.asks
 }
 
-func (x *receiving) Rewind(to record.LSN) error {
-	return fmt.Errorf("the group has to go back to LSN %d here to follow its writer: that can not be done yet: remove its journal here, and have it seeded again", to)
-}
-
 // failover has this daemon write a group that follows, from what it has, or from an earlier point.
 func (c *control) failover(r *http.Request) (any, error) {
 	var q api.FailoverRequest

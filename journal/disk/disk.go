@@ -378,6 +378,24 @@ func (d *Disk) InBacking(ext record.Extent, most int64) (n, data int64) {
 	return n, data
 }
 
+// Restore writes bytes to the backing that it held before. Nobody applies anything to it meanwhile. Zeroes may become a hole.
+func (d *Disk) Restore(p []byte, off int64) error {
+	b, err := d.attached()
+	if err != nil {
+		return err
+	}
+	if isZero(p) {
+		ok, err := osfile.PunchHole(b.File, off, int64(len(p)))
+		if ok || err != nil {
+			return err
+		}
+	}
+	if _, err := b.WriteAt(p, off); err != nil {
+		return fmt.Errorf("write backing %s of disk %s at %d: %w", b.path, d.Name, off, err)
+	}
+	return nil
+}
+
 // SyncBacking makes what Apply wrote durable.
 func (d *Disk) SyncBacking() error {
 	b := d.backing.Load()

@@ -98,7 +98,16 @@ type Scratch struct {
 	Clients   int           `json:"clients"`
 	Disks     []ScratchDisk `json:"disks"`
 	Promotion *Promotion    `json:"promotion,omitempty"`
+	Branch    *Branch       `json:"branch,omitempty"`
 	Error     string        `json:"error,omitempty"` // why it can not be opened
+}
+
+// Branch is what a daemon had written that was not of the history that its group went on with.
+type Branch struct {
+	Host  string `json:"host"`
+	Epoch uint64 `json:"epoch"`
+	From  uint64 `json:"from"` // LSN
+	To    uint64 `json:"to"`
 }
 
 // ScratchDisk is a disk of a scratch export.

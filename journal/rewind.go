@@ -1,0 +1,541 @@
+package journal
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/bits"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"go.uber.org/zap"
+
+	"github.com/tidemark-cdp/tidemark/journal/disk"
+	"github.com/tidemark-cdp/tidemark/journal/index"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
+)
+
+// Rewind takes a group that follows back to an LSN: what was recorded behind it is not of the history that the writer goes on
+// with, and is gone when Rewind returns, from the journal and from the backings. Whoever wants it keeps it before.
+//
+// The group is closed meanwhile, and another when it returns: ErrInUse while anybody has a disk of it open. A crash, or an error, in the midst of it is
+// gone on with when the group is opened next. A disk must not have come, gone, or been changed outside of Tidemark behind the LSN.
+func (s *Store) Rewind(name string, to record.LSN) error {
+	s.joining.Lock()
+	defer s.joining.Unlock()
+	g, err := s.Group(name)
+	if err != nil {
+		return err
+	}
+	if err := s.rewind(g, to); err != nil {
+		return fmt.Errorf("rewind group %s to LSN %d: %w", name, to, err)
+	}
+	return nil
+}
+
+func (s *Store) rewind(g *Group, to record.LSN) (err error) {
+	g.joining.Lock()
+	defer g.joining.Unlock()
+	gc := GroupConfig{Name: g.name, Received: true}
+	var left []*disk.Disk
+	defer func() {
+		if err != nil {
+			g.stay(left)
+		}
+	}()
+	if err := g.canRewind(to); err != nil {
+		return err
+	}
+	for _, d := range g.Disks() {
+		if err := g.leave(d); err != nil {
+			return err
+		}
+		left, gc.Disks = append(left, d), append(gc.Disks, DiskConfig{d.Name, d.Path()})
+	}
+	g.stopLoops()
+	g.setClosed(errors.New("the group is being rewound"))
+	if err := g.rewindTo(to); err != nil {
+		return g.fail(err) // the next opening goes on
+	}
+	s.open.Lock()
+	s.setGroupsLocked(without(s.open.groups, g))
+	s.open.Unlock()
+	for _, d := range left {
+		s.release(g.name + "/" + d.Name)
+	}
+	if err := g.closeFiles(); err != nil {
+		return err
+	}
+	next, err := s.addGroup(gc)
+	if err != nil {
+		return err
+	}
+	s.runGroup(next)
+	return nil
+}
+
+func without(groups []*Group, g *Group) []*Group {
+	var others []*Group
+	for _, o := range groups {
+		if o != g {
+			others = append(others, o)
+		}
+	}
+	return others
+}
+
+// canRewind says whether what the disks were at an LSN is known.
+func (g *Group) canRewind(to record.LSN) error {
+	switch {
+	case !g.Follows():
+		return fmt.Errorf("the group is this daemon's, in epoch %d: have it follow first", g.Reigns().Epoch())
+	case to < g.Horizon() || to > g.Head():
+		return &PointError{Group: g.name, Point: fmt.Sprintf("lsn:%d", to), Why: "it can not be rewound to", Horizon: g.Horizon(), Head: g.Head()}
+	}
+	m := g.disks.Load()
+	for i, t := range m.table {
+		switch {
+		case t.Added > to || t.Removed > to:
+			return fmt.Errorf("disk %s came to the group, or left it, behind LSN %d: remove the group's journal here and have it seeded again", t.Name, to)
+		case t.Removed == 0 && !m.all[i].Attached():
+			return fmt.Errorf("disk %s: %w", t.Name, ErrDetached)
+		case m.all[i].KnownSince() > to:
+			return fmt.Errorf("disk %s was changed outside of Tidemark behind LSN %d: what it was is not known", t.Name, to)
+		}
+	}
+	return nil
+}
+
+// rewindTo does what Rewind has to with the group open, which a note holds:
+//
+//  1. Originals are kept again for the records that stay, see keepOriginals.
+//  2. Backings become what they were. Every block that is written then has a version or an original
+//     in the index, as everything is applied, so that views of before never look at the backing for it, whatever stands there.
+//  3. A new file of the log, whose head says who is followed, and from which LSN on, is begun; then the records can go.
+//
+// The rest, finishRewind, is done with the group closed.
+func (g *Group) rewindTo(to record.LSN) error {
+	if err := g.applyTo(g.Head()); err != nil {
+		return err
+	}
+	if err := errors.Join(g.Sync(), g.Checkpoint()); err != nil {
+		return err
+	}
+	n := rewindNote{to: to}
+	for _, k := range []segment.Kind{segment.Log, segment.Originals} {
+		for _, f := range g.set.Files(k) {
+			n.last = max(n.last, f.Number)
+		}
+	}
+	if err := g.writeRewindNote(n); err != nil {
+		return err
+	}
+	if err := g.keepOriginals(to); err != nil {
+		return fmt.Errorf("keep the originals of what stays: %w", err)
+	}
+	changed, holes, err := g.changedBehind(to)
+	if err != nil {
+		return err
+	}
+	if err := g.keepHoles(holes, to); err != nil {
+		return fmt.Errorf("keep the originals of what stays: %w", err)
+	}
+	if err := g.restoreBackings(changed, to); err != nil {
+		return err
+	}
+	if n.file, err = g.beginAt(to); err != nil {
+		return err
+	}
+	return g.writeRewindNote(n)
+}
+
+// beginAt begins a file of the log behind an LSN, durably, in the stead of what stands there.
+func (g *Group) beginAt(to record.LSN) (file uint32, err error) {
+	b, err := g.Beginning(to)
+	if err != nil {
+		return 0, err
+	}
+	for len(b.Reigns) > 1 && b.Reigns[len(b.Reigns)-1].First > to {
+		b.Reigns = b.Reigns[:len(b.Reigns)-1]
+	}
+	g.append.Lock()
+	g.append.next = to + 1
+	g.checkpointed.Store(uint64(to))
+	g.standing.Store(&standing{b.Reigns, true})
+	g.lastTime.Store(b.Time)
+	err = g.newLogLocked(0)
+	g.append.Unlock()
+	if err != nil {
+		return 0, fmt.Errorf("begin the log behind LSN %d: %w", to, err)
+	}
+	return g.append.log.Current().Number, g.append.log.Sync()
+}
+
+// restoreBackings makes the backings durably what the disks were at an LSN.
+func (g *Group) restoreBackings(changed map[*disk.Disk]blockSet, to record.LSN) error {
+	buf := make([]byte, 1<<20)
+	for d, blocks := range changed {
+		v := View{g: g, d: d, lsn: to}
+		err := blocks.runs(int64(len(buf)/record.BlockSize), func(first, n int64) error {
+			off := first * record.BlockSize
+			part := buf[:min(n*record.BlockSize, d.Size-off)]
+			if err := v.ReadAt(part, off, false); err != nil {
+				return err
+			}
+			return d.Restore(part, off)
+		})
+		if err == nil {
+			err = d.SyncBacking()
+		}
+		if err != nil {
+			return fmt.Errorf("make disk %s what it was: %w", d.Name, err)
+		}
+	}
+	return nil
+}
+
+// ofTail reports whether an original was kept in a round that went behind an LSN.
+func ofTail(h *record.Header, to record.LSN) bool {
+	return h.LSN > to && h.Kind != record.KindExpired && h.Kind != record.KindDefine
+}
+
+// hasTail reports whether a file of originals has one that was kept in a round that went behind an LSN.
+func hasTail(f *segment.File, to record.LSN) (has bool, err error) {
+	_, err = f.Scan(f.Start(), func(_ int64, h record.Header) error {
+		if has = ofTail(&h, to); has {
+			return segment.ErrStop
+		}
+		return nil
+	})
+	if errors.Is(err, segment.ErrStop) {
+		err = nil
+	}
+	return has, err
+}
+
+// keepOriginals copies what stays of those files of originals that have any of a round behind an LSN, which then can go. A round's LSN
+// says later which record overwrote a block, see dropStale: what stays of such a round is of records up to the LSN, and is kept as of that; an
+// original of a block that no such record has overwritten is what the backing holds, and goes.
+func (g *Group) keepOriginals(to record.LSN) error {
+	g.apply.Lock()
+	defer g.apply.Unlock()
+	files := g.set.Files(segment.Originals)
+	if err := g.apply.orig.Roll(g.header(to), 0); err != nil {
+		return err
+	}
+	reader, err := g.ix.FreshReader()
+	if err != nil {
+		return err
+	}
+	defer reader.Close()
+	var buf []byte
+	for _, f := range files {
+		tail, err := hasTail(f, to)
+		if err != nil {
+			return err
+		}
+		if !tail {
+			continue
+		}
+		_, err = f.Scan(f.Start(), func(off int64, h record.Header) error {
+			var err error
+			if buf, err = f.VerifyPayload(off, h, buf); err != nil {
+				return err
+			}
+			h.Sums = nil
+			if !ofTail(&h, to) {
+				return g.keep(h, buf[:h.Payload])
+			}
+			return g.keepStaying(reader, h, buf[:h.Payload], to)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	_, err = g.syncKept() // the index is made again
+	return err
+}
+
+// keepStaying keeps those blocks of an original that a record of the window, up to an LSN, has overwritten.
+func (g *Group) keepStaying(reader *index.Reader, h record.Header, content []byte, to record.LSN) error {
+	var pick [1]index.Pick
+	d := g.disk(h.Disk)
+	first := h.Extent.Off / record.BlockSize
+	for i := range int64(record.Blocks(h.Extent.Len)) {
+		if err := reader.Find(h.Disk, first+i, to, pick[:]); err != nil {
+			return err
+		}
+		if !pick[0].Found || pick[0].LSN <= g.Horizon() {
+			continue
+		}
+		one := h
+		one.LSN = to
+		one.Extent = record.Extent{Off: (first + i) * record.BlockSize, Len: int64(d.BlockLen(first + i))}
+		var part []byte
+		if h.Kind == record.KindOriginal {
+			part = content[i*record.BlockSize:][:one.Extent.Len]
+		}
+		if err := g.keep(one, part); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// blockSet is a set of a disk's blocks.
+type blockSet []uint64
+
+func (s blockSet) add(first, n int64) {
+	for ; n > 0; first, n = first+1, n-1 {
+		s[first/64] |= 1 << (first % 64)
+	}
+}
+
+// runs calls fn with the set's blocks, up to most that follow each other at once.
+func (s blockSet) runs(most int64, fn func(first, n int64) error) error {
+	has := func(b int64) bool { return b < int64(len(s))*64 && s[b/64]&(1<<(b%64)) != 0 }
+	for b := int64(0); b < int64(len(s))*64; {
+		if rest := s[b/64] >> (b % 64); rest == 0 {
+			b = (b/64 + 1) * 64
+			continue
+		} else if skip := int64(bits.TrailingZeros64(rest)); skip > 0 {
+			b += skip
+			continue
+		}
+		n := int64(1)
+		for n < most && has(b+n) {
+			n++
+		}
+		if err := fn(b, n); err != nil {
+			return err
+		}
+		b += n
+	}
+	return nil
+}
+
+// changedBehind are the blocks that the backings have, or may have, as records behind an LSN left them.
+//
+// Zeroes over zeroes are not captured, and not written. But what was written up to the LSN may never have come to the backing, as it
+// was zeroes again before it was applied: such blocks are among holes too. They are zeroes in the backing, of which there is no original.
+func (g *Group) changedBehind(to record.LSN) (changed, holes map[*disk.Disk]blockSet, err error) {
+	before, behind := map[*disk.Disk]blockSet{}, map[*disk.Disk]blockSet{}
+	files := g.set.Files(segment.Log)
+	err = segment.ScanLog(files, files[0].Start(), func(_ *segment.File, _ int64, h record.Header) error {
+		if h.Kind.Note() || h.LSN <= to && h.Kind != record.KindWrite {
+			return nil
+		}
+		d, in := g.disk(h.Disk), before
+		if h.LSN > to {
+			in = behind
+		}
+		if in[d] == nil {
+			in[d] = make(blockSet, (d.Size/record.BlockSize+64)/64)
+		}
+		in[d].add(h.Extent.Off/record.BlockSize, int64(record.Blocks(h.Extent.Len)))
+		return nil
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("find what was changed behind LSN %d: %w", to, err)
+	}
+	changed, holes = behind, map[*disk.Disk]blockSet{}
+	for d, blocks := range changed {
+		captured := make(blockSet, len(blocks))
+		if err := d.CapturedIn(0, int64(record.Blocks(d.Size)), func(first, n int64) error {
+			captured.add(first, n)
+			return nil
+		}); err != nil {
+			return nil, nil, err
+		}
+		holes[d] = make(blockSet, len(blocks))
+		for i := range blocks {
+			if w := before[d]; w != nil {
+				holes[d][i] = blocks[i] & w[i] &^ captured[i]
+			}
+			blocks[i] &= captured[i] | holes[d][i]
+		}
+	}
+	return changed, holes, nil
+}
+
+// keepHoles keeps the originals of blocks that are zeroes in the backing, and will not be.
+func (g *Group) keepHoles(holes map[*disk.Disk]blockSet, to record.LSN) error {
+	g.apply.Lock()
+	defer g.apply.Unlock()
+	for d, blocks := range holes {
+		var kept []int64
+		err := blocks.runs(1, func(block, _ int64) error {
+			kept = append(kept, block)
+			return g.keepBlocks(d, record.Extent{Off: block * record.BlockSize, Len: int64(d.BlockLen(block))}, nil, 0, g.originLSN(d), to)
+		})
+		if err != nil {
+			return err
+		}
+		if len(kept) == 0 {
+			continue
+		}
+		if err := g.CommitOriginals(d, d.Pages(kept, nil)); err != nil {
+			return err
+		}
+		d.Keep(kept)
+	}
+	return nil
+}
+
+// rewindNote says how far a rewind has come. It is the file "rewind" of the group's directory, which comes with the first step and
+// goes with the last:
+//
+//	offset size field
+//	  0     4   magic, "TMRW"
+//	  4     4   format version: 1
+//	  8     8   LSN to rewind to
+//	 16     4   number of the newest file before
+//	 20     4   number of the file that was begun behind the LSN; 0: the backings are not restored yet
+//	 24     4   CRC-32C of bytes 0 to 23
+type rewindNote struct {
+	to   record.LSN
+	last uint32
+	file uint32
+}
+
+const (
+	rewindName    = "rewind"
+	rewindTmp     = "rewind.new"
+	rewindMagic   = "TMRW"
+	rewindVersion = 1
+	rewindSize    = 28
+)
+
+func (n *rewindNote) append(b []byte) []byte {
+	le := binary.LittleEndian
+	b = le.AppendUint32(append(b, rewindMagic...), rewindVersion)
+	b = le.AppendUint32(le.AppendUint32(le.AppendUint64(b, uint64(n.to)), n.last), n.file)
+	return le.AppendUint32(b, record.Checksum(b))
+}
+
+func decodeRewindNote(b []byte) (n rewindNote, err error) {
+	le := binary.LittleEndian
+	if len(b) != rewindSize || string(b[:4]) != rewindMagic || record.Checksum(b[:24]) != le.Uint32(b[24:]) {
+		return n, fmt.Errorf("%w: a note of %d bytes about a rewind", record.ErrCorrupt, len(b))
+	}
+	if v := le.Uint32(b[4:]); v != rewindVersion {
+		return n, fmt.Errorf("a note about a rewind has format version %d, this Tidemark knows %d: use the one that wrote it", v, rewindVersion)
+	}
+	return rewindNote{record.LSN(le.Uint64(b[8:])), le.Uint32(b[16:]), le.Uint32(b[20:])}, nil
+}
+
+func (g *Group) writeRewindNote(n rewindNote) (err error) {
+	tmp := g.fs.PathJoin(g.dir, rewindTmp)
+	f, err := g.fs.Create(tmp, vfs.WriteCategoryUnspecified)
+	if err == nil {
+		_, err = f.Write(n.append(nil))
+		err = errors.Join(err, f.Sync(), f.Close())
+	}
+	if err == nil {
+		err = g.fs.Rename(tmp, g.fs.PathJoin(g.dir, rewindName))
+	}
+	if err == nil {
+		err = syncDirs(g.fs, g.dir)
+	}
+	if err != nil {
+		return fmt.Errorf("note the rewind: %w", err)
+	}
+	return nil
+}
+
+// readRewindNote reads what a rewind that is not finished has left; nil if there is none.
+func (g *Group) readRewindNote() (*rewindNote, error) {
+	f, err := g.fs.Open(g.fs.PathJoin(g.dir, rewindName))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	b, err := io.ReadAll(io.LimitReader(f, rewindSize+1))
+	if err = errors.Join(err, f.Close()); err != nil {
+		return nil, err
+	}
+	n, err := decodeRewindNote(b)
+	if err == nil && g.o.ReadOnly {
+		err = fmt.Errorf("the group is being rewound to LSN %d: start the daemon, which finishes that", n.to)
+	}
+	return &n, err
+}
+
+// resumeRewind does what is left of a rewind before the group is recovered. It reports whether the backings are still to be restored:
+// then the log is as it was before.
+func (g *Group) resumeRewind(n *rewindNote) (restore bool, err error) {
+	if n.file != 0 {
+		return false, g.finishRewind(n)
+	}
+	var begun []*segment.File
+	for _, f := range g.set.Files(segment.Log) {
+		if f.Number > n.last {
+			begun = append(begun, f) // by the rewind, or a recovery after it: nothing stands in it
+		}
+	}
+	return true, g.set.Remove(begun...)
+}
+
+// finishRewind drops the records behind the LSN that is rewound to. Nothing has the group open, and its index is made again then.
+func (g *Group) finishRewind(n *rewindNote) error {
+	g.log.Info("dropping what was recorded behind the LSN that the group is rewound to", zap.Uint64("lsn", uint64(n.to)))
+	var gone []*segment.File
+	var last *segment.File
+	for _, f := range g.set.Files(segment.Originals) {
+		if f.Number > n.last {
+			continue
+		}
+		tail, err := hasTail(f, n.to)
+		if err != nil {
+			return err
+		}
+		if tail {
+			gone = append(gone, f) // what stays of it was copied
+		}
+	}
+	for _, f := range g.set.Files(segment.Log) {
+		switch {
+		case f.Number >= n.file:
+		case f.First > n.to:
+			gone = append(gone, f)
+		default:
+			last = f
+		}
+	}
+	// The newest of the log go first: what a crash leaves is a log that ends where it should, or later.
+	for i := len(gone) - 1; i >= 0; i-- {
+		if err := g.set.Remove(gone[i]); err != nil {
+			return err
+		}
+	}
+	if last != nil {
+		end, err := last.Scan(last.Start(), func(_ int64, h record.Header) error {
+			if h.LSN > n.to {
+				return segment.ErrStop
+			}
+			return nil
+		})
+		if err != nil && !errors.Is(err, segment.ErrStop) {
+			return fmt.Errorf("find the end of LSN %d: %w", n.to, err)
+		}
+		if err := last.Cut(end); err != nil {
+			return err
+		}
+	}
+	g.dropOverlays()
+	ix, err := g.store.ix.Group(g.set.Files(segment.Log)[0].Group)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(ix.DeleteAll(), g.store.ix.Flush()); err != nil {
+		return err
+	}
+	if err := g.fs.Remove(g.fs.PathJoin(g.dir, rewindName)); err != nil {
+		return err
+	}
+	return syncDirs(g.fs, g.dir)
+}
