@@ -5,7 +5,7 @@ GO       ?= go
 BIN      := bin
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LDFLAGS  := -X github.com/tidemark-cdp/tidemark/cmd/internal/build.version=$(VERSION)
-PACKAGES := qemu-utils libnbd-bin python3-libnbd nbdkit fio e2fsprogs xfsprogs btrfs-progs dosfstools mtools ntfs-3g fdisk lvm2 fuse3 util-linux
+PACKAGES := qemu-utils libnbd-bin python3-libnbd nbdkit fio e2fsprogs xfsprogs btrfs-progs dosfstools mtools ntfs-3g fdisk lvm2 fuse3 util-linux iproute2 iputils-ping
 GUEST    := qemu-system-x86 busybox-static cpio debootstrap kmod guestmount guestfish libguestfs-xfs
 SERVERS  := qemu-guest-agent postgresql mariadb-server redis-server libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
 FUZZTIME ?= 10s

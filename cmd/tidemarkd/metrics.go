@@ -88,6 +88,54 @@ func (m *metrics) forget(group string) {
 	m.notThawed.DeletePartialMatch(of)
 }
 
+// replicaCollector reads how far replicas are, when it is asked.
+type replicaCollector struct{ r *replication }
+
+func replicaDesc(name, help string) *prometheus.Desc {
+	return prometheus.NewDesc(name, help, []string{"group", "replica"}, nil)
+}
+
+var (
+	replicaLag       = replicaDesc("tidemark_replica_lag_seconds", "The age of what the replica has of the group.")
+	replicaLagBytes  = replicaDesc("tidemark_replica_lag_bytes", "Bytes of records that the replica has not, since the daemon started.")
+	replicaAcked     = replicaDesc("tidemark_replica_acked_lsn", "The LSN up to which the replica has everything, durably.")
+	replicaConnected = replicaDesc("tidemark_replica_connected", "1 if the replica is connected.")
+	replicaSent      = replicaDesc("tidemark_replica_sent_bytes", "Bytes that were sent to the replica on the present connection.")
+	groupEpoch       = desc("tidemark_group_epoch", "The epoch of the group.")
+	groupFollows     = desc("tidemark_group_follows", "1 if another daemon writes the group.")
+	peersRefused     = prometheus.NewDesc("tidemark_replication_refused_total", "Connections and groups of peers that were refused.", nil, nil)
+)
+
+func (c replicaCollector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{replicaLag, replicaLagBytes, replicaAcked, replicaConnected, replicaSent, groupEpoch, groupFollows, peersRefused} {
+		ch <- d
+	}
+}
+
+func (c replicaCollector) Collect(ch chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	is := func(b bool) float64 {
+		if b {
+			return 1
+		}
+		return 0
+	}
+	for _, g := range c.r.store.Groups() {
+		gauge(groupEpoch, float64(g.Reigns().Epoch()), g.Name())
+		gauge(groupFollows, is(g.Follows()), g.Name())
+		for _, s := range c.r.group(g.Name()).shipped() {
+			gauge(replicaLag, s.Lag, g.Name(), s.Peer)
+			gauge(replicaLagBytes, float64(s.LagBytes), g.Name(), s.Peer)
+			gauge(replicaAcked, float64(s.Acked), g.Name(), s.Peer)
+			gauge(replicaConnected, is(s.State != notConnected), g.Name(), s.Peer)
+			gauge(replicaSent, float64(s.SentBytes), g.Name(), s.Peer)
+		}
+	}
+	ch <- prometheus.MustNewConstMetric(peersRefused, prometheus.CounterValue, float64(c.r.e.Refused.Load()))
+}
+
 // groupCollector reads the groups' state when it is asked.
 type groupCollector struct{ store *journal.Store }
 

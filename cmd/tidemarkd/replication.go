@@ -140,6 +140,7 @@ func newReplication(c config.Config, storeID string, store *journal.Store, x *ex
 	e.Limit = newPace(&r.conf)
 	e.Init()
 	r.e = e
+	re.keepers.metrics.registry.MustRegister(replicaCollector{r})
 	return r, r.loadNotes()
 }
 
@@ -285,8 +286,8 @@ func (r *replication) run(ctx context.Context, ls *listeners) error {
 
 const (
 	// lookEvery is how often it is looked at how far writers have come, and every how many looks it is noted what replicas have.
-	lookEvery = 200 * time.Millisecond
-	noteEvery = 50
+	lookEvery = 50 * time.Millisecond
+	noteEvery = 200
 )
 
 // look measures how far replicas are behind.
@@ -507,23 +508,33 @@ func (r *replication) status(g *journal.Group, a *api.Group) {
 	if n.Yielded != "" && g.Follows() {
 		a.Problems = append(a.Problems, fmt.Sprintf("it was handed over to %s, and whether that has taken it is not known: if it has not, tidemark failover %s, there or here", n.Yielded, g.Name()))
 	}
-	one.mu.Lock()
-	defer one.mu.Unlock()
-	for _, peer := range slices.Sorted(maps.Keys(one.ships)) {
-		a.Replicas = append(a.Replicas, one.ships[peer].status())
-	}
+	a.Replicas = one.shipped()
 	rpo := r.reloader.configured()[g.Name()].RPO
 	for _, s := range a.Replicas {
 		if lag := time.Duration(s.Lag * float64(time.Second)); rpo > 0 && lag > rpo {
 			a.Problems = append(a.Problems, fmt.Sprintf("replica %s is %v behind, and rpo is %v", s.Peer, lag.Round(time.Millisecond), rpo))
 		}
 	}
+	one.mu.Lock()
+	defer one.mu.Unlock()
 	if one.comes != nil {
 		a.Source = one.comes.status(g)
 	} else if g.Follows() {
-		a.Source = &api.Source{Peer: n.From, State: "not connected"}
+		a.Source = &api.Source{Peer: n.From, State: notConnected}
 	}
 }
+
+// shipped is how far each replica is.
+func (one *replicated) shipped() (all []api.Replica) {
+	one.mu.Lock()
+	defer one.mu.Unlock()
+	for _, peer := range slices.Sorted(maps.Keys(one.ships)) {
+		all = append(all, one.ships[peer].status())
+	}
+	return all
+}
+
+const notConnected = "not connected"
 
 // receivedDir is where the disks of a group that comes are.
 func (one *replicated) backing(disk string) string {

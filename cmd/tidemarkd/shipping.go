@@ -124,7 +124,7 @@ func (s *shipping) await(ctx context.Context, lsn record.LSN) bool {
 func (s *shipping) status() api.Replica {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	a := api.Replica{Peer: s.peer, State: "not connected", Acked: uint64(s.acked)}
+	a := api.Replica{Peer: s.peer, State: notConnected, Acked: uint64(s.acked)}
 	age, bytes := s.lag.Behind()
 	a.Lag, a.LagBytes = age.Seconds(), bytes
 	switch {
