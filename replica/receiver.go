@@ -191,7 +191,7 @@ func (r *Receiver) Receive(m wire.Message) []Action {
 	case *wire.Beat:
 		if r.state > receiverWaits && r.state != receiverEnded {
 			r.Head, r.At, r.heard = m.Head, m.Time, true
-			return []Action{Send{&wire.Ack{Durable: r.durable}}}
+			return []Action{Send{r.ack()}}
 		}
 	case *wire.Records:
 		if streams {
@@ -278,7 +278,11 @@ func (r *Receiver) Durable(lsn record.LSN) []Action {
 		return nil
 	}
 	r.durable = lsn
-	return append([]Action{Send{&wire.Ack{Durable: lsn}}}, r.take()...)
+	return append([]Action{Send{r.ack()}}, r.take()...)
+}
+
+func (r *Receiver) ack() *wire.Ack {
+	return &wire.Ack{Durable: r.durable, Begun: r.local.Known && !r.begins}
 }
 
 // Alive says from time to time that the follower is there.
@@ -286,7 +290,7 @@ func (r *Receiver) Alive() []Action {
 	if r.state <= receiverWaits || r.state == receiverEnded || !r.heard || r.taking {
 		return nil
 	}
-	return []Action{Send{&wire.Ack{Durable: r.durable}}}
+	return []Action{Send{r.ack()}}
 }
 
 // Fail ends the stream for a reason of the caller's.
@@ -395,5 +399,6 @@ func (r *Receiver) Finished() []Action {
 		return nil
 	}
 	r.begins = false
-	return r.Durable(r.next - 1)
+	r.durable = r.next - 1
+	return []Action{Send{r.ack()}}
 }

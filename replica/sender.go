@@ -64,7 +64,9 @@ type Sender struct {
 	waiting *record.Run
 	table   *record.Run // whose table the follower was sent last
 	begin   bool        // what is seeded is a group, not a disk
-	digest  [16]byte    // that the follower has at sent
+	// unconfirmed says that the follower has not said that it has begun with the group.
+	unconfirmed bool
+	digest      [16]byte // that the follower has at sent
 
 	yields bool // the follower asked for the group
 	// ends is the LSN at which the reign has ended, if ended is true; said, that the follower was told so.
@@ -231,7 +233,7 @@ func (s *Sender) Begin(b record.Beginning) []Action {
 	if s.state != senderBegins {
 		return nil
 	}
-	s.state, s.begin, s.sent, s.acked = senderSeeds, true, b.At, 0
+	s.state, s.begin, s.unconfirmed, s.sent, s.acked = senderSeeds, true, true, b.At, 0
 	s.table = &record.Run{Disks: b.Disks, Reigns: b.Reigns}
 	for _, d := range b.Disks {
 		if d.Removed == 0 {
@@ -296,9 +298,11 @@ func (s *Sender) ack(m *wire.Ack) []Action {
 		return outOfTurn("an acknowledgement of LSN %d, and LSN %d was sent last", m.Durable, s.sent)
 	case m.Durable < s.acked:
 		return outOfTurn("an acknowledgement of LSN %d after one of LSN %d", m.Durable, s.acked)
-	case m.Durable == s.acked:
+	case !m.Begun && !s.unconfirmed:
+		return outOfTurn("an acknowledgement of one who has nothing, of LSN %d", m.Durable)
+	case !m.Begun, m.Durable == s.acked && !s.unconfirmed:
 		return nil // the answer to a beat
 	}
-	s.acked = m.Durable
+	s.acked, s.unconfirmed = m.Durable, false
 	return []Action{Acked{m.Durable}}
 }

@@ -212,10 +212,14 @@ func TestDivergence(t *testing.T) {
 
 	a.kill()
 	a.start()
-	eventually(t, func() bool { return a.group("web01").Source.State == "connected" && a.group("web01").Head == b.group("web01").Head })
+	eventually(t, func() bool {
+		return a.group("web01").Source.State == "connected" && a.group("web01").Head == b.group("web01").Head
+	})
 	a.ok("failback", "web01")
 	require.True(t, bytes.Equal(image, imageOf(t, a, "web01/vda", size)))
 	scribble(t, a, rng, image, 50)
-	eventually(t, func() bool { return b.group("web01").Role == "follows" && b.group("web01").Head == a.group("web01").Head })
+	eventually(t, func() bool {
+		return b.group("web01").Role == "follows" && b.group("web01").Head == a.group("web01").Head
+	})
 	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda", size)))
 }

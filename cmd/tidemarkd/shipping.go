@@ -172,9 +172,6 @@ func (o source) Local() (replica.Local, error) {
 type feed struct{ *journal.Feed }
 
 func (o source) Feed(from record.LSN) (link.Feed, error) {
-	o.s.mu.Lock()
-	o.s.streams = true
-	o.s.mu.Unlock()
 	f, err := o.s.g.Feed(from)
 	if err != nil {
 		return nil, err
@@ -214,7 +211,7 @@ func (o source) Yield(context.Context) (record.LSN, error) { return o.s.one.yiel
 func (o source) Acked(lsn record.LSN) {
 	o.s.mu.Lock()
 	defer o.s.mu.Unlock()
-	o.s.acked = lsn
+	o.s.acked, o.s.streams = lsn, true
 	o.s.lag.Acked(lsn)
 	close(o.s.bell)
 	o.s.bell = make(chan struct{})

@@ -290,14 +290,21 @@ func (m *Records) read(r *reader) {
 	m.Run.Bytes = r.rest()
 }
 
-// Ack is the follower's: everything up to an LSN (8) is durable there.
-type Ack struct{ Durable record.LSN }
+// Ack is the follower's: everything up to an LSN (8) is durable there; whether it has the group yet (1), or is still given what it
+// begins with.
+type Ack struct {
+	Durable record.LSN
+	Begun   bool
+}
 
 // Type implements Message.
 func (*Ack) Type() Type { return TypeAck }
 
-func (m *Ack) append(b []byte) []byte { return le.AppendUint64(b, uint64(m.Durable)) }
-func (m *Ack) read(r *reader)         { m.Durable = r.lsn("durable LSN") }
+func (m *Ack) append(b []byte) []byte {
+	return append(le.AppendUint64(b, uint64(m.Durable)), flagByte(m.Begun))
+}
+
+func (m *Ack) read(r *reader) { m.Durable, m.Begun = r.lsn("durable LSN"), r.flag("begun") }
 
 // Beat is the writer's, from time to time: its durable head (8) and the time there (8, Unix nanoseconds). It is answered by an Ack.
 type Beat struct {

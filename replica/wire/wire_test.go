@@ -28,7 +28,8 @@ var samples = []Message{
 	&Position{Known: true, Head: 80, Digest: [16]byte{9}, Reigns: reigns, Disks: disks},
 	&Records{Run: record.Run{First: 5, Last: 6, Bytes: bytes.Repeat([]byte("records "), 1000)}},
 	&Records{Run: record.Run{First: 5, Last: 6, Bytes: []byte("incompressible"), Disks: disks, Reigns: reigns}, Table: true},
-	&Ack{Durable: 12},
+	&Ack{Durable: 12, Begun: true},
+	&Ack{},
 	&Beat{Head: 77, Time: time.Unix(5, 6).UTC()},
 	&Begin{record.Beginning{At: 90, Time: 5, Reigns: reigns, Disks: disks, Definitions: []record.Definition{
 		{Name: "vm", Since: 8, Time: time.Unix(3, 0).UTC(), Content: []byte("<domain/>")}}}},
@@ -136,7 +137,7 @@ func TestAPeerThatLies(t *testing.T) {
 		"inflates beyond all":     {frame(TypeData, flagZstd, append(le.AppendUint32(nil, MaxPayload+1), huge[4:]...)), "at most"},
 		"no zstd":                 {frame(TypeData, flagZstd, []byte("1234 what is this")), "corrupt"},
 		"a flag that is neither":  {frame(TypePosition, 0, append([]byte{2}, make([]byte, 12)...)), "neither"},
-		"too long":                {frame(TypeAck, 0, make([]byte, 9)), "behind the last field"},
+		"too long":                {frame(TypeAck, 0, make([]byte, 10)), "behind the last field"},
 		"too short":               {frame(TypeAck, 0, make([]byte, 7)), "cut short"},
 		"more reigns than bytes":  {frame(TypePosition, 0, append(make([]byte, 9), 255, 255)), "cut short"},
 		"more disks than bytes":   {frame(TypeBegin, 0, append(make([]byte, 18), 255, 255)), "cut short"},

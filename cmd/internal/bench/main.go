@@ -57,12 +57,14 @@ func main() {
 	minute := flag.Int("minute", 60, "seconds of the long job; others take a sixth")
 	markers := flag.Bool("markers", false, "the figures of markers only")
 	back := flag.Bool("back", false, "the figures of getting things back only")
+	replica := flag.Bool("replica", false, "the figures of replication only")
+	only := flag.String("only", "", "with -replica: that part only")
 	isolated := flag.Bool("isolated", true, "with -back: also those that take a VM of libguestfs")
 	overwrites := flag.Int("overwrites", 1_000_000, "random overwrites behind the view")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := run(ctx, options{*dir, *out, *markers, *back, *isolated, *rounds, *minute, *overwrites}); err != nil {
+	if err := run(ctx, options{*dir, *out, *markers, *back, *replica, *isolated, *only, *rounds, *minute, *overwrites}); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -70,7 +72,9 @@ func main() {
 
 type options struct {
 	dir, out                   string
-	markers, back, isolated    bool
+	markers, back              bool
+	replica, isolated          bool
+	only                       string
 	rounds, minute, overwrites int
 }
 
@@ -96,6 +100,14 @@ func run(ctx context.Context, o options) error {
 		}
 		fmt.Println(wide)
 		return write(out, backHead, backPage(append(rows, wide), rounds))
+	}
+	if o.replica {
+		seconds := max(minute/6, 5)
+		rows, err := b.replicas(rounds, seconds, o.only)
+		if err != nil {
+			return fmt.Errorf("replication: %w", err)
+		}
+		return write(out, replicasHead, replicasPage(rows, rounds, seconds))
 	}
 	if o.markers {
 		rows, err := b.markers(rounds, max(minute/6, 1))
@@ -142,6 +154,8 @@ const (
 	mainHead    = "# Benchmarks\n"
 	markersHead = "## Markers\n"
 	backHead    = "## Getting it back\n"
+
+	replicasHead = "## Replication\n"
 )
 
 // write puts a part in the place of what the page has of it.
@@ -153,7 +167,7 @@ func write(out, head, part string) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	heads := []string{mainHead, markersHead, backHead}
+	heads := []string{mainHead, markersHead, backHead, replicasHead}
 	parts := make([]string, len(heads))
 	rest := string(page)
 	for i := len(heads) - 1; i >= 0; i-- {

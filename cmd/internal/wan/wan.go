@@ -43,8 +43,8 @@ type Link struct {
 	down  atomic.Bool
 	wg    sync.WaitGroup
 	stop  context.CancelFunc
-	// Bytes that came out of each end's device, of IP packets.
-	sent [2]atomic.Int64
+	// carried counts bytes of packets that came to each end.
+	carried [2]atomic.Int64
 }
 
 // New makes two namespaces, PREFIX-a and PREFIX-b, and a link between them.
@@ -127,7 +127,6 @@ func (l *Link) carry(ctx context.Context, from int) {
 			if err != nil {
 				return // it is closed
 			}
-			l.sent[from].Add(int64(n))
 			s := l.shape.Load()
 			if l.down.Load() || s.Loss > 0 && rand.Float64() < s.Loss {
 				continue
@@ -161,6 +160,7 @@ func (l *Link) carry(ctx context.Context, from int) {
 			}
 			if ctx.Err() == nil && !l.down.Load() {
 				_, _ = l.tuns[1-from].Write(p.b) // a device that is down loses it
+				l.carried[1-from].Add(int64(len(p.b)))
 			}
 		}
 	})
@@ -172,8 +172,8 @@ func (l *Link) Shape(s Shape) { l.shape.Store(&s) }
 // Cut has every packet get lost, or, with false, none that would not.
 func (l *Link) Cut(down bool) { l.down.Store(down) }
 
-// Bytes are how many came from each end, with the headers of IP and TCP.
-func (l *Link) Bytes() (a, b int64) { return l.sent[0].Load(), l.sent[1].Load() }
+// Carried is how many bytes of packets have come to end 0 or 1, with their headers.
+func (l *Link) Carried(end int) int64 { return l.carried[end].Load() }
 
 // Command runs a program at end 0 (A) or 1 (B).
 func (l *Link) Command(ctx context.Context, end int, name string, args ...string) *exec.Cmd {

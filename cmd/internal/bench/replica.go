@@ -1,0 +1,726 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+	"github.com/tidemark-cdp/tidemark/cmd/internal/wan"
+	"github.com/tidemark-cdp/tidemark/nbd/client"
+)
+
+// hosts are two daemons, of which the first ships a group to the second: each in a namespace at an end of a link, or both on this host.
+type hosts struct {
+	b    *bench
+	link *wan.Link // nil: both are here
+	ends [2]*end
+	size int64
+}
+
+type end struct {
+	dir string
+	cmd *exec.Cmd
+	api *api.Client
+}
+
+const (
+	replicaDisk = 4 << 30
+	replicaPort = "10900"
+)
+
+func (e *end) path(name string) string { return filepath.Join(e.dir, name) }
+
+// hosts makes both, with an empty disk, or what fill makes of it, and, unless alone, has the group shipped.
+func (b *bench) hosts(link *wan.Link, size int64, alone bool, fill func(h *hosts) error) (*hosts, error) {
+	h := &hosts{b: b, link: link, size: size}
+	for i, name := range []string{"a", "b"} {
+		e := &end{dir: filepath.Join(b.dir, name)}
+		h.ends[i] = e
+		if err := errors.Join(os.RemoveAll(e.dir), os.MkdirAll(e.dir, 0o755)); err != nil {
+			return nil, err
+		}
+		e.api = api.NewClient(e.path("api.sock"))
+	}
+	disk := h.ends[0].path("disk.raw")
+	if err := errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, size)); err != nil {
+		return nil, err
+	}
+	if fill != nil {
+		if err := fill(h); err != nil {
+			return nil, err
+		}
+	}
+	at := "127.0.0.1"
+	if link != nil {
+		at = wan.AddressB
+	}
+	group := "groups: {g: {disks: {d: {backing: " + disk + "}}"
+	if !alone {
+		group += ", replicas: [b]"
+	}
+	confs := []string{group + "}}\nreplication: {name: a}\n", "replication: {name: b, listen: 'tcp:" + at + ":" + replicaPort + "'}\n"}
+	for i, e := range h.ends {
+		conf := fmt.Sprintf("state_dir: %s\nnbd: ['unix:%s']\napi: unix:%s\nlog: {level: warn}\n%s", e.path("state"), e.path("nbd.sock"), e.path("api.sock"), confs[i])
+		if err := os.WriteFile(e.path("conf.yaml"), []byte(conf), 0o600); err != nil {
+			return nil, err
+		}
+	}
+	if alone {
+		return h, h.start(0)
+	}
+	if err := errors.Join(h.start(1), h.start(0)); err != nil {
+		return h, err
+	}
+	i, err := h.ends[1].api.Invite(b.ctx, api.InviteRequest{MaySend: []string{"*"}, Valid: 600})
+	if err != nil {
+		return h, err
+	}
+	_, err = h.ends[0].api.Join(b.ctx, api.JoinRequest{Address: at + ":" + replicaPort, Token: i.Token})
+	return h, err
+}
+
+func (h *hosts) start(i int) error {
+	e := h.ends[i]
+	args := []string{"--config", e.path("conf.yaml")}
+	if h.link != nil {
+		e.cmd = h.link.Command(context.Background(), i, "bin/tidemarkd", args...)
+	} else {
+		e.cmd = exec.Command("bin/tidemarkd", args...)
+	}
+	e.cmd.Stderr = os.Stderr
+	if err := e.cmd.Start(); err != nil {
+		return err
+	}
+	return h.wait(30*time.Second, func() (bool, error) {
+		_, err := e.api.Status(h.b.ctx)
+		return err == nil, nil
+	})
+}
+
+func (h *hosts) kill(i int) {
+	if c := h.ends[i].cmd; c != nil {
+		_ = c.Process.Kill()
+		_ = c.Wait() // it was killed
+		h.ends[i].cmd = nil
+	}
+}
+
+func (h *hosts) signal(i int, s syscall.Signal) error { return h.ends[i].cmd.Process.Signal(s) }
+
+func (h *hosts) close() {
+	h.kill(0)
+	h.kill(1)
+}
+
+func (h *hosts) uri(i int, export string) string {
+	return "nbd+unix:///" + export + "?socket=" + h.ends[i].path("nbd.sock")
+}
+
+var errLate = errors.New("it did not come to that in time")
+
+func (h *hosts) wait(within time.Duration, what func() (bool, error)) error {
+	for end := time.Now().Add(within); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		if ok, err := what(); ok || err != nil {
+			return err
+		}
+	}
+	return errLate
+}
+
+func (h *hosts) group(i int) (api.Group, error) {
+	s, err := h.ends[i].api.Status(h.b.ctx)
+	if err != nil || len(s.Groups) == 0 {
+		return api.Group{}, err
+	}
+	return s.Groups[0], nil
+}
+
+// replica is what the writer says of it.
+func (h *hosts) replica() (api.Replica, error) {
+	g, err := h.group(0)
+	if err != nil || len(g.Replicas) == 0 {
+		return api.Replica{}, err
+	}
+	return g.Replicas[0], nil
+}
+
+// level waits until the replica has everything.
+func (h *hosts) level(within time.Duration) error {
+	return h.wait(within, func() (bool, error) {
+		g, err := h.group(0)
+		return err == nil && len(g.Replicas) > 0 && g.Replicas[0].State == "streaming" && g.Replicas[0].Acked == g.Head, err
+	})
+}
+
+// load is what fio measured of a job.
+type load struct {
+	bytes   int64
+	seconds float64
+	p99     time.Duration
+}
+
+func (l load) rate() float64 { return float64(l.bytes) / l.seconds }
+
+// fio writes at random to the group's disk.
+func (h *hosts) fio(args ...string) (l load, err error) {
+	args = append([]string{"--name=w", "--ioengine=nbd", "--uri=" + h.uri(0, "g/d"), "--rw=randwrite", "--bs=4k", "--norandommap", "--randrepeat=0",
+		"--size=" + strconv.FormatInt(h.size, 10), "--output-format=json"}, args...)
+	out, err := exec.CommandContext(h.b.ctx, "fio", args...).Output()
+	if err != nil {
+		return l, fmt.Errorf("fio: %w: %s", err, out)
+	}
+	var r struct {
+		Jobs []struct {
+			Write struct {
+				Bytes   int64   `json:"io_bytes"`
+				Runtime float64 `json:"runtime"`
+				Clat    struct {
+					Percentile map[string]float64 `json:"percentile"`
+				} `json:"clat_ns"`
+			} `json:"write"`
+		} `json:"jobs"`
+	}
+	if at := bytes.IndexByte(out, '{'); at >= 0 {
+		out = out[at:]
+	}
+	if err := json.Unmarshal(out, &r); err != nil || len(r.Jobs) != 1 {
+		return l, fmt.Errorf("fio's answer: %w", err)
+	}
+	w := r.Jobs[0].Write
+	return load{w.Bytes, w.Runtime / 1000, time.Duration(w.Clat.Percentile["99.000000"])}, nil
+}
+
+func timed(seconds int) []string {
+	return []string{"--time_based", "--runtime=" + strconv.Itoa(seconds), "--refill_buffers"}
+}
+
+// replicas measures replication. It takes root, as it makes network namespaces.
+func (b *bench) replicas(rounds, seconds int, only string) (rows []string, err error) {
+	for _, part := range []struct {
+		name string
+		run  func(int, int) ([]string, error)
+	}{
+		{"lag", b.lag}, {"cost for guests", b.cost}, {"latency", b.latency}, {"a long way", b.longWay}, {"catching up", b.catchUp},
+		{"bytes", b.pgbench}, {"seeding", b.seeding}, {"failover", b.failover}, {"failback", b.failback},
+	} {
+		if only != "" && only != part.name {
+			continue
+		}
+		got, err := part.run(rounds, seconds)
+		if err != nil {
+			return rows, fmt.Errorf("%s: %w", part.name, err)
+		}
+		for _, row := range got {
+			fmt.Println(row)
+		}
+		rows = append(rows, got...)
+	}
+	return rows, nil
+}
+
+func (b *bench) lag(_, seconds int) ([]string, error) {
+	h, err := b.hosts(nil, replicaDisk, false, nil)
+	defer h.close()
+	if err != nil {
+		return nil, err
+	}
+	if err := h.level(30 * time.Second); err != nil {
+		return nil, err
+	}
+	ended := make(chan error, 1)
+	var l load
+	go func() {
+		var err error
+		l, err = h.fio(append(timed(seconds), "--iodepth=16", "--rate=50m")...)
+		ended <- err
+	}()
+	var lags []float64
+	for {
+		select {
+		case err := <-ended:
+			if err != nil {
+				return nil, err
+			}
+			slices.Sort(lags)
+			return []string{fmt.Sprintf("| lag on a local link under %.0f MB/s of 4 KiB random writes, 99th percentile | %.0f ms (median %.0f ms) | 1 s | 100 ms |",
+				l.rate()/1e6, 1000*lags[len(lags)*99/100], 1000*lags[len(lags)/2])}, nil
+		case <-time.After(20 * time.Millisecond):
+			r, err := h.replica()
+			if err != nil {
+				return nil, err
+			}
+			lags = append(lags, r.Lag)
+		}
+	}
+}
+
+// variant is one way of a comparison.
+type variant struct {
+	name  string
+	alone bool
+	slow  *wan.Shape // of the link
+	stop  bool       // the replica
+}
+
+// measure runs a load once for each variant.
+func (b *bench) measure(vs []variant, fio ...string) (map[string]load, error) {
+	got := map[string]load{}
+	for _, v := range vs {
+		l, err := b.measureOne(v, fio...)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", v.name, err)
+		}
+		got[v.name] = l
+	}
+	return got, nil
+}
+
+func (b *bench) measureOne(v variant, fio ...string) (l load, err error) {
+	var link *wan.Link
+	if v.slow != nil {
+		if link, err = wan.New("tmbench", wan.Shape{}); err != nil {
+			return l, err
+		}
+		defer func() { err = errors.Join(err, link.Close()) }()
+	}
+	h, err := b.hosts(link, replicaDisk, v.alone, nil)
+	defer h.close()
+	if err != nil {
+		return l, err
+	}
+	if !v.alone {
+		if err := h.level(30 * time.Second); err != nil {
+			return l, err
+		}
+	}
+	if v.stop {
+		if err := h.signal(1, syscall.SIGSTOP); err != nil {
+			return l, err
+		}
+	}
+	if link != nil {
+		link.Shape(*v.slow)
+	}
+	return h.fio(fio...)
+}
+
+func (b *bench) cost(rounds, seconds int) ([]string, error) {
+	var with, without []float64
+	for range rounds {
+		got, err := b.measure([]variant{{name: "without", alone: true}, {name: "with"}}, append(timed(seconds), "--iodepth=32")...)
+		if err != nil {
+			return nil, err
+		}
+		with, without = append(with, got["with"].rate()), append(without, got["without"].rate())
+	}
+	return []string{fmt.Sprintf("| a guest's writes with a replica on the same two processors, against without: throughput | %.2f (%.0f, %.0f MB/s) | 0.8 | 0.95 |",
+		median(with)/median(without), median(with)/1e6, median(without)/1e6)}, nil
+}
+
+func (b *bench) latency(rounds, seconds int) ([]string, error) {
+	all := map[string][]float64{}
+	for range rounds {
+		got, err := b.measure([]variant{{name: "without", alone: true}, {name: "stopped", stop: true}, {name: "slow", slow: &wan.Shape{Rate: 1_000_000}}},
+			append(timed(seconds), "--iodepth=4", "--rate_iops=3000")...)
+		if err != nil {
+			return nil, err
+		}
+		for name, l := range got {
+			all[name] = append(all[name], float64(l.p99)/1e3)
+		}
+	}
+	row := func(what, name string) string {
+		return fmt.Sprintf("| … and %s: 99th percentile of latency, at 3000 writes a second | %.2f × (%.0f, %.0f µs) | 1.1 × | 1.0 × |", what, median(all[name])/median(all["without"]), median(all[name]), median(all["without"]))
+	}
+	return []string{row("with the replica stopped", "stopped"), row("the link at 1 Mbit/s", "slow")}, nil
+}
+
+// longWay looks at how much of a link is used while there is much to send.
+func (b *bench) longWay(_, seconds int) (rows []string, err error) {
+	const rate = 200_000_000
+	shape := wan.Shape{Rate: rate, Delay: 75 * time.Millisecond, Loss: 0.001}
+	link, err := wan.New("tmbench", wan.Shape{})
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, link.Close()) }()
+	h, err := b.hosts(link, replicaDisk, false, nil)
+	defer h.close()
+	if err != nil {
+		return nil, err
+	}
+	if err := h.level(30 * time.Second); err != nil {
+		return nil, err
+	}
+	h.kill(1)
+	link.Shape(shape)
+	if _, err := h.fio("--iodepth=16", "--bs=64k", "--refill_buffers", "--io_size="+strconv.Itoa((seconds+15)*rate/8)); err != nil {
+		return nil, err
+	}
+	if err := h.start(1); err != nil {
+		return nil, err
+	}
+	before, err := h.replica()
+	if err != nil {
+		return nil, err
+	}
+	if err := h.wait(30*time.Second, func() (bool, error) {
+		r, err := h.replica()
+		return r.Acked > before.Acked, err
+	}); err != nil {
+		return nil, err
+	}
+	time.Sleep(5 * time.Second)
+	from, began := link.Carried(1), time.Now()
+	time.Sleep(time.Duration(seconds) * time.Second)
+	used := float64(link.Carried(1)-from) * 8 / time.Since(began).Seconds()
+	return []string{fmt.Sprintf("| share of a shaped link used, 200 Mbit/s, 150 ms round trip, 0.1 %% loss | %.2f | 0.7 | 0.9 |", used/rate)}, nil
+}
+
+func (b *bench) catchUp(_, seconds int) ([]string, error) {
+	h, err := b.hosts(nil, replicaDisk, false, nil)
+	defer h.close()
+	if err != nil {
+		return nil, err
+	}
+	if err := h.level(30 * time.Second); err != nil {
+		return nil, err
+	}
+	h.kill(1)
+	l, err := h.fio(append(timed(seconds), "--iodepth=32")...)
+	if err != nil {
+		return nil, err
+	}
+	if err := h.start(1); err != nil {
+		return nil, err
+	}
+	was, err := h.replica()
+	if err != nil {
+		return nil, err
+	}
+	if err := h.wait(time.Minute, func() (bool, error) {
+		r, err := h.replica()
+		return r.Acked > was.Acked, err
+	}); err != nil {
+		return nil, err
+	}
+	began := time.Now()
+	if err := h.level(10 * time.Minute); err != nil {
+		return nil, err
+	}
+	rate := float64(l.bytes) / time.Since(began).Seconds()
+	return []string{fmt.Sprintf("| catching up after an outage, against the rate at which it was written | %.1f × (%.0f, %.0f MB/s) | 2 × | limit of link or disk |", rate/l.rate(), rate/1e6, l.rate()/1e6)}, nil
+}
+
+func (b *bench) pgbench(_, seconds int) (rows []string, err error) {
+	h, err := b.hosts(nil, 2<<30, false, nil)
+	defer h.close()
+	if err != nil {
+		return nil, err
+	}
+	if err := h.level(30 * time.Second); err != nil {
+		return nil, err
+	}
+	mnt, fuse := filepath.Join(b.dir, "mnt"), filepath.Join(b.dir, "fuse")
+	if err := errors.Join(os.MkdirAll(mnt, 0o755), os.MkdirAll(fuse, 0o755)); err != nil {
+		return nil, err
+	}
+	nbdfuse := exec.Command("nbdfuse", fuse, h.uri(0, "g/d"))
+	if err := nbdfuse.Start(); err != nil {
+		return nil, err
+	}
+	defer func() {
+		_ = exec.Command("fusermount3", "-u", fuse).Run() // it ends with that
+		_ = nbdfuse.Wait()
+	}()
+	if err := h.wait(10*time.Second, func() (bool, error) {
+		_, err := os.Stat(filepath.Join(fuse, "nbd"))
+		return err == nil, nil
+	}); err != nil {
+		return nil, err
+	}
+	loop, err := exec.Command("losetup", "--find", "--show", filepath.Join(fuse, "nbd")).Output()
+	if err != nil {
+		return nil, fmt.Errorf("losetup: %w", err)
+	}
+	dev := strings.TrimSpace(string(loop))
+	defer func() { _ = exec.Command("losetup", "-d", dev).Run() }()
+	if err := tools("mkfs.ext4 -q "+dev, "mount "+dev+" "+mnt); err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, tools("umount "+mnt)) }()
+	bin, err := filepath.Glob("/usr/lib/postgresql/*/bin")
+	if err != nil || len(bin) == 0 {
+		return nil, errors.New("no PostgreSQL: run make guest-deps")
+	}
+	pg := func(cmd string) string { return "runuser -u postgres -- " + bin[len(bin)-1] + "/" + cmd }
+	data := mnt + "/data"
+	at := " -h " + mnt + "/sock -U postgres postgres"
+	if err := tools("mkdir "+data+" "+mnt+"/sock", "chown postgres "+data+" "+mnt+"/sock", pg("initdb -D "+data+" -A trust"),
+		pg("pg_ctl -w -D "+data+" -l "+data+"/log -o \"-k "+mnt+"/sock -c listen_addresses=\" start")); err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, tools(pg("pg_ctl -w -m fast -D "+data+" stop"))) }()
+	if err := tools(pg("pgbench -q -i -s 20"+at), "sync"); err != nil {
+		return nil, err
+	}
+	if err := h.level(time.Minute); err != nil {
+		return nil, err
+	}
+	was, err := h.replica()
+	if err != nil {
+		return nil, err
+	}
+	from, err := written(dev)
+	if err != nil {
+		return nil, err
+	}
+	if err := tools(pg(fmt.Sprintf("pgbench -c 4 -T %d%s", 3*seconds, at)), "sync"); err != nil {
+		return nil, err
+	}
+	to, err := written(dev)
+	if err == nil {
+		err = h.level(time.Minute)
+	}
+	if err != nil {
+		return nil, err
+	}
+	r, err := h.replica()
+	if err != nil {
+		return nil, err
+	}
+	sent := r.SentBytes - was.SentBytes
+	return []string{fmt.Sprintf("| bytes sent per guest byte, pgbench for %d s | %.2f (%d of %d MB) | 0.5 | 0.2 |", 3*seconds, float64(sent)/float64(to-from), sent>>20, (to-from)>>20)}, nil
+}
+
+// tools runs commands of a shell.
+func tools(lines ...string) error {
+	for _, line := range lines {
+		if out, err := exec.Command("sh", "-c", line).CombinedOutput(); err != nil {
+			return fmt.Errorf("%s: %w: %s", line, err, out)
+		}
+	}
+	return nil
+}
+
+// written is how many bytes were written to a block device.
+func written(dev string) (int64, error) {
+	b, err := os.ReadFile("/sys/block/" + filepath.Base(dev) + "/stat")
+	if err != nil {
+		return 0, err
+	}
+	f := strings.Fields(string(b))
+	if len(f) < 7 {
+		return 0, fmt.Errorf("what the kernel says of %s has %d fields", dev, len(f))
+	}
+	n, err := strconv.ParseInt(f[6], 10, 64)
+	return 512 * n, err
+}
+
+// seeding sends a disk to a replica that has a copy of it, of which a hundredth differs, and to one that has nothing.
+func (b *bench) seeding(_, _ int) (rows []string, err error) {
+	shape := wan.Shape{Rate: 200_000_000, Delay: 5 * time.Millisecond}
+	var took [2]time.Duration
+	for i, seeded := range []bool{false, true} {
+		if took[i], err = b.seedOnce(shape, seeded); err != nil {
+			return nil, err
+		}
+	}
+	return []string{fmt.Sprintf("| seeding a 4 GiB disk that the replica has pre-seeded, 1 %% different, over 200 Mbit/s, against sending it | %.0f × (%.1f, %.0f s) | 10 × faster | 30 × |",
+		took[0].Seconds()/took[1].Seconds(), took[1].Seconds(), took[0].Seconds())}, nil
+}
+
+func (b *bench) seedOnce(shape wan.Shape, seeded bool) (took time.Duration, err error) {
+	link, err := wan.New("tmbench", shape)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, link.Close()) }()
+	var began time.Time
+	h, err := b.hosts(link, replicaDisk, false, func(h *hosts) error {
+		defer func() { began = time.Now() }()
+		if err := b.prefill(replicaDisk); err != nil {
+			return err
+		}
+		disk := h.ends[0].path("disk.raw")
+		if err := os.Rename(b.disk, disk); err != nil || !seeded {
+			return err
+		}
+		return copyAnd(disk, filepath.Join(h.ends[1].path("state"), "replicas/g/d.raw"), 100)
+	})
+	defer h.close()
+	if err != nil {
+		return 0, err
+	}
+	err = h.level(20 * time.Minute)
+	return time.Since(began), err
+}
+
+// copyAnd copies a file, and makes one in so many of its blocks another.
+func copyAnd(from, to string, in int64) error {
+	if err := os.MkdirAll(filepath.Dir(to), 0o700); err != nil {
+		return err
+	}
+	if err := tools("cp --sparse=never " + from + " " + to); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(to, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	block := make([]byte, 4096)
+	for n := range replicaDisk / 4096 / in {
+		block[0] = byte(n)
+		if _, err := f.WriteAt(block, rand.Int64N(replicaDisk/4096)*4096); err != nil {
+			return errors.Join(err, f.Close())
+		}
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+func (b *bench) failover(rounds, _ int) ([]string, error) {
+	var took []float64
+	for range max(rounds, 5) {
+		t, err := b.failoverOnce()
+		if err != nil {
+			return nil, err
+		}
+		took = append(took, t.Seconds())
+	}
+	return []string{fmt.Sprintf("| failover: command to first write served | %.0f ms | 2 s | 0.3 s |", 1000*median(took))}, nil
+}
+
+func (b *bench) failoverOnce() (took time.Duration, err error) {
+	h, err := b.hosts(nil, replicaDisk, false, nil)
+	defer h.close()
+	if err != nil {
+		return 0, err
+	}
+	if err := h.level(30 * time.Second); err != nil {
+		return 0, err
+	}
+	ended := make(chan error, 1)
+	go func() {
+		_, err := h.fio(append(timed(60), "--iodepth=16", "--rate=50m")...)
+		ended <- err
+	}()
+	time.Sleep(3 * time.Second)
+	h.kill(0) // the guest goes with its host
+	began := time.Now()
+	cmd := exec.Command("bin/tidemark", "failover", "g")
+	cmd.Env = append(os.Environ(), "TIDEMARK_API=unix:"+h.ends[1].path("api.sock"))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return 0, fmt.Errorf("failover: %w: %s", err, out)
+	}
+	c, err := client.Dial(b.ctx, "unix", h.ends[1].path("nbd.sock"), "g/d", nil)
+	if err != nil {
+		return 0, err
+	}
+	err = errors.Join(c.WriteAt(make([]byte, 4096), 0, false), c.Flush())
+	took = time.Since(began)
+	<-ended // its errors are the killed host's
+	return took, errors.Join(err, c.Close())
+}
+
+// failback has the old writer, which wrote a GiB that nobody else has, follow the new one.
+func (b *bench) failback(_, _ int) ([]string, error) {
+	h, err := b.hosts(nil, replicaDisk, false, nil)
+	defer h.close()
+	if err != nil {
+		return nil, err
+	}
+	if err := h.level(30 * time.Second); err != nil {
+		return nil, err
+	}
+	h.kill(1)
+	if _, err := h.fio("--iodepth=32", "--bs=64k", "--refill_buffers", "--io_size=1G"); err != nil {
+		return nil, err
+	}
+	theirs, err := sums(b.ctx, h, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := h.signal(0, syscall.SIGSTOP); err != nil {
+		return nil, err
+	}
+	if err := h.start(1); err != nil {
+		return nil, err
+	}
+	if _, err := h.ends[1].api.Failover(b.ctx, "g", api.FailoverRequest{}); err != nil {
+		return nil, err
+	}
+	h.ends[0], h.ends[1] = h.ends[1], h.ends[0] // fio writes to the first
+	if _, err := h.fio("--iodepth=32", "--bs=64k", "--refill_buffers", "--io_size=256M"); err != nil {
+		return nil, err
+	}
+	ours, err := sums(b.ctx, h, 0)
+	if err != nil {
+		return nil, err
+	}
+	differs := int64(0)
+	for i := range ours {
+		if ours[i] != theirs[i] {
+			differs += 4096
+		}
+	}
+	began := time.Now()
+	if err := h.signal(1, syscall.SIGCONT); err != nil {
+		return nil, err
+	}
+	if err := h.level(10 * time.Minute); err != nil {
+		return nil, err
+	}
+	took := time.Since(began)
+	r, err := h.replica()
+	if err != nil {
+		return nil, err
+	}
+	return []string{fmt.Sprintf("| failback after 1 GiB of divergence, and 256 MiB of the new writer's: bytes moved | %.2f × what differs (%d of %d MB, %.1f s) | 1.2 × | 1.0 × |",
+		float64(r.SentBytes)/float64(differs), r.SentBytes>>20, differs>>20, took.Seconds())}, nil
+}
+
+// sums are of the blocks of the group's disk.
+func sums(ctx context.Context, h *hosts, i int) (all []uint64, err error) {
+	c, err := client.Dial(ctx, "unix", h.ends[i].path("nbd.sock"), "g/d", nil)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, c.Close()) }()
+	buf := make([]byte, 1<<20)
+	for off := int64(0); off < h.size; off += int64(len(buf)) {
+		if err := c.ReadAt(buf, off); err != nil && !errors.Is(err, io.EOF) {
+			return nil, err
+		}
+		for b := buf; len(b) > 0; b = b[4096:] {
+			all = append(all, maphash.Bytes(sumSeed, b[:4096]))
+		}
+	}
+	return all, nil
+}
+
+var sumSeed = maphash.MakeSeed()
+
+func replicasPage(rows []string, rounds, seconds int) string {
+	return replicasHead + fmt.Sprintf(`
+Made by `+"`make bench-replica`"+` on %s: %s. Writer, replica, fio and, where there is one, the link share these processors. %d rounds of %d s where rounds are compared, medians. The disk has 4 GiB, and is written at random. A local link is the loopback; the others
+are made by cmd/internal/wan, which carries packets between two network namespaces.
+
+| job | Tidemark | at least | aim |
+|---|---|---|---|
+%s
+`, time.Now().UTC().Format("2006-01-02"), machine(), rounds, seconds, strings.Join(rows, "\n"))
+}
