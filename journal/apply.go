@@ -189,7 +189,7 @@ func (g *Group) keepBlocks(d *disk.Disk, ext record.Extent, content []byte, flag
 	return g.keep(h, content)
 }
 
-// keep adds a record to the originals. It is written by the next syncKept, and
+// keep adds a record to the originals, with the checksums that it has, or its content's. It is written by the next syncKept, and
 // gathered until then, because extents are often single blocks. g.apply is held.
 func (g *Group) keep(h record.Header, content []byte) error {
 	a := &g.apply
@@ -206,8 +206,10 @@ func (g *Group) keep(h record.Header, content []byte) error {
 		}
 	}
 	h.Salt = a.orig.Current().Salt
-	a.sums = record.AppendSums(a.sums[:0], content)
-	h.Sums = a.sums
+	if h.Sums == nil {
+		a.sums = record.AppendSums(a.sums[:0], content)
+		h.Sums = a.sums
+	}
 	off := a.orig.Tail() + int64(len(a.gathered))
 	a.pending = appendOriginal(a.pending, &h, a.orig.Current().Number, off)
 	a.gathered = h.Append(a.gathered)

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/record"
@@ -88,5 +90,5 @@ func GroupNames(dir string, o Options) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s is no state directory: %w", dir, err)
 	}
-	return names, nil
+	return slices.DeleteFunc(names, func(name string) bool { return strings.HasPrefix(name, discarded) }), nil
 }

@@ -84,7 +84,7 @@ func (f *Feed) Next(ctx context.Context, most int) (record.Run, error) {
 
 // Digest is that of the record of an LSN, which is durable when Digest returns; zeroes if the group has no such record, or a damaged one.
 func (g *Group) Digest(lsn record.LSN) (d [16]byte, err error) {
-	if lsn <= g.Horizon() {
+	if lsn <= g.Horizon() || lsn > g.Head() {
 		return d, nil
 	}
 	f, err := g.Feed(lsn)
@@ -126,8 +126,7 @@ func (f *Feed) await(ctx context.Context) (record.LSN, error) {
 		if d := g.Durable(); d >= f.next {
 			return d, nil
 		}
-		if !g.alive() {
-			_, err := g.State()
+		if err := g.ended(); err != nil {
 			return 0, err
 		}
 		if g.Head() < f.next {

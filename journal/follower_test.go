@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
@@ -34,6 +35,8 @@ func (m *model) openFollower(b *record.Beginning) {
 	require.NoError(m.t, err)
 	require.Equal(m.t, "active", state)
 	require.True(m.t, f.g.Follows())
+	_, err = f.g.Verify(m.t.Context(), func(x Finding) { m.t.Fatalf("verify finds %+v", x) })
+	require.NoError(m.t, err)
 }
 
 func (m *model) dropFollower() {
@@ -282,11 +285,47 @@ func (m *model) rewind(f *follower, to record.LSN) {
 	require.NoError(m.t, f.store.Abandon())
 	f.fs = clone
 	m.note("it crashes on its way back to %d", to)
+	for range m.rng.IntN(4) {
+		if !m.resume(f) {
+			break
+		}
+	}
+	if m.rng.IntN(8) == 0 {
+		require.NoError(m.t, f.fs.RemoveAll("state/index"))
+	}
 	m.openFollower(nil)
 	if f.g.Head() != to { // the crash came before the note
 		require.NoError(m.t, f.store.Rewind("g", to))
 		f.g = f.store.Groups()[0]
 	}
+}
+
+// resume opens the follower, as its daemon does that goes on with a rewind. It reports whether that crashed again.
+func (m *model) resume(f *follower) bool {
+	if m.rng.IntN(8) == 0 {
+		require.NoError(m.t, f.fs.RemoveAll("state/index"))
+	}
+	steps, percent := 1+m.rng.IntN(60), survivals[m.rng.IntN(len(survivals))]
+	var clone *vfs.MemFS
+	mem := f.fs
+	fs := errorfs.Wrap(mem, errorfs.InjectorFunc(func(op errorfs.Op) error {
+		if isWrite(op.Kind) && clone == nil && !strings.Contains(op.Path, "index") { // the database's own crashes are tested elsewhere
+			if steps--; steps == 0 {
+				clone = mem.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: rand.New(rand.NewPCG(m.rng.Uint64(), 3))})
+			}
+		}
+		return nil
+	}))
+	s, err := Open("state", []GroupConfig{{Name: "g", Disks: f.disks}}, Options{FS: fs, Log: m.log, SegmentSize: 64 << 10, Unapplied: 1 << 30, checkpointBytes: m.checkpoint})
+	require.NoError(m.t, err)
+	crashed := clone
+	require.NoError(m.t, s.Abandon())
+	if crashed == nil {
+		return false
+	}
+	f.fs = crashed
+	m.note("and again")
+	return true
 }
 
 // checkFollower compares a view of each disk, and the notes.

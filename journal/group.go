@@ -190,6 +190,13 @@ func (g *Group) alive() bool {
 	return g.append.err == nil
 }
 
+// ended is why the group takes no records; nil: it does.
+func (g *Group) ended() error {
+	g.append.Lock()
+	defer g.append.Unlock()
+	return g.endedLocked()
+}
+
 // fail makes the group refuse everything but reads, for good.
 func (g *Group) fail(err error) error {
 	g.append.Lock()
@@ -233,6 +240,8 @@ func (g *Group) setClosed(why error) {
 	defer g.append.Unlock()
 	g.append.closed = why
 	g.append.room.Broadcast()
+	g.moved.ring()
+	g.synced.ring()
 }
 
 // Acquire implements disk.Journal.

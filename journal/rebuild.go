@@ -36,7 +36,7 @@ func (r *recovery) dropStale() error {
 					return err
 				}
 				at := place{e.Disk, e.Unit.Index}
-				if picks[0].Found && picks[0].LSN > g.Horizon() {
+				if overwrote(&picks[0], &h, g.Horizon()) {
 					live[at] = true
 					continue
 				}
@@ -74,4 +74,9 @@ func (r *recovery) dropStale() error {
 		return err
 	}
 	return b.Commit(g.index.mark)
+}
+
+// overwrote reports whether a version of a block is of a record in the window that overwrote what an original holds, and not that original.
+func overwrote(pick *index.Pick, original *record.Header, horizon record.LSN) bool {
+	return pick.Found && pick.LSN > max(horizon, original.Durable)
 }

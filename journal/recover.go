@@ -155,10 +155,7 @@ func (g *Group) recover(gc GroupConfig) error {
 		return nil
 	}
 	if restore {
-		if err := g.rewindTo(rewind.to); err != nil {
-			return fmt.Errorf("go on rewinding to LSN %d: %w", rewind.to, err)
-		}
-		return errRewound
+		return r.restoreRewind()
 	}
 	if g.Follows() {
 		return g.awaitWriter(r)
@@ -203,6 +200,9 @@ func (g *Group) awaitWriter(r *recovery) error {
 func (g *Group) clearBegun() error {
 	if g.o.ReadOnly {
 		return errors.New("a store at rest begins no group")
+	}
+	if err := g.dropRewindNote(); err != nil {
+		return err
 	}
 	if err := g.set.RemoveBroken(false); err != nil {
 		return err
@@ -367,7 +367,7 @@ func (r *recovery) originals() error {
 		var entries []index.Entry
 		var buf []byte
 		end, err := f.Scan(from, func(off int64, h record.Header) (err error) {
-			if durable := h.Flags&record.FlagCarried == 0 && h.LSN <= r.applied; durable {
+			if durable := h.Flags&record.FlagCarried == 0 && h.LSN <= r.applied && !r.copied(f); durable {
 				// Its block was overwritten: if it is damaged, a view must find that out.
 			} else if buf, err = r.believe(f, off, h, buf); err != nil {
 				return err
@@ -408,7 +408,7 @@ func (r *recovery) originalsTail(f *segment.File, end int64, cause error) error 
 	if err != nil {
 		return err
 	}
-	if applied && (r.rewind == nil || f.Number <= r.rewind.last) { // what a rewind copied was not synced before it was noted
+	if applied && !r.copied(f) {
 		if cause == nil {
 			cause = fmt.Errorf("%w: %s: nothing at %d, and originals behind it", record.ErrCorrupt, f.Path, end)
 		}
@@ -423,6 +423,34 @@ func (r *recovery) originalsTail(f *segment.File, end int64, cause error) error 
 	// Now, while a torn tail can be told from damage: later, the rounds of the
 	// originals in it will have been applied.
 	return f.Cut(end)
+}
+
+// copied reports whether a file of originals may have what a rewind copied, which says nothing of when it was durable.
+func (r *recovery) copied(f *segment.File) bool { return r.rewind != nil && f.Number > r.rewind.last }
+
+// restoreRewind goes on with a rewind whose backings are to be restored. What can not be restored fails the group, and nobody has its
+// disks, which may be a mix.
+func (r *recovery) restoreRewind() (err error) {
+	g := r.g
+	if r.fresh {
+		err = r.dropStale()
+	}
+	if err == nil {
+		err = g.readyToRewind(r.rewind.to)
+	}
+	if err == nil {
+		err = g.rewindTo(r.rewind.to)
+	}
+	if err == nil {
+		return errRewound
+	}
+	_ = g.fail(fmt.Errorf("go on rewinding to LSN %d: %w", r.rewind.to, err))
+	for _, d := range g.Disks() {
+		if err := g.leave(d); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // originalsBehind reports whether any valid original stands at or behind off, and
@@ -596,6 +624,9 @@ func (g *Group) start(r *recovery) error {
 	}
 	if err := g.append.log.Sync(); err != nil {
 		return err
+	}
+	if r.rewind != nil {
+		return nil // its file may be the only one that says who the group is
 	}
 	return g.dropEmpty(last)
 }

@@ -38,26 +38,33 @@ func (s *Store) Rewind(name string, to record.LSN) error {
 func (s *Store) rewind(g *Group, to record.LSN) (err error) {
 	g.joining.Lock()
 	defer g.joining.Unlock()
+	// Nothing expires behind the LSN from here on.
+	if err := g.pin(to); err != nil {
+		return err
+	}
 	gc := GroupConfig{Name: g.name, Received: true}
 	var left []*disk.Disk
-	defer func() {
-		if err != nil {
-			g.stay(left)
-		}
-	}()
-	if err := g.canRewind(to); err != nil {
-		return err
+	back := func() {
+		g.unpin(to)
+		g.setClosed(nil)
+		g.stay(left)
+		s.runGroup(g)
 	}
 	for _, d := range g.Disks() {
 		if err := g.leave(d); err != nil {
+			back()
 			return err
 		}
 		left, gc.Disks = append(left, d), append(gc.Disks, DiskConfig{d.Name, d.Path()})
 	}
 	g.stopLoops()
 	g.setClosed(errors.New("the group is being rewound"))
+	if err := g.readyToRewind(to); err != nil {
+		back()
+		return err
+	}
 	if err := g.rewindTo(to); err != nil {
-		return g.fail(err) // the next opening goes on
+		return g.fail(err) // the next opening goes on; until then nobody has its disks, which may be a mix
 	}
 	s.open.Lock()
 	s.setGroupsLocked(without(s.open.groups, g))
@@ -65,7 +72,7 @@ func (s *Store) rewind(g *Group, to record.LSN) (err error) {
 	for _, d := range left {
 		s.release(g.name + "/" + d.Name)
 	}
-	if err := g.closeFiles(); err != nil {
+	if err := errors.Join(g.append.log.Close(), g.apply.orig.Close(), g.closeFiles()); err != nil {
 		return err
 	}
 	next, err := s.addGroup(gc)
@@ -88,6 +95,9 @@ func without(groups []*Group, g *Group) []*Group {
 
 // canRewind says whether what the disks were at an LSN is known.
 func (g *Group) canRewind(to record.LSN) error {
+	if state, why := g.State(); state == "failed" {
+		return why
+	}
 	switch {
 	case !g.Follows():
 		return fmt.Errorf("the group is this daemon's, in epoch %d: have it follow first", g.Reigns().Epoch())
@@ -108,6 +118,40 @@ func (g *Group) canRewind(to record.LSN) error {
 	return nil
 }
 
+// readyToRewind applies what is journaled, and looks for all that would be in the way of a rewind that has begun: damaged headers, and a lack
+// of room.
+func (g *Group) readyToRewind(to record.LSN) error {
+	if err := g.canRewind(to); err != nil {
+		return err
+	}
+	if err := g.applyTo(g.Head()); err != nil {
+		return err
+	}
+	if err := errors.Join(g.Sync(), g.Checkpoint()); err != nil {
+		return err
+	}
+	need := int64(0)
+	for _, f := range g.set.Files(segment.Originals) {
+		tail := false
+		if _, err := f.Scan(f.Start(), func(_ int64, h record.Header) error {
+			tail = tail || ofTail(&h, to)
+			return nil
+		}); err != nil {
+			return fmt.Errorf("originals: %w", err)
+		}
+		if tail {
+			need += f.Alloc() + f.Alloc()/32 // a header for each block
+		}
+	}
+	if _, _, err := g.changedBehind(to); err != nil {
+		return err
+	}
+	if u, err := g.fs.GetDiskUsage(g.dir); err == nil && int64(u.AvailBytes) < need+g.o.keepLog()+2*g.o.SegmentSize {
+		return fmt.Errorf("%w: %d bytes are free, and it may take %d", ErrNoSpace, u.AvailBytes, need+g.o.keepLog()+2*g.o.SegmentSize)
+	}
+	return nil
+}
+
 // rewindTo does what Rewind has to with the group open, which a note holds:
 //
 //  1. Originals are kept again for the records that stay, see keepOriginals.
@@ -117,12 +161,6 @@ func (g *Group) canRewind(to record.LSN) error {
 //
 // The rest, finishRewind, is done with the group closed.
 func (g *Group) rewindTo(to record.LSN) error {
-	if err := g.applyTo(g.Head()); err != nil {
-		return err
-	}
-	if err := errors.Join(g.Sync(), g.Checkpoint()); err != nil {
-		return err
-	}
 	n := rewindNote{to: to}
 	for _, k := range []segment.Kind{segment.Log, segment.Originals} {
 		for _, f := range g.set.Files(k) {
@@ -196,12 +234,16 @@ func (g *Group) restoreBackings(changed map[*disk.Disk]blockSet, to record.LSN) 
 	return nil
 }
 
-// ofTail reports whether an original was kept in a round that went behind an LSN.
+// ofTail reports whether a record among the originals is of what stands behind an LSN: kept in a round that went behind it, or of an expiry
+// that a crash cut off there.
 func ofTail(h *record.Header, to record.LSN) bool {
-	return h.LSN > to && h.Kind != record.KindExpired && h.Kind != record.KindDefine
+	if h.Kind == record.KindExpired || h.Kind == record.KindDefine {
+		return h.Durable > to
+	}
+	return h.LSN > to
 }
 
-// hasTail reports whether a file of originals has one that was kept in a round that went behind an LSN.
+// hasTail reports whether a file of originals has any of what stands behind an LSN.
 func hasTail(f *segment.File, to record.LSN) (has bool, err error) {
 	_, err = f.Scan(f.Start(), func(_ int64, h record.Header) error {
 		if has = ofTail(&h, to); has {
@@ -215,9 +257,9 @@ func hasTail(f *segment.File, to record.LSN) (has bool, err error) {
 	return has, err
 }
 
-// keepOriginals copies what stays of those files of originals that have any of a round behind an LSN, which then can go. A round's LSN
+// keepOriginals copies what stays of those files of originals that have any of what stands behind an LSN, which then can go. A round's LSN
 // says later which record overwrote a block, see dropStale: what stays of such a round is of records up to the LSN, and is kept as of that; an
-// original of a block that no such record has overwritten is what the backing holds, and goes.
+// original of a block that no such record has overwritten is what the backing holds, and goes. Damage is copied as it is.
 func (g *Group) keepOriginals(to record.LSN) error {
 	g.apply.Lock()
 	defer g.apply.Unlock()
@@ -240,21 +282,33 @@ func (g *Group) keepOriginals(to record.LSN) error {
 			continue
 		}
 		_, err = f.Scan(f.Start(), func(off int64, h record.Header) error {
-			var err error
-			if buf, err = f.VerifyPayload(off, h, buf); err != nil {
+			stays := !ofTail(&h, to)
+			if !stays && (h.Kind == record.KindExpired || h.Kind == record.KindDefine || h.Flags&record.FlagCarried != 0 && h.Durable > to) {
+				return nil
+			}
+			if len(buf) < h.Payload {
+				buf = make([]byte, h.Payload)
+			}
+			content := buf[:h.Payload]
+			if err := f.ReadAt(content, off+int64(h.EncodedSize()), false); err != nil {
 				return err
 			}
-			h.Sums = nil
-			if !ofTail(&h, to) {
-				return g.keep(h, buf[:h.Payload])
+			if stays {
+				return g.keep(h, content)
 			}
-			return g.keepStaying(reader, h, buf[:h.Payload], to)
+			return g.keepStaying(reader, h, content, to)
 		})
 		if err != nil {
 			return err
 		}
 	}
-	_, err = g.syncKept() // the index is made again
+	// The index is made again, and with it the horizon, which nothing else may say.
+	if h := g.Horizon(); h > 0 {
+		if err := g.keep(record.Header{Kind: record.KindExpired, Flags: record.FlagCarried, LSN: h + 1, Durable: h}, nil); err != nil {
+			return err
+		}
+	}
+	_, err = g.syncKept()
 	return err
 }
 
@@ -263,19 +317,20 @@ func (g *Group) keepStaying(reader *index.Reader, h record.Header, content []byt
 	var pick [1]index.Pick
 	d := g.disk(h.Disk)
 	first := h.Extent.Off / record.BlockSize
-	for i := range int64(record.Blocks(h.Extent.Len)) {
-		if err := reader.Find(h.Disk, first+i, to, pick[:]); err != nil {
+	for i := range record.Blocks(h.Extent.Len) {
+		block := first + int64(i)
+		if err := reader.Find(h.Disk, block, to, pick[:]); err != nil {
 			return err
 		}
-		if !pick[0].Found || pick[0].LSN <= g.Horizon() {
+		if !overwrote(&pick[0], &h, g.Horizon()) {
 			continue
 		}
 		one := h
 		one.LSN = to
-		one.Extent = record.Extent{Off: (first + i) * record.BlockSize, Len: int64(d.BlockLen(first + i))}
+		one.Extent = record.Extent{Off: block * record.BlockSize, Len: int64(d.BlockLen(block))}
 		var part []byte
 		if h.Kind == record.KindOriginal {
-			part = content[i*record.BlockSize:][:one.Extent.Len]
+			part, one.Sums = content[i*record.BlockSize:][:one.Extent.Len], h.Sums[4*i:4*i+4]
 		}
 		if err := g.keep(one, part); err != nil {
 			return err
@@ -468,7 +523,7 @@ func (g *Group) readRewindNote() (*rewindNote, error) {
 // resumeRewind does what is left of a rewind before the group is recovered. It reports whether the backings are still to be restored:
 // then the log is as it was before.
 func (g *Group) resumeRewind(n *rewindNote) (restore bool, err error) {
-	if n.file != 0 {
+	if n.file != 0 || len(g.set.Files(segment.Log)) == 0 {
 		return false, g.finishRewind(n)
 	}
 	var begun []*segment.File
@@ -483,6 +538,10 @@ func (g *Group) resumeRewind(n *rewindNote) (restore bool, err error) {
 // finishRewind drops the records behind the LSN that is rewound to. Nothing has the group open, and its index is made again then.
 func (g *Group) finishRewind(n *rewindNote) error {
 	g.log.Info("dropping what was recorded behind the LSN that the group is rewound to", zap.Uint64("lsn", uint64(n.to)))
+	logs := g.set.Files(segment.Log)
+	if len(logs) == 0 {
+		return g.dropRewindNote() // the journal was removed
+	}
 	var gone []*segment.File
 	var last *segment.File
 	for _, f := range g.set.Files(segment.Originals) {
@@ -497,7 +556,7 @@ func (g *Group) finishRewind(n *rewindNote) error {
 			gone = append(gone, f) // what stays of it was copied
 		}
 	}
-	for _, f := range g.set.Files(segment.Log) {
+	for _, f := range logs {
 		switch {
 		case f.Number >= n.file:
 		case f.First > n.to:
@@ -513,29 +572,44 @@ func (g *Group) finishRewind(n *rewindNote) error {
 		}
 	}
 	if last != nil {
-		end, err := last.Scan(last.Start(), func(_ int64, h record.Header) error {
-			if h.LSN > n.to {
-				return segment.ErrStop
-			}
-			return nil
-		})
-		if err != nil && !errors.Is(err, segment.ErrStop) {
-			return fmt.Errorf("find the end of LSN %d: %w", n.to, err)
-		}
-		if err := last.Cut(end); err != nil {
+		if err := cutBehind(last, n.to); err != nil {
 			return err
 		}
 	}
 	g.dropOverlays()
-	ix, err := g.store.ix.Group(g.set.Files(segment.Log)[0].Group)
+	ix, err := g.store.ix.Group(logs[0].Group)
 	if err != nil {
 		return err
 	}
 	if err := errors.Join(ix.DeleteAll(), g.store.ix.Flush()); err != nil {
 		return err
 	}
-	if err := g.fs.Remove(g.fs.PathJoin(g.dir, rewindName)); err != nil {
+	return g.dropRewindNote()
+}
+
+func (g *Group) dropRewindNote() error {
+	if err := g.fs.Remove(g.fs.PathJoin(g.dir, rewindName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return syncDirs(g.fs, g.dir)
+}
+
+// cutBehind cuts a file of the log behind the record of an LSN. What a crash tore behind it, and another file went on after, goes too;
+// what is damaged before it stays, for the recovery to find.
+func cutBehind(f *segment.File, to record.LSN) error {
+	seen := f.First - 1
+	end, err := f.Scan(f.Start(), func(_ int64, h record.Header) error {
+		if h.LSN > to {
+			return segment.ErrStop
+		}
+		seen = h.LSN
+		return nil
+	})
+	switch {
+	case err == nil, errors.Is(err, segment.ErrStop), errors.Is(err, record.ErrCorrupt) && seen == to:
+		return f.Cut(end)
+	case errors.Is(err, record.ErrCorrupt):
+		return nil
+	}
+	return fmt.Errorf("find the end of LSN %d: %w", to, err)
 }

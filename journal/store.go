@@ -8,6 +8,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -136,6 +137,9 @@ func (s *Store) openAll(groups []GroupConfig) error {
 		var err error
 		if s.lock, err = fs.Lock(fs.PathJoin(s.dir, lockName)); err != nil {
 			return fmt.Errorf("lock the state directory %s (is another tidemarkd using it?): %w", s.dir, err)
+		}
+		if err := s.clearDiscarded(); err != nil {
+			return err
 		}
 	}
 	var err error
@@ -304,11 +308,41 @@ func (s *Store) Discard(name string) error {
 	if err := record.CheckName(name); err != nil {
 		return err
 	}
+	// First under a name that is no group's: what a crash leaves of it is nothing.
 	fs := s.o.FS
-	if err := fs.RemoveAll(fs.PathJoin(s.dir, groupsName, name)); err != nil {
+	gone := fs.PathJoin(s.dir, groupsName, discarded+name)
+	err := fs.Rename(fs.PathJoin(s.dir, groupsName, name), gone)
+	if err == nil {
+		err = s.syncGroups()
+	}
+	if err == nil {
+		err = fs.RemoveAll(gone)
+	}
+	if err != nil {
 		return fmt.Errorf("discard the journal of group %s: %w", name, err)
 	}
 	return s.syncGroups()
+}
+
+// discarded begins the names of directories that a Discard has not removed yet.
+const discarded = ".discarded-"
+
+// clearDiscarded removes what discards have left.
+func (s *Store) clearDiscarded() error {
+	fs := s.o.FS
+	dir := fs.PathJoin(s.dir, groupsName)
+	names, err := fs.List(dir)
+	if err != nil {
+		return fmt.Errorf("list groups: %w", err)
+	}
+	for _, name := range names {
+		if strings.HasPrefix(name, discarded) {
+			if err := fs.RemoveAll(fs.PathJoin(dir, name)); err != nil {
+				return fmt.Errorf("remove what was discarded: %w", err)
+			}
+		}
+	}
+	return nil
 }
 
 // Has reports whether the state directory has a group's journal, be it open or not.

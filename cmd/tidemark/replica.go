@@ -19,7 +19,7 @@ func (a *app) replica() *cobra.Command {
 		Args:  args(cobra.NoArgs),
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.invite(), a.join(), a.peers(), a.revoke())
+	cmd.AddCommand(a.invite(), a.join(), a.peers(), a.revoke(), a.compare())
 	return cmd
 }
 
@@ -147,6 +147,63 @@ func (a *app) revoke() *cobra.Command {
 			return err
 		},
 	}
+}
+
+func (a *app) compare() *cobra.Command {
+	var point, peer string
+	cmd := &cobra.Command{
+		Use:   "compare GROUP [--at POINT]",
+		Short: "Prove that another daemon has the same of a group, without moving it",
+		Long: `Compare the disks of a group at a point, block by block, with what other daemons have of them at the same LSN: by sums under a key that is drawn for
+each comparison.`,
+		Args:              args(cobra.ExactArgs(1)),
+		ValidArgsFunction: a.completeGroups,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			got, err := c.Compare(cmd.Context(), args[0], point, peer)
+			if err != nil {
+				return err
+			}
+			if a.json {
+				err = printJSON(cmd, got)
+			} else {
+				err = printCompared(cmd.OutOrStdout(), got)
+			}
+			for _, d := range got.Disks {
+				switch {
+				case err != nil:
+				case d.Error != "":
+					err = fmt.Errorf("disk %s could not be compared with %s's: %s", d.Name, d.Peer, d.Error)
+				case d.Differ > 0:
+					err = fmt.Errorf("%w: disk %s differs from %s's", errDamage, d.Name, d.Peer)
+				}
+			}
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&point, "at", "latest", "the point; the other daemon must have come so far")
+	cmd.Flags().StringVar(&peer, "peer", "", "compare with this one (default: all that have the group)")
+	return cmd
+}
+
+func printCompared(w io.Writer, c api.Comparison) error {
+	for _, d := range c.Disks {
+		what := "the same"
+		switch {
+		case d.Error != "":
+			what = "not compared"
+		case d.Differ > 0:
+			what = fmt.Sprintf("%d blocks differ", d.Differ)
+		}
+		fmt.Fprintf(w, "%s/%s at LSN %d, here and at %s: %s (%d blocks)\n", c.Group, d.Name, c.LSN, d.Peer, what, d.Blocks)
+		for _, e := range d.Differing {
+			fmt.Fprintf(w, "  %d bytes at %d\n", e.Length, e.Offset)
+		}
+	}
+	return nil
 }
 
 // printReplication says to whom a group is shipped, and whom it comes from.

@@ -13,26 +13,34 @@ import (
 
 func (a *app) verify() *cobra.Command {
 	var stateDir string
+	var repair bool
 	cmd := &cobra.Command{
 		Use:   "verify [GROUP…]",
 		Short: "Read everything in the journal and compare it with its checksums",
 		Long: `Read every record and every version in the index of the groups (all by
 default) and compare them with their checksums. Nothing is changed. With
---state-dir, the journal of a daemon that is not running is read.`,
+--state-dir, the journal of a daemon that is not running is read.
+
+With --repair, damaged records of the log are fetched from other daemons that have the group, and written again. Damaged originals
+can not be: what they held may be in views of the other daemon.`,
 		ValidArgsFunction: a.completeGroups,
 		RunE: func(cmd *cobra.Command, groups []string) error {
-			all, err := a.verifyAll(cmd, stateDir, groups)
+			if repair && stateDir != "" {
+				return usage(errors.New("--repair takes a running daemon"))
+			}
+			all, err := a.verifyAll(cmd, stateDir, repair, groups)
 			if err != nil {
 				return err
 			}
 			return a.printVerified(cmd, all)
 		},
 	}
+	cmd.Flags().BoolVar(&repair, "repair", false, "fetch what is damaged from other daemons that have the group")
 	cmd.Flags().StringVar(&stateDir, "state-dir", "", "state directory of a daemon that is not running")
 	return cmd
 }
 
-func (a *app) verifyAll(cmd *cobra.Command, stateDir string, groups []string) (all []api.Verified, err error) {
+func (a *app) verifyAll(cmd *cobra.Command, stateDir string, repair bool, groups []string) (all []api.Verified, err error) {
 	ctx := cmd.Context()
 	if stateDir != "" {
 		err = atRest(stateDir, groups, func(g *journal.Group) error {
@@ -47,7 +55,7 @@ func (a *app) verifyAll(cmd *cobra.Command, stateDir string, groups []string) (a
 		return nil, err
 	}
 	for _, g := range groups {
-		v, err := c.Verify(ctx, g)
+		v, err := c.Verify(ctx, g, repair)
 		if err != nil {
 			return nil, err
 		}
@@ -111,6 +119,9 @@ func (a *app) printVerified(cmd *cobra.Command, all []api.Verified) error {
 		out := cmd.OutOrStdout()
 		for _, v := range all {
 			fmt.Fprintf(out, "%s: %d records, %d originals, %s of payload, %d versions: ", v.Group, v.Records, v.Originals, size(v.Bytes), v.Versions)
+			if v.Repaired > 0 {
+				fmt.Fprintf(out, "%d repaired, ", v.Repaired)
+			}
 			if v.Damaged == 0 {
 				fmt.Fprintln(out, "no damage")
 				continue
@@ -118,6 +129,9 @@ func (a *app) printVerified(cmd *cobra.Command, all []api.Verified) error {
 			fmt.Fprintf(out, "%d damaged\n", v.Damaged)
 			for _, f := range v.Findings {
 				fmt.Fprintf(out, "  %s: LSN %d: %s\n", f.Where, f.LSN, f.What)
+			}
+			if v.NotRepaired != "" {
+				fmt.Fprintf(out, "  not repaired: %s\n", v.NotRepaired)
 			}
 		}
 	}

@@ -65,6 +65,7 @@ func (c *control) handler() http.Handler {
 	handle("GET /v1/groups/{group}/resolve", c.resolve)
 	handle("POST /v1/groups/{group}/failover", c.failover)
 	handle("POST /v1/groups/{group}/failback", c.failback)
+	handle("POST /v1/groups/{group}/compare", c.compare)
 	handle("GET /v1/peers", c.peers)
 	handle("POST /v1/peers", c.join)
 	handle("POST /v1/peers/invitations", c.invite)
@@ -176,7 +177,37 @@ func (c *control) verify(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return api.VerifyGroup(r.Context(), g)
+	v, err := api.VerifyGroup(r.Context(), g)
+	if err != nil || v.Damaged == 0 || r.URL.Query().Get("repair") != "true" {
+		return v, err
+	}
+	return c.repaired(r.Context(), g, v)
+}
+
+// repaired repairs what a verification has found, round by round: behind a damaged header, a file can not be read before it is mended.
+func (c *control) repaired(ctx context.Context, g *journal.Group, v api.Verified) (api.Verified, error) {
+	total := 0
+	for {
+		var damaged []uint64
+		for _, f := range v.Findings {
+			if f.LSN > 0 {
+				damaged = append(damaged, f.LSN)
+			}
+		}
+		n, why := c.replication.repair(ctx, g, damaged)
+		total += n
+		next, err := api.VerifyGroup(ctx, g)
+		if err != nil {
+			return next, err
+		}
+		v = next
+		if v.Repaired = int64(total); n == 0 || v.Damaged == 0 {
+			if why != nil && v.Damaged > 0 {
+				v.NotRepaired = why.Error()
+			}
+			return v, nil
+		}
+	}
 }
 
 func (c *control) attach(r *http.Request) (any, error) {

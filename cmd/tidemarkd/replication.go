@@ -108,7 +108,7 @@ func newReplication(c config.Config, storeID string, store *journal.Store, x *ex
 	if err := mkdirDurable(filepath.Join(r.dir, "groups")); err != nil {
 		return nil, fmt.Errorf("replication: %w", err)
 	}
-	e := &link.Endpoint{Name: c.Replication.Name, Build: build.Version(), Log: log, Offered: r.offered}
+	e := &link.Endpoint{Name: c.Replication.Name, Build: build.Version(), Log: log, Offered: r.offered, Asked: r.asked}
 	copy(e.Node[:], storeID)
 	var err error
 	if c.Replication.Cert != "" {

@@ -14,6 +14,7 @@ import (
 	"github.com/tidemark-cdp/tidemark/journal/record"
 	"github.com/tidemark-cdp/tidemark/replica"
 	"github.com/tidemark-cdp/tidemark/replica/link"
+	"github.com/tidemark-cdp/tidemark/replica/wire"
 )
 
 // shipping is a group on its way to a replica.
@@ -83,7 +84,7 @@ func (s *shipping) run(ctx context.Context) {
 }
 
 func (s *shipping) once(ctx context.Context) error {
-	c, err := s.one.r.e.Open(ctx, s.peer)
+	c, err := s.one.r.e.Open(ctx, s.peer, wire.RoleOffers)
 	if err != nil {
 		return err
 	}

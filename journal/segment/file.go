@@ -214,6 +214,17 @@ func (f *File) Renew(off int64, h record.Header, buf []byte) ([]byte, error) {
 	return buf, nil
 }
 
+// Rewrite writes a whole record over what stands at off, durably.
+func (f *File) Rewrite(off int64, b []byte) error {
+	if off < f.start || off+int64(len(b)) > f.Alloc() {
+		return fmt.Errorf("%s: %d bytes at %d are not within its records", f.Path, len(b), off)
+	}
+	if err := osfile.WriteVec(f.f, [][]byte{b}, off); err != nil {
+		return fmt.Errorf("write %s at %d: %w", f.Path, off, err)
+	}
+	return f.Sync()
+}
+
 // RenewHeader does the same with the file's header.
 func (f *File) RenewHeader() error {
 	b := make([]byte, f.start)

@@ -27,6 +27,8 @@ type Endpoint struct {
 	// Offered is called with each connection on which a peer offers a group, in a goroutine of its own, which may take as long as
 	// it likes. It closes the connection.
 	Offered func(ctx context.Context, c *Conn, m *wire.Offer)
+	// Asked is called like Offered, with a peer's question. It returns what the group is, or why the peer gets no answer.
+	Asked func(c *Conn, m *wire.Ask) (Source, error)
 	// Refused counts connections that were not let in.
 	Refused atomic.Int64
 
@@ -169,6 +171,12 @@ func (e *Endpoint) attend(ctx context.Context, c *Conn) error {
 			return err
 		}
 		return e.offered(ctx, c, m)
+	case wire.RoleAsks:
+		m, err := c.Receive()
+		if err != nil {
+			return err
+		}
+		return e.offered(ctx, c, m)
 	case wire.RoleWaits:
 		return e.park(c)
 	}
@@ -176,12 +184,19 @@ func (e *Endpoint) attend(ctx context.Context, c *Conn) error {
 	return errors.Join(err, c.Refuse(wire.ReasonVersion, err))
 }
 
-// offered passes an offer on, if that is what it is.
+// offered passes an offer or a question on, if that is what it is.
 func (e *Endpoint) offered(ctx context.Context, c *Conn, m wire.Message) error {
 	switch m := m.(type) {
 	case *wire.Offer:
 		e.Offered(ctx, c, m)
 		return nil
+	case *wire.Ask:
+		defer c.Close()
+		src, err := e.Asked(c, m)
+		if err != nil {
+			return errors.Join(err, c.Refuse(wire.ReasonRights, err))
+		}
+		return answer(ctx, c, m, src)
 	case *wire.Refuse:
 		return &RefusedError{m.Reason, m.Text}
 	}
@@ -204,16 +219,16 @@ func (e *Endpoint) park(c *Conn) error {
 	return nil
 }
 
-// Open makes a connection to a peer on which a group is to be offered: it dials if it knows where the peer is, and else waits for
+// Open makes a connection to a peer on which a group is to be offered, or a question asked: it dials if it knows where the peer is, and else waits for
 // the peer to dial.
-func (e *Endpoint) Open(ctx context.Context, peer string) (*Conn, error) {
+func (e *Endpoint) Open(ctx context.Context, peer string, role wire.Role) (*Conn, error) {
 	for {
 		p, err := e.Peers.Get(peer)
 		if err != nil {
 			return nil, err
 		}
 		if p.Address != "" {
-			return e.dial(ctx, p, wire.RoleOffers)
+			return e.dial(ctx, p, role)
 		}
 		e.mu.Lock()
 		bell, all := e.bell, e.parked[peer]

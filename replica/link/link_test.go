@@ -301,7 +301,7 @@ func (m *memory) Handover() <-chan struct{}   { return m.handover }
 func (h *host) shipping(t *testing.T, peer string) (stop func() error) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
-	c, err := h.Open(ctx, peer)
+	c, err := h.Open(ctx, peer, wire.RoleOffers)
 	require.NoError(t, err)
 	ended := make(chan error, 1)
 	go func() { ended <- Ship(ctx, c, "web01", h.g, DefaultLevel) }()
@@ -409,7 +409,7 @@ func TestTheFollowerDials(t *testing.T) {
 	cancel()
 	short, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	_, err = a.Open(short, "bee")
+	_, err = a.Open(short, "bee", wire.RoleOffers)
 	require.ErrorContains(t, err, "has not dialled")
 }
 
@@ -460,7 +460,7 @@ func TestWhoIsLetIn(t *testing.T) {
 
 	// One that nobody knows, who knows the peer.
 	require.NoError(t, c.Peers.Put(Peer{Name: "b", Fingerprint: b.Identity.Fingerprint, Address: b.addr}))
-	conn, err := c.Open(t.Context(), "b")
+	conn, err := c.Open(t.Context(), "b", wire.RoleOffers)
 	require.NoError(t, err, "it finds out with the first message")
 	m, err := conn.Receive()
 	require.NoError(t, err)
@@ -469,7 +469,7 @@ func TestWhoIsLetIn(t *testing.T) {
 
 	// One that passes for another: its key is not that of the certificate's name.
 	require.NoError(t, a.Peers.Put(Peer{Name: "z", Fingerprint: c.Identity.Fingerprint, Address: b.addr}))
-	_, err = a.Open(t.Context(), "z")
+	_, err = a.Open(t.Context(), "z", wire.RoleOffers)
 	require.ErrorContains(t, err, "it is peer b")
 
 	// A group that is not the peer's.
@@ -477,14 +477,14 @@ func TestWhoIsLetIn(t *testing.T) {
 	one.MaySend = []string{"db*"}
 	require.NoError(t, b.Peers.Put(one))
 	ctx := t.Context()
-	conn, err = a.Open(ctx, "b")
+	conn, err = a.Open(ctx, "b", wire.RoleOffers)
 	require.NoError(t, err)
 	require.ErrorContains(t, Ship(ctx, conn, "web01", a.g, 1), "not yours")
 	require.False(t, b.g.known)
 
 	// A certificate that has expired.
 	b.Peers.now = func() time.Time { return time.Now().Add(2 * certLife) }
-	conn, err = a.Open(ctx, "b")
+	conn, err = a.Open(ctx, "b", wire.RoleOffers)
 	require.NoError(t, err)
 	m, err = conn.Receive()
 	require.NoError(t, err)
@@ -506,7 +506,7 @@ func TestRevocation(t *testing.T) {
 	again, err := LoadPeers(filepath.Join(b.dir, "peers.json"), nil, nil, writeFile)
 	require.NoError(t, err)
 	require.Empty(t, again.All())
-	conn, err := a.Open(t.Context(), "b")
+	conn, err := a.Open(t.Context(), "b", wire.RoleOffers)
 	require.NoError(t, err)
 	_, err = conn.Receive()
 	require.NoError(t, err)

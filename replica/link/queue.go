@@ -13,8 +13,8 @@ import (
 // made of, and who puts one never waits for the peer.
 type queue struct {
 	c    *Conn
-	stop context.CancelFunc // ends the stream
-	done chan struct{}      // closed when everything was sent, or can not be
+	lost func(error)   // is told why nothing can be sent any more
+	done chan struct{} // closed when everything was sent, or can not be
 
 	mu      sync.Mutex // guards what follows
 	encode  *wire.Writer
@@ -34,9 +34,9 @@ const (
 	maxFree   = 8
 )
 
-// newQueue begins to send what is put. stop is called if that fails.
-func newQueue(c *Conn, level int, stop context.CancelFunc) (*queue, error) {
-	q := &queue{c: c, stop: stop, done: make(chan struct{}), wake: make(chan struct{}, 1), drained: make(chan struct{})}
+// newQueue begins to send what is put. lost is called if that fails.
+func newQueue(c *Conn, level int, lost func(error)) (*queue, error) {
+	q := &queue{c: c, lost: lost, done: make(chan struct{}), wake: make(chan struct{}, 1), drained: make(chan struct{})}
 	var err error
 	if q.encode, err = wire.NewWriter(frameOf{q}, level); err != nil {
 		return nil, err
@@ -127,7 +127,7 @@ func (q *queue) send() {
 		q.c.sending.Unlock()
 		q.sent(frame, err)
 		if err != nil {
-			q.stop()
+			q.lost(err)
 			return
 		}
 	}

@@ -55,12 +55,14 @@ type seeding struct {
 	at       record.LSN
 	p        Progress
 	told     time.Time
-	buf      []byte
-	sums     []byte
 	answers  <-chan *wire.Want
 	expected int64 // first block that the next answer is about
 	asked    []int64
+	sumsBuffer
 }
+
+// sumsBuffer is what sums are made with and of; the next ones are made in the same place.
+type sumsBuffer struct{ buf, sums []byte }
 
 // seed begins to send disks; the state machine is told at the end.
 func (x *shipper) seed(a replica.Seed) {
@@ -168,7 +170,7 @@ func (sd *seeding) put(ctx context.Context, m wire.Message) error {
 }
 
 // sumsOf are the sums of n blocks from first on. What is known to be zeroes is not read.
-func (sd *seeding) sumsOf(v View, s *summer, first, n int64) ([]byte, error) {
+func (sd *sumsBuffer) sumsOf(v View, s *summer, first, n int64) ([]byte, error) {
 	off := first * record.BlockSize
 	end := min(off+n*record.BlockSize, v.Size())
 	type run struct {

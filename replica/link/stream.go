@@ -30,6 +30,8 @@ type stream struct {
 	busy bool  // something is done beside it
 	over bool  // it is to end
 	err  error // why
+	// lost is why nothing comes or goes any more: the stream ends when everything was done that had come before.
+	lost error
 	// do is what an action takes that takes time, nil if it is done already; then is called in the loop behind it.
 	do func(replica.Action) (work func() error, then func() []replica.Action)
 	// fail ends the state machine.
@@ -42,10 +44,18 @@ type stream struct {
 func (s *stream) open(ctx context.Context, c *Conn, level int) (err error) {
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	s.c, s.in, s.next, s.events = c, make(chan wire.Message), make(chan struct{}), make(chan func())
-	if s.q, err = newQueue(c, level, s.cancel); err != nil {
+	if s.q, err = newQueue(c, level, func(err error) { s.post(func() { s.lose(fmt.Errorf("to peer %s: %w", c.Peer.Name, err)) }) }); err != nil {
 		s.cancel()
 	}
 	return err
+}
+
+// lose notes that the connection is lost.
+func (s *stream) lose(err error) {
+	if s.lost == nil {
+		s.lost = err
+	}
+	s.perform(nil)
 }
 
 // read reads messages until the connection ends.
@@ -53,7 +63,7 @@ func (s *stream) read() {
 	for {
 		m, err := s.c.Receive()
 		if err != nil {
-			s.post(func() { s.end(fmt.Errorf("from peer %s: %w", s.c.Peer.Name, err)) })
+			s.post(func() { s.lose(fmt.Errorf("from peer %s: %w", s.c.Peer.Name, err)) })
 			return
 		}
 		select {
@@ -93,8 +103,8 @@ func (s *stream) perform(actions []replica.Action) {
 		s.waiting = s.waiting[1:]
 		switch a := a.(type) {
 		case replica.Send:
-			if err := s.q.put(a.Message); err != nil {
-				s.end(fmt.Errorf("to peer %s: %w", s.c.Peer.Name, err))
+			if err := s.q.put(a.Message); err != nil && s.lost == nil {
+				s.lost = fmt.Errorf("to peer %s: %w", s.c.Peer.Name, err)
 			}
 			continue
 		case replica.End:
@@ -123,6 +133,9 @@ func (s *stream) perform(actions []replica.Action) {
 			})
 		})
 	}
+	if s.lost != nil && !s.busy && len(s.waiting) == 0 {
+		s.end(s.lost)
+	}
 }
 
 // turn waits for what happens next and does it. take gets the messages, unless it is nil; tick is called at chatter's pace.
@@ -139,13 +152,7 @@ func (s *stream) turn(take func(wire.Message), tick <-chan time.Time, ticked fun
 	case <-tick:
 		ticked()
 	case <-s.ctx.Done():
-		s.q.mu.Lock()
-		err := s.q.err
-		s.q.mu.Unlock()
-		if err == nil {
-			err = context.Cause(s.ctx)
-		}
-		s.end(err)
+		s.end(context.Cause(s.ctx))
 	}
 }
 

@@ -33,6 +33,7 @@ const (
 	TypeHandover Type = 16
 	TypeReady    Type = 17
 	TypeTaken    Type = 18
+	TypeAsk      Type = 19
 )
 
 var types = map[Type]struct {
@@ -57,6 +58,7 @@ var types = map[Type]struct {
 	TypeHandover: {"request for the group", func() Message { return new(Handover) }},
 	TypeReady:    {"end of a reign", func() Message { return new(Ready) }},
 	TypeTaken:    {"new reign", func() Message { return new(Taken) }},
+	TypeAsk:      {"question", func() Message { return new(Ask) }},
 }
 
 func (t Type) String() string {
@@ -100,6 +102,7 @@ const (
 	RoleOffers Role = 1 // who dials will make an Offer
 	RoleWaits  Role = 2 // who dials waits for one, however long
 	RolePairs  Role = 3 // who dials has a token
+	RoleAsks   Role = 4 // who dials will Ask, once
 )
 
 // Hello is the first message of either side, always in a frame of version 1: lowest version (2), highest (2), role (1), node (16), name,
@@ -397,6 +400,30 @@ func (*Taken) Type() Type { return TypeTaken }
 
 func (m *Taken) append(b []byte) []byte { return appendReigns(b, m.Reigns) }
 func (m *Taken) read(r *reader)         { m.Reigns = r.reigns() }
+
+// Ask asks one who has the same group for the sums of a disk's blocks as of an LSN, or, of no disk, for records: group (text), disk (4), first
+// LSN (8), last (8), key (32). It is answered by Sums, which begin with block 0 and follow each other, or by Records, each to a Seeded of the disk; or by
+// a Refuse. Of a disk, the first LSN counts.
+type Ask struct {
+	Group       string
+	Disk        record.DiskID
+	First, Last record.LSN
+	Key         [32]byte
+}
+
+// Type implements Message.
+func (*Ask) Type() Type { return TypeAsk }
+
+func (m *Ask) append(b []byte) []byte {
+	b = le.AppendUint32(appendText(b, m.Group), uint32(m.Disk))
+	b = le.AppendUint64(le.AppendUint64(b, uint64(m.First)), uint64(m.Last))
+	return append(b, m.Key[:]...)
+}
+
+func (m *Ask) read(r *reader) {
+	m.Group, m.Disk, m.First, m.Last = r.text("group"), record.DiskID(r.u32("disk")), r.lsn("first LSN"), r.lsn("last LSN")
+	copy(m.Key[:], r.take(len(m.Key), "key"))
+}
 
 // SumSize is the length of a block's sum, in bytes: the first of the BLAKE3 of its content under a key that is drawn for
 // each seeding. A guest that does not know the key can not have two blocks of one sum.

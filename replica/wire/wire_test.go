@@ -44,6 +44,7 @@ var samples = []Message{
 	&Handover{Group: "web01"},
 	&Ready{Head: 70},
 	&Taken{Reigns: reigns},
+	&Ask{Group: "web01", Disk: 2, First: 5, Last: 9, Key: [32]byte{1}},
 }
 
 func TestEveryTypeHasASample(t *testing.T) {

@@ -399,6 +399,34 @@ type Verified struct {
 	Versions  int64     `json:"versions"`
 	Damaged   int64     `json:"damaged"`
 	Findings  []Finding `json:"findings"` // the first thousand
+
+	// Repaired is how many records were written again with what another daemon has of them, NotRepaired why no more were.
+	Repaired    int64  `json:"repaired,omitempty"`
+	NotRepaired string `json:"not_repaired,omitempty"`
+}
+
+// Comparison is the answer to POST /v1/groups/GROUP/compare?point=POINT&peer=PEER: whether disks are what other daemons have of them.
+type Comparison struct {
+	Group string         `json:"group"`
+	Point string         `json:"point"`
+	LSN   uint64         `json:"lsn"`
+	Disks []ComparedDisk `json:"disks"`
+}
+
+// ComparedDisk is a disk of it.
+type ComparedDisk struct {
+	Peer      string   `json:"peer"`
+	Name      string   `json:"name"`
+	Blocks    int64    `json:"blocks"` // compared
+	Differ    int64    `json:"differ"` // blocks that differ
+	Differing []Extent `json:"differing,omitempty"`
+	Error     string   `json:"error,omitempty"` // why it could not be compared
+}
+
+// Extent is a run of bytes.
+type Extent struct {
+	Offset int64 `json:"offset"`
+	Length int64 `json:"length"`
 }
 
 // Finding is damage.
@@ -643,8 +671,14 @@ func (c *Client) Resolve(ctx context.Context, group, point string) (r Resolved, 
 	return r, err
 }
 
-// Verify has a group verified; it takes as long as reading all of its journal.
-func (c *Client) Verify(ctx context.Context, group string) (v Verified, err error) {
-	err = c.do(ctx, http.MethodPost, groupPath(group, "/verify"), nil, &v)
+// Verify has a group verified, and, with repair, what is damaged fetched from other daemons; it takes as long as reading all of its journal.
+func (c *Client) Verify(ctx context.Context, group string, repair bool) (v Verified, err error) {
+	err = c.do(ctx, http.MethodPost, groupPath(group, "/verify?repair="+strconv.FormatBool(repair)), nil, &v)
 	return v, err
+}
+
+// Compare compares a group's disks with those of another daemon, or of all that have them.
+func (c *Client) Compare(ctx context.Context, group, point, peer string) (a Comparison, err error) {
+	err = c.do(ctx, http.MethodPost, groupPath(group, "/compare?point="+url.QueryEscape(point)+"&peer="+url.QueryEscape(peer)), nil, &a)
+	return a, err
 }

@@ -1,0 +1,131 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+	"github.com/tidemark-cdp/tidemark/journal"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/replica/link"
+	"github.com/tidemark-cdp/tidemark/replica/wire"
+)
+
+// others are the peers that have the group too: those that it is shipped to, and the one that it came from.
+func (one *replicated) others() (all []string) {
+	conf := one.r.reloader.configured()[one.name]
+	all = slices.Clone(conf.Replicas)
+	if from := one.known().From; from != "" && !slices.Contains(all, from) {
+		all = append(all, from)
+	}
+	return all
+}
+
+// asked says whether a peer may ask about a group: it must have it anyway.
+func (r *replication) asked(c *link.Conn, m *wire.Ask) (link.Source, error) {
+	r.mu.Lock()
+	one := r.groups[m.Group]
+	r.mu.Unlock()
+	if one == nil || !slices.Contains(one.others(), c.Peer.Name) {
+		return nil, fmt.Errorf("group %s is none that %s and peer %s have in common", m.Group, r.conf.Name, c.Peer.Name)
+	}
+	g := one.journal()
+	if g == nil {
+		return nil, fmt.Errorf("group %s: %w", m.Group, journal.ErrNotFound)
+	}
+	return source{&shipping{one: one, g: g, peer: c.Peer.Name}}, nil
+}
+
+// compare compares a group's disks at a point with what a peer has of them.
+func (c *control) compare(r *http.Request) (any, error) {
+	g, p, lsn, err := c.point(r)
+	if err != nil {
+		return nil, err
+	}
+	one := c.replication.group(g.Name())
+	peers := one.others()
+	if peer := r.URL.Query().Get("peer"); peer != "" {
+		if !slices.Contains(peers, peer) {
+			return nil, fmt.Errorf("%w: peer %s has no group %s", errBadRequest, peer, g.Name())
+		}
+		peers = []string{peer}
+	}
+	if len(peers) == 0 {
+		return nil, fmt.Errorf("%w: no other daemon has group %s", errBadRequest, g.Name())
+	}
+	a := api.Comparison{Group: g.Name(), Point: p.String(), LSN: uint64(lsn), Disks: []api.ComparedDisk{}}
+	for _, peer := range peers {
+		for _, d := range g.Disks() {
+			if d.Added > lsn {
+				continue
+			}
+			v, err := g.View(d, lsn)
+			if err != nil {
+				return nil, err
+			}
+			got, err := c.replication.e.Compare(r.Context(), peer, g.Name(), d.ID, lsn, view{v})
+			v.Close()
+			one := api.ComparedDisk{Peer: peer, Name: d.Name, Blocks: got.Blocks, Differ: got.Differ}
+			for _, e := range got.Differing {
+				one.Differing = append(one.Differing, api.Extent{Offset: e.Off, Length: e.Len})
+			}
+			if err != nil {
+				one.Error = err.Error()
+			}
+			a.Disks = append(a.Disks, one)
+		}
+	}
+	return a, nil
+}
+
+// repair writes what is damaged in a group's log again, with what peers have of it. It returns how many records were mended, and why
+// no more were.
+func (r *replication) repair(ctx context.Context, g *journal.Group, damaged []uint64) (mended int, err error) {
+	slices.Sort(damaged)
+	damaged = slices.Compact(damaged)
+	peers := r.group(g.Name()).others()
+	if len(peers) == 0 {
+		return 0, fmt.Errorf("%w: no other daemon has group %s", errBadRequest, g.Name())
+	}
+	var errs []error
+	for _, n := range damaged {
+		lsn := record.LSN(n)
+		var why error
+		for _, peer := range peers {
+			err := r.e.Fetch(ctx, peer, g.Name(), lsn, lsn, func(run record.Run) error {
+				one, err := only(run, lsn)
+				if err != nil {
+					return err
+				}
+				k, err := g.Repair(one)
+				mended += k
+				return err
+			})
+			if err == nil {
+				why = nil
+				break
+			}
+			why = errors.Join(why, err)
+		}
+		if why != nil {
+			errs = append(errs, fmt.Errorf("LSN %d: %w", lsn, why))
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return mended, errors.Join(errs...)
+}
+
+// only is a run's record of an LSN, which the run begins with.
+func only(run record.Run, lsn record.LSN) (record.Run, error) {
+	h, err := record.Decode(run.Bytes)
+	if err != nil || h.LSN != lsn || h.Size() > int64(len(run.Bytes)) {
+		return run, fmt.Errorf("%w: LSN %d was asked for: %w", record.ErrCorrupt, lsn, errors.Join(err, nil))
+	}
+	run.Last, run.Bytes = lsn, run.Bytes[:h.Size()]
+	return run, nil
+}
