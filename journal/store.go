@@ -347,8 +347,8 @@ func (s *Store) clearDiscarded() error {
 
 // Has reports whether the state directory has a group's journal, be it open or not.
 func (s *Store) Has(group string) bool {
-	_, err := s.o.FS.Stat(s.o.FS.PathJoin(s.dir, groupsName, group))
-	return err == nil
+	names, err := s.o.FS.List(s.o.FS.PathJoin(s.dir, groupsName, group))
+	return err == nil && slices.ContainsFunc(names, func(name string) bool { return strings.HasSuffix(name, ".seg") })
 }
 
 // release takes a claim back.

@@ -336,6 +336,7 @@ func (n *network) sender(st *stream, actions []Action) {
 			st.there = append(st.there, n.copied(a.Message))
 		case Feed:
 			st.feeding, st.next = true, a.From
+		case Anew:
 		case Acked:
 			n.reached["acked"]++
 		case Answer:

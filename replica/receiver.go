@@ -150,12 +150,15 @@ func (r *Receiver) Offer(m *wire.Offer, local Local) []Action {
 	}
 	r.offer, r.local, r.state, r.Head = *m, local, receiverAnswers, m.Head
 	theirs, newest := last(m.Reigns), local.newest()
+	if err := plausible(m.Reigns, newest.Epoch()); local.Known && err != nil {
+		return r.end(refuse(wire.ReasonFailed, nil, err))
+	}
 	var note []Action
-	if newest == nil || theirs.Epoch > newest.Epoch() {
+	if local.Known && theirs.Epoch > newest.Epoch() {
 		note = []Action{Note{m.Reigns}}
 	}
 	if !local.Known && (newest == nil || theirs.Epoch > newest.Epoch() || theirs == last(newest)) {
-		return append(note, Send{&wire.Position{}})
+		return []Action{Send{&wire.Position{}}}
 	}
 	if !local.Known {
 		return r.end(refuse(wire.ReasonDeposed, newest, fmt.Errorf("%w: epoch %d is known here, and the group was offered in epoch %d", ErrDeposed, newest.Epoch(), theirs.Epoch)))
@@ -164,7 +167,7 @@ func (r *Receiver) Offer(m *wire.Offer, local Local) []Action {
 	_, err := local.Reigns.Common(local.Head, m.Reigns, m.Head)
 	switch {
 	case err != nil: // whatever epoch it claims, it is of another group
-		return r.end(refuse(wire.ReasonUnrelated, local.Reigns, fmt.Errorf("group %s: %w", m.Group, err)))
+		return r.end(refuse(wire.ReasonUnrelated, nil, fmt.Errorf("group %s: %w", m.Group, err)))
 	case theirs.Epoch < newest.Epoch() || local.Leads && theirs.Epoch == ours.Epoch:
 		err := fmt.Errorf("%w: epoch %d is known here, and the group was offered in epoch %d", ErrDeposed, newest.Epoch(), theirs.Epoch)
 		return r.end(refuse(wire.ReasonDeposed, newest, err))
@@ -257,6 +260,9 @@ func (r *Receiver) refused(m *wire.Refuse) []Action {
 }
 
 func (r *Receiver) records(m *wire.Records) []Action {
+	if n := len(m.Run.Reigns); m.Table && (n > len(r.offer.Reigns) || !slices.Equal(m.Run.Reigns, r.offer.Reigns[:n])) {
+		return outOfTurn("records of epoch %d, which is not what was offered", m.Run.Reigns.Epoch())
+	}
 	if m.Table {
 		r.table = &record.Run{Disks: slices.Clone(m.Run.Disks), Reigns: slices.Clone(m.Run.Reigns)}
 	}

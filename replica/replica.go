@@ -22,6 +22,21 @@ type Local struct {
 	Disks []record.Disk // those whose content it has
 }
 
+const (
+	// maxStep is how far an epoch may be beyond what is known, and spare how many reigns are left for this daemon: a peer that claims more
+	// would leave no epoch, or no reign, to fail over with.
+	maxStep = 1 << 20
+	spare   = 16
+)
+
+// plausible says whether a peer can have come by reigns.
+func plausible(r record.Reigns, known uint64) error {
+	if r.Epoch() > known+maxStep || len(r) > record.MaxReigns-spare {
+		return fmt.Errorf("%w: it claims epoch %d, of %d reigns, and epoch %d is known", ErrProtocol, r.Epoch(), len(r), known)
+	}
+	return nil
+}
+
 func last(r record.Reigns) record.Reign { return r[len(r)-1] }
 
 // newest are the reigns of the highest epoch that is known.

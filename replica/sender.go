@@ -27,6 +27,8 @@ type (
 	// Yield asks for the group to follow, durably, with no guest at its disks, and for Yielded to be called then; or, if that can not be,
 	// for Fail.
 	Yield struct{}
+	// Anew says that the follower has nothing, or nothing that counts: it is given what the group begins with.
+	Anew struct{}
 	// Acked says that the follower has everything up to an LSN durably. The records behind it are what it has yet to get.
 	Acked struct{ Durable record.LSN }
 )
@@ -36,6 +38,7 @@ func (Seed) action()   {}
 func (Answer) action() {}
 func (Verify) action() {}
 func (Yield) action()  {}
+func (Anew) action()   {}
 func (Acked) action()  {}
 
 type senderState int
@@ -104,7 +107,7 @@ func (s *Sender) Receive(m wire.Message) []Action {
 			return []Action{Answer{m}}
 		}
 	case *wire.Handover:
-		if s.state == senderStreams && !s.yields {
+		if (s.state == senderStreams || s.state == senderSeeds && !s.begin) && !s.yields {
 			s.yields = true
 			return []Action{Yield{}}
 		}
@@ -132,7 +135,7 @@ func (s *Sender) refused(m *wire.Refuse) []Action {
 	s.state = senderEnded
 	err := refused(m)
 	_, unrelated := s.local.Reigns.Common(s.local.Head, m.Reigns, record.MaxLSN)
-	if m.Reason == wire.ReasonDeposed && unrelated == nil && m.Reigns.Epoch() > s.local.Reigns.Epoch() {
+	if m.Reason == wire.ReasonDeposed && unrelated == nil && m.Reigns.Epoch() > s.local.Reigns.Epoch() && plausible(m.Reigns, s.local.Reigns.Epoch()) == nil {
 		return []Action{Depose{m.Reigns}, End{err}}
 	}
 	return []Action{End{err}}
@@ -166,7 +169,7 @@ func (s *Sender) ready() []Action {
 
 func (s *Sender) taken(m *wire.Taken) []Action {
 	common, err := s.local.Reigns.Common(s.ends, m.Reigns, record.MaxLSN)
-	if err != nil || common != s.ends || m.Reigns.Epoch() <= s.local.Reigns.Epoch() {
+	if err != nil || common != s.ends || m.Reigns.Epoch() <= s.local.Reigns.Epoch() || plausible(m.Reigns, s.local.Reigns.Epoch()) != nil {
 		return outOfTurn("a reign of epoch %d behind LSN %d: it was handed over in epoch %d at LSN %d", m.Reigns.Epoch(), common, s.local.Reigns.Epoch(), s.ends)
 	}
 	return []Action{Depose{m.Reigns}, End{ErrHandedOver}}
@@ -180,7 +183,10 @@ func (s *Sender) position(m *wire.Position) []Action {
 	ours, theirs := last(s.local.Reigns), last(m.Reigns)
 	common, err := s.local.Reigns.Common(s.local.Head, m.Reigns, m.Head)
 	if err != nil { // whatever epoch it claims, it is of another group
-		return refuse(wire.ReasonUnrelated, s.local.Reigns, fmt.Errorf("group %s: %w", s.group, err))
+		return refuse(wire.ReasonUnrelated, nil, fmt.Errorf("group %s: %w", s.group, err))
+	}
+	if err := plausible(m.Reigns, ours.Epoch); err != nil {
+		return refuse(wire.ReasonFailed, nil, err)
 	}
 	if theirs.Epoch > ours.Epoch {
 		err := fmt.Errorf("%w: the follower knows of epoch %d, and this daemon writes in epoch %d", ErrDeposed, theirs.Epoch, ours.Epoch)
@@ -225,7 +231,7 @@ func (s *Sender) Verified(digest [16]byte) []Action {
 
 func (s *Sender) beginAnew() []Action {
 	s.state = senderBegins
-	return []Action{Seed{At: s.local.Head, Begin: true}}
+	return []Action{Anew{}, Seed{At: s.local.Head, Begin: true}}
 }
 
 // Begin is the caller's answer to a Seed that asks for what the group begins with.

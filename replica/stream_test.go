@@ -70,7 +70,7 @@ func TestTheFence(t *testing.T) {
 
 	nothing := Local{Seen: second}
 	require.ErrorIs(t, ended(t, NewReceiver().Offer(&wire.Offer{Group: "g", Head: 20, Reigns: first}, nothing)), ErrDeposed)
-	require.Len(t, NewReceiver().Offer(&wire.Offer{Group: "g", Head: 20, Reigns: third}, nothing), 2)
+	require.Len(t, NewReceiver().Offer(&wire.Offer{Group: "g", Head: 20, Reigns: third}, nothing), 1, "what a name was used for says nothing before there is a group")
 }
 
 // TestHandover: the follower takes the group when it has everything, and not before.
@@ -122,4 +122,39 @@ func TestHandover(t *testing.T) {
 		require.Len(t, s.Yielded(8), 1)
 		require.ErrorIs(t, ended(t, s.Receive(&wire.Taken{Reigns: reigns})), ErrProtocol, name)
 	}
+}
+
+// TestNoEpochBehindAll: a peer can claim no epoch, and no number of reigns, that would leave none to fail over with.
+func TestNoEpochBehindAll(t *testing.T) {
+	far := first.With(record.Reign{Epoch: 1 << 40, First: 9, ID: [16]byte{2}})
+	many := first
+	for i := range record.MaxReigns - 1 {
+		many = append(many, record.Reign{Epoch: uint64(i + 2), First: 9, ID: [16]byte{1, byte(i), byte(i >> 8)}})
+	}
+	require.Error(t, first.With(record.Reign{Epoch: 1 << 50, First: 9, ID: [16]byte{2}}).Check())
+	local := Local{Known: true, Leads: true, Head: 8, Reigns: first}
+	for _, reigns := range []record.Reigns{far, many} {
+		got := NewReceiver().Offer(&wire.Offer{Group: "g", Head: 20, Reigns: reigns}, local)
+		require.ErrorIs(t, ended(t, got), ErrProtocol)
+		require.Len(t, got, 2, "nothing is noted")
+		s := NewSender("g", local)
+		s.Start()
+		require.ErrorIs(t, ended(t, s.Receive(&wire.Position{Known: true, Head: 8, Reigns: reigns})), ErrProtocol)
+		s = NewSender("g", local)
+		s.Start()
+		require.Len(t, s.Receive(&wire.Refuse{Reason: wire.ReasonDeposed, Reigns: reigns}), 1, "it is not deposed by that")
+	}
+	r := NewReceiver()
+	r.Offer(&wire.Offer{Group: "g", Head: 20, Reigns: first}, Local{Known: true, Head: 8, Reigns: first})
+	require.ErrorIs(t, ended(t, r.Receive(&wire.Records{Run: record.Run{First: 9, Last: 9, Reigns: second}, Table: true})), ErrProtocol, "of another reign than was offered")
+}
+
+// TestStrangersLearnNothing: who offers what is of another history is not told what this one's reigns are.
+func TestStrangersLearnNothing(t *testing.T) {
+	other := record.Reigns{{Epoch: 9, First: 1, ID: [16]byte{9}}}
+	got := NewReceiver().Offer(&wire.Offer{Group: "g", Head: 5, Reigns: other}, Local{Known: true, Leads: true, Head: 8, Reigns: first})
+	require.Empty(t, got[0].(Send).Message.(*wire.Refuse).Reigns)
+	s := NewSender("g", Local{Known: true, Leads: true, Head: 8, Reigns: first})
+	s.Start()
+	require.Empty(t, s.Receive(&wire.Position{Known: true, Head: 5, Reigns: other})[0].(Send).Message.(*wire.Refuse).Reigns)
 }

@@ -19,7 +19,7 @@ func (a *app) replica() *cobra.Command {
 		Args:  args(cobra.NoArgs),
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.invite(), a.join(), a.peers(), a.revoke(), a.compare())
+	cmd.AddCommand(a.invite(), a.join(), a.peers(), a.revoke(), a.compare(), a.accept())
 	return cmd
 }
 
@@ -144,6 +144,32 @@ func (a *app) revoke() *cobra.Command {
 				return printJSON(cmd, p)
 			}
 			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s is no peer any more\n", p.Name)
+			return err
+		},
+	}
+}
+
+func (a *app) accept() *cobra.Command {
+	return &cobra.Command{
+		Use:   "accept GROUP",
+		Short: "Allow the writer of a group, once, to have history dropped here",
+		Long: `A daemon that writes a group can add to its history here, and take nothing away. Where it can not go on otherwise, the status says so: the
+group here is behind what the writer still has, and must begin anew; or it must go back behind what another daemon had written. This
+allows it, once, until the daemon stops.`,
+		Args: args(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			got, err := c.Accept(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return printJSON(cmd, got)
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "the writer of %s may have it begin anew, or go back, once\n", got.Group)
 			return err
 		},
 	}

@@ -65,6 +65,7 @@ func (c *control) handler() http.Handler {
 	handle("GET /v1/groups/{group}/resolve", c.resolve)
 	handle("POST /v1/groups/{group}/failover", c.failover)
 	handle("POST /v1/groups/{group}/failback", c.failback)
+	handle("POST /v1/groups/{group}/accept", c.accept)
 	handle("POST /v1/groups/{group}/compare", c.compare)
 	handle("GET /v1/peers", c.peers)
 	handle("POST /v1/peers", c.join)

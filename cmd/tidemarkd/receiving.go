@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -26,13 +27,17 @@ type receiving struct {
 	one    *replicated
 	peer   string
 	conn   *link.Conn
+	offer  *wire.Offer
 	cancel context.CancelFunc
 	done   chan struct{}
 
-	g      *journal.Group // nil: it is not here yet
-	begins *record.Beginning
-	coming record.Disk // that is adopted
-	opened map[record.DiskID]*rawBacking
+	g       *journal.Group // nil: it is not here yet
+	begins  *record.Beginning
+	coming  record.Disk // that is adopted
+	opened  map[record.DiskID]*rawBacking
+	planned config.Group // what the configuration says of it
+
+	received atomic.Uint64 // the LSN of the last record that came
 
 	mu   sync.Mutex // guards what follows
 	head record.LSN // the writer's
@@ -45,12 +50,18 @@ type receiving struct {
 func (one *replicated) receive(ctx context.Context, c *link.Conn, offer *wire.Offer) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	x := &receiving{one: one, peer: c.Peer.Name, conn: c, cancel: cancel, done: make(chan struct{}), opened: map[record.DiskID]*rawBacking{}}
+	x := &receiving{one: one, peer: c.Peer.Name, conn: c, offer: offer, cancel: cancel, done: make(chan struct{}), opened: map[record.DiskID]*rawBacking{}}
 	defer close(x.done)
-	if epoch := one.seen().Epoch(); offer.Reigns.Epoch() < epoch {
-		// Nothing that is under way ends for this one.
-		err := fmt.Errorf("%w: epoch %d is known here, and the group was offered in epoch %d", replica.ErrDeposed, epoch, offer.Reigns.Epoch())
-		return errors.Join(err, c.Send(&wire.Refuse{Reason: wire.ReasonDeposed, Text: err.Error(), Reigns: one.seen()}), c.Close())
+	// Nothing that is under way ends for an offer that comes to nothing.
+	if err := one.worthwhile(offer); err != nil {
+		r := &wire.Refuse{Reason: wire.ReasonBusy, Text: err.Error()}
+		switch {
+		case errors.Is(err, replica.ErrUnrelated):
+			r.Reason = wire.ReasonUnrelated
+		case errors.Is(err, replica.ErrDeposed):
+			r.Reason, r.Reigns = wire.ReasonDeposed, one.highest()
+		}
+		return errors.Join(err, c.Send(r), c.Close())
 	}
 	one.mu.Lock()
 	before := one.comes
@@ -76,6 +87,36 @@ func (one *replicated) receive(ctx context.Context, c *link.Conn, offer *wire.Of
 	return err
 }
 
+// highest are the reigns of the highest epoch that is known of the group.
+func (one *replicated) highest() record.Reigns {
+	seen := one.seen()
+	if g := one.journal(); g != nil && g.Reigns().Epoch() >= seen.Epoch() {
+		return g.Reigns()
+	}
+	return seen
+}
+
+// worthwhile says why an offer comes to nothing.
+func (one *replicated) worthwhile(m *wire.Offer) error {
+	one.mu.Lock()
+	barred := one.barred
+	one.mu.Unlock()
+	if barred {
+		return fmt.Errorf("group %s is being taken over", one.name)
+	}
+	g := one.journal()
+	if g == nil {
+		return nil // the state machine decides
+	}
+	if _, err := g.Reigns().Common(g.Head(), m.Reigns, m.Head); err != nil {
+		return fmt.Errorf("group %s: %w", one.name, err)
+	}
+	if known := one.highest().Epoch(); m.Reigns.Epoch() < known {
+		return fmt.Errorf("%w: epoch %d is known here, and the group was offered in epoch %d", replica.ErrDeposed, known, m.Reigns.Epoch())
+	}
+	return nil
+}
+
 // end ends the stream on which the group comes, if there is one, and waits for it.
 func (one *replicated) end() {
 	one.mu.Lock()
@@ -87,25 +128,54 @@ func (one *replicated) end() {
 	}
 }
 
-func (x *receiving) Local() (replica.Local, error) {
-	x.g = x.one.journal()
-	return x.one.local()
+func (x *receiving) Local() (l replica.Local, err error) {
+	x.g, l, err = x.one.local()
+	if x.g != nil {
+		x.received.Store(uint64(l.Head))
+	}
+	return l, err
 }
 
-func (x *receiving) Receive(run record.Run) error { return x.g.Receive(run) }
+func (x *receiving) Receive(run record.Run) error {
+	if err := x.g.Receive(run); err != nil {
+		return err
+	}
+	x.received.Store(uint64(run.Last))
+	return nil
+}
 
+// Sync makes what came on this stream durable.
 func (x *receiving) Sync() (record.LSN, error) {
+	received := record.LSN(x.received.Load())
 	err := x.g.Sync()
-	return x.g.Durable(), err
+	return min(received, x.g.Durable()), err
+}
+
+// errNotAsked is what a writer is told who would have this daemon drop what it has not written itself.
+var errNotAsked = errors.New("that takes the word of who runs this daemon: tidemark replica accept")
+
+// accepted uses up the word that what is here may be dropped.
+func (one *replicated) accepted() bool {
+	one.mu.Lock()
+	defer one.mu.Unlock()
+	was := one.accepts
+	one.accepts = false
+	return was
 }
 
 // Begin makes the disks' backings, over what there is of them. A group that is here already is behind the writer's horizon, and given
-// up.
+// up, if that was allowed here.
 func (x *receiving) Begin(b record.Beginning) error {
 	one := x.one
 	one.changing.Lock()
 	defer one.changing.Unlock()
+	if err := one.still(x.g); err != nil {
+		return err
+	}
 	if x.g != nil {
+		if !one.accepted() {
+			return fmt.Errorf("group %s has come to LSN %d here, and its writer has nothing before LSN %d any more: it would begin anew, and its history here end: %w", one.name, x.g.Head(), b.At, errNotAsked)
+		}
 		one.log.Warn("the group's journal here is behind what the writer still has: it begins anew, and its history here ends", zap.Uint64("head", uint64(x.g.Head())), zap.Uint64("at", uint64(b.At)))
 		if err := one.r.reloader.discard(one.name); err != nil {
 			return fmt.Errorf("give up what is here of group %s, to begin anew: %w", one.name, err)
@@ -113,6 +183,10 @@ func (x *receiving) Begin(b record.Beginning) error {
 		x.g = nil
 	}
 	x.begins = &b
+	var err error
+	if x.planned, err = one.r.reloader.planned(one.name); err != nil {
+		return err
+	}
 	for _, d := range b.Disks {
 		if d.Removed != 0 {
 			continue
@@ -124,9 +198,17 @@ func (x *receiving) Begin(b record.Beginning) error {
 	return nil
 }
 
+// backing is where a disk that comes is, or is to be: as the configuration says, or in a directory of the group's.
+func (x *receiving) backing(disk string) string {
+	if d, ok := x.planned.Disks[disk]; ok {
+		return d.Backing
+	}
+	return x.one.backing(disk)
+}
+
 // open opens a disk's backing, which is made if there is none.
 func (x *receiving) open(d record.Disk) error {
-	path := x.one.backing(d.Name)
+	path := x.backing(d.Name)
 	if err := mkdirDurable(filepath.Dir(path)); err != nil {
 		return err
 	}
@@ -151,6 +233,10 @@ func (x *receiving) closeBackings() {
 }
 
 func (x *receiving) Adopt(d record.Disk) error {
+	var err error
+	if x.planned, err = x.one.r.reloader.planned(x.one.name); err != nil {
+		return err
+	}
 	x.coming = d
 	return x.open(d)
 }
@@ -166,13 +252,16 @@ func (x *receiving) Backing(id record.DiskID) (link.Backing, error) {
 func (x *receiving) Finish(id record.DiskID) error {
 	x.one.changing.Lock()
 	defer x.one.changing.Unlock()
+	if err := x.one.still(x.g); err != nil {
+		return err
+	}
 	for _, b := range x.opened {
 		if err := errors.Join(b.f.Sync(), syncDir(filepath.Dir(b.f.Name()))); err != nil {
 			return err
 		}
 	}
 	x.closeBackings()
-	disk := func(d record.Disk) (string, config.Disk) { return d.Name, config.Disk{Backing: x.one.backing(d.Name)} }
+	disk := func(d record.Disk) (string, config.Disk) { return d.Name, config.Disk{Backing: x.backing(d.Name)} }
 	if id != 0 {
 		name, c := disk(x.coming)
 		return x.one.r.reloader.adoptDisk(x.one.name, name, c, func() error {
@@ -186,17 +275,29 @@ func (x *receiving) Finish(id record.DiskID) error {
 			conf.Disks[name] = c
 		}
 	}
-	if err := x.one.setNote(func(n *groupNote) { n.From = x.peer }); err != nil {
+	if err := x.one.setNote(func(n *groupNote) {
+		n.From, n.FromKey, n.Seen, n.Own, n.Acked, n.Yielded = x.peer, x.conn.Peer.Fingerprint.String(), reignNotes(x.offer.Reigns), nil, nil, ""
+	}); err != nil {
 		return err
 	}
 	if err := x.one.r.reloader.begin(x.one.name, conf, x.begins); err != nil {
 		return err
 	}
-	x.g = x.one.journal()
+	if x.g = x.one.journal(); x.g == nil {
+		return fmt.Errorf("group %s was closed again", x.one.name)
+	}
+	x.received.Store(uint64(x.begins.At))
 	return nil
 }
 
-func (x *receiving) Note(reigns record.Reigns) error { return x.one.setSeen(reigns) }
+func (x *receiving) Note(reigns record.Reigns) error {
+	x.one.changing.Lock()
+	defer x.one.changing.Unlock()
+	if err := x.one.still(x.g); err != nil {
+		return err
+	}
+	return x.one.setSeen(reigns)
+}
 
 func (x *receiving) Depose(reigns record.Reigns) error { return x.one.depose(x.g, reigns, x.peer) }
 

@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"go.uber.org/zap"
 
@@ -27,6 +28,8 @@ type reloader struct {
 
 	mu  sync.Mutex // one at a time
 	now config.Config
+	// groups are now's: whoever asks need not wait for a change that is under way.
+	groups atomic.Pointer[map[string]config.Group]
 
 	// reloaded is called behind each change of the groups.
 	reloaded func()
@@ -80,16 +83,24 @@ func (r *reloader) reload() (api.Reloaded, error) {
 		groups[name] = r.addDisks(name, now, next, did)
 		groups[name] = r.keep(name, groups[name], next, did)
 	}
-	r.now.Groups = groups
+	r.setGroups(groups)
 	r.reloaded()
 	return done, nil
 }
 
-// configured are the groups as they are configured.
-func (r *reloader) configured() map[string]config.Group {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.now.Groups
+// configured are the groups as they are configured. Not to be changed.
+func (r *reloader) configured() map[string]config.Group { return *r.groups.Load() }
+
+// setGroups notes what is configured from now on. r.mu is held.
+func (r *reloader) setGroups(groups map[string]config.Group) {
+	r.now.Groups = groups
+	r.groups.Store(&groups)
+}
+
+// planned is what the configuration says now of a group that has not begun.
+func (r *reloader) planned(name string) (config.Group, error) {
+	want, err := r.read()
+	return want.Groups[name], err
 }
 
 // fixed are the settings that differ and take a restart.
@@ -218,11 +229,12 @@ func (r *reloader) write(name string, conf config.Group) (path string, err error
 
 // take notes what is configured from now on. r.mu is held.
 func (r *reloader) take(name string, conf config.Group) {
-	r.now.Groups = maps.Clone(r.now.Groups)
-	if r.now.Groups == nil {
-		r.now.Groups = map[string]config.Group{}
+	groups := maps.Clone(r.now.Groups)
+	if groups == nil {
+		groups = map[string]config.Group{}
 	}
-	r.now.Groups[name] = conf
+	groups[name] = conf
+	r.setGroups(groups)
 }
 
 // begin begins with a group that comes from another daemon. Its configuration is in a file first: without its journal, the next
@@ -235,14 +247,17 @@ func (r *reloader) begin(name string, conf config.Group, b *record.Beginning) er
 		return err
 	}
 	want, err := r.read()
-	if err != nil {
-		return err
+	if err == nil && !maps.Equal(want.Groups[name].Disks, conf.Disks) {
+		err = fmt.Errorf("the configuration has a group %s with other disks", name)
 	}
-	conf = want.Groups[name]
-	gc := groupConfig(name, conf)
-	gc.Begin = b
-	if err := r.store.AddGroup(gc); err != nil {
-		return err
+	if err == nil {
+		conf = want.Groups[name]
+		gc := groupConfig(name, conf)
+		gc.Begin = b
+		err = r.store.AddGroup(gc)
+	}
+	if err != nil {
+		return errors.Join(err, removeDurable(path))
 	}
 	if err := r.keepers.put(name, conf); err != nil {
 		return err
@@ -262,8 +277,9 @@ func (r *reloader) discard(name string) error {
 	if err := r.removeGroup(name, r.now.Groups[name]); err != nil {
 		return err
 	}
-	r.now.Groups = maps.Clone(r.now.Groups)
-	delete(r.now.Groups, name)
+	groups := maps.Clone(r.now.Groups)
+	delete(groups, name)
+	r.setGroups(groups)
 	return r.store.Discard(name)
 }
 

@@ -57,7 +57,12 @@ type replicated struct {
 	note  groupNote
 	ships map[string]*shipping // by peer
 	comes *receiving           // nil: nobody sends it
-	asks  chan struct{}        // closed when the writer is to be asked for the group
+	// barred keeps offers out while who writes the group is being changed here.
+	barred bool
+	// accepts allows the writer, once, to have what this daemon has, and did not write itself, dropped.
+	accepts bool
+	asks    chan struct{} // closed when the writer is to be asked for the group
+	why     error         // the last stream on which it came has ended
 }
 
 // groupNote is what must be known of a group after a crash, beside its journal.
@@ -65,11 +70,14 @@ type groupNote struct {
 	Version int `json:"version"`
 	// Seen are the reigns of the highest epoch that this daemon was told of.
 	Seen []reignNote `json:"seen,omitempty"`
-	// From is the peer that the group came from last.
-	From string `json:"from,omitempty"`
+	// From is the peer that the group came from last, and FromKey its key.
+	From    string `json:"from,omitempty"`
+	FromKey string `json:"from_key,omitempty"`
+	// Own are the ids of reigns of this daemon's.
+	Own []string `json:"own,omitempty"`
 	// Yielded is the peer that the group was handed over to, until it is known that it was taken.
 	Yielded string `json:"yielded,omitempty"`
-	// Acked is what each replica has, at least.
+	// Acked is what each replica has, at least, of the present history.
 	Acked map[string]record.LSN `json:"acked,omitempty"`
 }
 
@@ -108,7 +116,7 @@ func newReplication(c config.Config, storeID string, store *journal.Store, x *ex
 	if err := mkdirDurable(filepath.Join(r.dir, "groups")); err != nil {
 		return nil, fmt.Errorf("replication: %w", err)
 	}
-	e := &link.Endpoint{Name: c.Replication.Name, Build: build.Version(), Log: log, Offered: r.offered, Asked: r.asked}
+	e := &link.Endpoint{Name: c.Replication.Name, Build: build.Version(), Log: log, Offered: r.offered, Asked: r.asked, Reserved: r.reserved}
 	copy(e.Node[:], storeID)
 	var err error
 	if c.Replication.Cert != "" {
@@ -140,8 +148,14 @@ func newReplication(c config.Config, storeID string, store *journal.Store, x *ex
 	e.Limit = newPace(&r.conf)
 	e.Init()
 	r.e = e
+	if err := r.loadNotes(); err != nil {
+		return nil, err
+	}
+	if err := r.fence(); err != nil {
+		return nil, err
+	}
 	re.keepers.metrics.registry.MustRegister(replicaCollector{r})
-	return r, r.loadNotes()
+	return r, nil
 }
 
 func (r *replication) loadNotes() error {
@@ -213,7 +227,6 @@ func (one *replicated) seen() record.Reigns {
 func (one *replicated) setSeen(reigns record.Reigns) error {
 	return one.setNote(func(n *groupNote) {
 		n.Seen = reignNotes(reigns)
-		n.Yielded = ""
 	})
 }
 
@@ -226,23 +239,53 @@ func (one *replicated) journal() *journal.Group {
 	return g
 }
 
-// local is what this daemon has of the group, durably.
-func (one *replicated) local() (replica.Local, error) {
+// local is what this daemon has of the group, durably, and its journal; nil if it has none.
+func (one *replicated) local() (*journal.Group, replica.Local, error) {
 	l := replica.Local{Seen: one.seen()}
 	g := one.journal()
+	if g == nil && one.r.store.Has(one.name) {
+		return nil, l, fmt.Errorf("group %s has a journal here and is not open: configure it again, or remove its journal", one.name)
+	}
 	if g == nil {
-		return l, nil
+		return nil, l, nil
 	}
 	if state, why := g.State(); state == "failed" {
-		return l, why
+		return nil, l, why
 	}
 	if err := g.Sync(); err != nil {
-		return l, err
+		return nil, l, err
 	}
 	l.Known, l.Leads, l.Head, l.Horizon, l.Reigns, l.Disks = true, !g.Follows(), g.Durable(), g.Horizon(), g.Reigns(), g.Table()
 	var err error
 	l.Digest, err = g.Digest(l.Head)
-	return l, err
+	return g, l, err
+}
+
+// still is an error if the group is another than when a stream began: closed, or this daemon's. one.changing is held.
+func (one *replicated) still(g *journal.Group) error {
+	now := one.journal()
+	if now != g || g != nil && !g.Follows() || g == nil && one.r.store.Has(one.name) {
+		return fmt.Errorf("group %s is not what it was here when it was offered", one.name)
+	}
+	return nil
+}
+
+// fence has groups follow of which this daemon was told that another one writes them, and which it led when it stopped.
+func (r *replication) fence() error {
+	for _, one := range r.all() {
+		g, seen := one.journal(), one.seen()
+		if g == nil || g.Follows() || seen.Epoch() <= g.Reigns().Epoch() {
+			continue
+		}
+		if _, err := g.Reigns().Common(g.Head(), seen, record.MaxLSN); err != nil {
+			continue // of a group that had this name before
+		}
+		if err := g.Follow(); err != nil {
+			return fmt.Errorf("group %s is another daemon's, in epoch %d: %w", one.name, seen.Epoch(), err)
+		}
+		one.log.Warn("another daemon writes the group in a later epoch: its disks take no writes here", zap.Uint64("epoch", seen.Epoch()))
+	}
+	return nil
 }
 
 // run does what replication has to until ctx ends.
@@ -296,12 +339,10 @@ func (r *replication) look(note bool) {
 		one.mu.Lock()
 		acked := maps.Clone(one.note.Acked)
 		for peer, s := range one.ships {
-			if lsn := s.look(); lsn > acked[peer] {
-				if acked == nil {
-					acked = map[string]record.LSN{}
-				}
-				acked[peer] = lsn
+			if acked == nil {
+				acked = map[string]record.LSN{}
 			}
+			acked[peer] = s.look()
 		}
 		changed := !maps.Equal(acked, one.note.Acked)
 		one.mu.Unlock()
@@ -346,7 +387,13 @@ func (r *replication) reconcile() {
 // replicas are the peers that the group is to be shipped to.
 func (one *replicated) replicas(conf config.Group) []string {
 	g := one.journal()
-	if g == nil || g.Follows() {
+	if g == nil {
+		return nil
+	}
+	if g.Follows() {
+		if to := one.known().Yielded; to != "" {
+			return []string{to} // the last records are on their way
+		}
 		return nil
 	}
 	peers := slices.Clone(conf.Replicas)
@@ -369,7 +416,7 @@ func (one *replicated) reconcile(conf config.Group) {
 	one.mu.Lock()
 	var gone []*shipping
 	for peer, s := range one.ships {
-		if !slices.Contains(want, peer) || s.g != one.journal() {
+		if !slices.Contains(want, peer) || s.g != one.journal() || s.ended() {
 			gone = append(gone, s)
 			delete(one.ships, peer)
 		}
@@ -391,6 +438,7 @@ func (r *replication) wait(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	for ctx.Err() == nil {
+		changed := r.e.Peers.Changed()
 		now := map[string]bool{}
 		for _, p := range r.e.Peers.All() {
 			if p.Address == "" {
@@ -410,7 +458,7 @@ func (r *replication) wait(ctx context.Context) {
 			}
 		}
 		select {
-		case <-r.e.Peers.Changed():
+		case <-changed:
 		case <-ctx.Done():
 		}
 	}
@@ -446,6 +494,7 @@ func (r *replication) offered(ctx context.Context, c *link.Conn, m *wire.Offer) 
 	one, err := r.admit(c.Peer, m)
 	if err == nil {
 		err = one.receive(ctx, c, m)
+		r.forget(one)
 	} else {
 		r.e.Refused.Add(1)
 		err = errors.Join(err, c.Refuse(wire.ReasonRights, err), c.Close())
@@ -453,29 +502,64 @@ func (r *replication) offered(ctx context.Context, c *link.Conn, m *wire.Offer) 
 	if err != nil && ctx.Err() == nil {
 		log.Warn("the group does not come any more", zap.Error(err))
 	}
+	if one != nil {
+		one.mu.Lock()
+		one.why = err
+		one.mu.Unlock()
+	}
 	r.reconcileSoon()
 }
 
-// admit says whether a peer may send a group here: one whose pattern it is, unless it came from another peer, or one to which it is
-// shipped from here, which may have taken it over.
+// admit says whether a peer may send a group here: one to which it is shipped from here, which may have taken it over; one that came from that
+// peer; one that the peer's rights name; or one that a pattern of its rights fits, and of which nothing is here.
 func (r *replication) admit(p link.Peer, m *wire.Offer) (*replicated, error) {
 	may, named := p.Sends(m.Group)
 	conf := r.reloader.configured()[m.Group]
 	r.mu.Lock()
 	one := r.groups[m.Group]
 	r.mu.Unlock()
-	from := ""
+	var n groupNote
 	if one != nil {
-		from = one.known().From
+		n = one.known()
 	}
+	came := n.From == p.Name && (n.FromKey == "" || n.FromKey == p.Fingerprint.String())
 	switch {
-	case slices.Contains(conf.Replicas, p.Name), from == p.Name, named:
+	case slices.Contains(conf.Replicas, p.Name), came, named:
 	case !may:
 		return nil, fmt.Errorf("peer %s may not send group %s to %s", p.Name, m.Group, r.conf.Name)
-	case from != "":
-		return nil, fmt.Errorf("group %s came to %s from peer %s, and peer %s may send it only if that is said of this very group", m.Group, r.conf.Name, from, p.Name)
+	case n.From != "":
+		return nil, fmt.Errorf("group %s came to %s from peer %s, and peer %s may send it only if that is said of this very group", m.Group, r.conf.Name, n.From, p.Name)
+	case r.store.Has(m.Group):
+		return nil, fmt.Errorf("group %s is %s's own, and peer %s may send it only if that is said of this very group", m.Group, r.conf.Name, p.Name)
 	}
 	return r.group(m.Group), nil
+}
+
+// forget drops what is kept of a name of which nothing has come.
+func (r *replication) forget(one *replicated) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	one.mu.Lock()
+	defer one.mu.Unlock()
+	n := one.note
+	if one.comes == nil && len(one.ships) == 0 && len(n.Seen)+len(n.From)+len(n.Own) == 0 && one.journal() == nil {
+		delete(r.groups, one.name)
+	}
+}
+
+// reserved reports whether a name is that of a peer that groups are shipped to, or come from.
+func (r *replication) reserved(name string) bool {
+	for _, g := range r.reloader.configured() {
+		if slices.Contains(g.Replicas, name) {
+			return true
+		}
+	}
+	for _, one := range r.all() {
+		if n := one.known(); n.From == name || n.Yielded == name {
+			return true
+		}
+	}
+	return false
 }
 
 // wait returns when every replica of a group has everything up to an LSN, or says which have not by the time that ctx ends.
@@ -515,8 +599,14 @@ func (r *replication) status(g *journal.Group, a *api.Group) {
 			a.Problems = append(a.Problems, fmt.Sprintf("replica %s is %v behind, and rpo is %v", s.Peer, lag.Round(time.Millisecond), rpo))
 		}
 	}
+	if seen := one.seen(); seen.Epoch() > g.Reigns().Epoch() && !g.Follows() {
+		a.Problems = append(a.Problems, fmt.Sprintf("it was said to be another daemon's in epoch %d", seen.Epoch()))
+	}
 	one.mu.Lock()
 	defer one.mu.Unlock()
+	if one.why != nil && one.comes == nil && g.Follows() {
+		a.Problems = append(a.Problems, fmt.Sprintf("it does not come any more: %v", one.why))
+	}
 	if one.comes != nil {
 		a.Source = one.comes.status(g)
 	} else if g.Follows() {

@@ -1,10 +1,12 @@
 package main
 
 import (
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -23,6 +25,15 @@ func (x *receiving) Rewind(to record.LSN) error {
 	one.changing.Lock()
 	defer one.changing.Unlock()
 	r := one.r
+	if err := one.still(x.g); err != nil {
+		return err
+	}
+	if !one.wrote(x.g, to) && !one.accepted() {
+		return fmt.Errorf("group %s has come to LSN %d here, its writer has LSN %d of that, and not all of the rest was written here: %w", one.name, x.g.Head(), to, errNotAsked)
+	}
+	if err := r.exports.scratches.above(one.name, to); err != nil {
+		return err
+	}
 	if err := r.exports.seal(one.name, "it is being rewound", true); err != nil {
 		return err
 	}
@@ -40,11 +51,37 @@ func (x *receiving) Rewind(to record.LSN) error {
 	if err := r.reloader.rewind(one.name, to); err != nil {
 		return fmt.Errorf("go back to LSN %d, to follow the writer: %w", to, err)
 	}
-	x.g = one.journal()
 	return nil
 }
 
-// rewind takes a group back; who looks after it has another one then.
+// wrote reports whether everything that a group has behind an LSN was written by this daemon.
+func (one *replicated) wrote(g *journal.Group, to record.LSN) bool {
+	reigns, n := g.Reigns(), one.known()
+	for i, r := range reigns {
+		if i+1 < len(reigns) && reigns[i+1].First <= to+1 || r.First > g.Head() {
+			continue // it has no record behind the LSN
+		}
+		own := slices.Contains(n.Own, hex.EncodeToString(r.ID[:])) || i == 0 && !one.r.reloader.configured()[one.name].Received
+		if !own {
+			return false
+		}
+	}
+	return true
+}
+
+// above says which scratch export stands on what is to be dropped.
+func (s *scratches) above(group string, to record.LSN) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, one := range s.sortedLocked() {
+		if one.note.Group == group && record.LSN(one.note.LSN) > to {
+			return fmt.Errorf("scratch export %s stands on LSN %d, and group %s goes back to LSN %d: throw it away, or promote it: %w", one.name, one.note.LSN, group, to, journal.ErrInUse)
+		}
+	}
+	return nil
+}
+
+// rewind takes a group back; who looks after it has another one then. It may take long.
 func (r *reloader) rewind(name string, to record.LSN) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -74,13 +111,18 @@ func (s *scratches) branch(g *journal.Group, at record.LSN, host string) (name s
 	}
 	s.making.Lock()
 	defer s.making.Unlock()
-	epoch := g.Reigns().Epoch()
-	name = fmt.Sprintf("%.40s-epoch%d-lsn%d", g.Name(), epoch, g.Head())
-	if _, err := s.get(name); err == nil {
-		return name, nil
+	reigns := g.Reigns()
+	last := reigns[len(reigns)-1]
+	epoch := last.Epoch
+	name = fmt.Sprintf("%.40s-epoch%d-%x-lsn%d", g.Name(), epoch, last.ID[:4], g.Head())
+	if one, err := s.get(name); err == nil {
+		if b := one.note.Branch; b == nil || one.note.Group != g.Name() || b.Epoch != epoch || b.To != uint64(g.Head()) {
+			return "", fmt.Errorf("there is a scratch export %s of something else: remove it", name)
+		}
+		return name, nil // of a rewind that broke off
 	}
 	one := &scratch{s: s, name: name, dir: filepath.Join(s.dir, name), fresh: true, note: scratchNote{
-		Version: scratchNoteVersion, Name: name, Group: g.Name(), Point: fmt.Sprintf("lsn:%d", at), LSN: uint64(at), Disks: disks, Created: time.Now().UTC(),
+		Version: scratchNoteVersion, Name: name, Group: g.Name(), Point: fmt.Sprintf("lsn:%d", at), LSN: uint64(at), Reign: reignAt(g, at), Disks: disks, Created: time.Now().UTC(),
 		Branch: &api.Branch{Host: host, Epoch: epoch, From: uint64(at) + 1, To: uint64(g.Head())},
 	}}
 	if err := one.make(func() error { return one.fillBranch(g, at) }); err != nil {

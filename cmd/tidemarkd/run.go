@@ -102,6 +102,7 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	go func() { storeDone <- store.Run(work) }()
 
 	re := &reloader{read: read, store: store, keepers: keepers, log: log, now: c}
+	re.setGroups(c.Groups)
 	scratches.adopt = re
 	repl, err := newReplication(c, id, store, exports, re, log)
 	if err != nil {

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -91,6 +92,7 @@ type scratchNote struct {
 	Group   string     `json:"group"`
 	Point   string     `json:"point"` // as it was asked for
 	LSN     uint64     `json:"lsn"`
+	Reign   string     `json:"reign,omitempty"` // id of the reign of the LSN: an LSN of another is another point
 	Disks   []string   `json:"disks"`
 	Created time.Time  `json:"created"`
 	Once    bool       `json:"once"`
@@ -236,7 +238,7 @@ func (s *scratches) create(req api.ScratchRequest) (*scratch, error) {
 		}
 	}
 	one := &scratch{s: s, name: name, dir: filepath.Join(s.dir, name), fresh: true, idle: time.Now(), note: scratchNote{
-		Version: scratchNoteVersion, Name: name, Group: g.Name(), Point: p.String(), LSN: uint64(lsn), Disks: disks, Created: time.Now().UTC(), Once: req.Once,
+		Version: scratchNoteVersion, Name: name, Group: g.Name(), Point: p.String(), LSN: uint64(lsn), Reign: reignAt(g, lsn), Disks: disks, Created: time.Now().UTC(), Once: req.Once,
 	}}
 	if err := one.make(func() error { return nil }); err != nil {
 		return nil, errors.Join(fmt.Errorf("scratch export %s: %w", name, err), one.close(), os.RemoveAll(one.dir))
@@ -246,6 +248,18 @@ func (s *scratches) create(req api.ScratchRequest) (*scratch, error) {
 	s.mu.Unlock()
 	s.log.Info("scratch export", zap.String("scratch", name), zap.String("group", g.Name()), zap.Uint64("lsn", uint64(lsn)), zap.Strings("disks", disks))
 	return one, nil
+}
+
+// reignAt is the id of the reign that an LSN of a group is of.
+func reignAt(g *journal.Group, lsn record.LSN) string {
+	reigns := g.Reigns()
+	r := reigns[0]
+	for _, o := range reigns[1:] {
+		if o.First <= lsn {
+			r = o
+		}
+	}
+	return hex.EncodeToString(r.ID[:])
 }
 
 // free is a name that no scratch export has: the one that is asked for, or one made of the group's.
@@ -307,6 +321,9 @@ func (one *scratch) open() error {
 	g, err := one.s.store.Group(one.note.Group)
 	if err != nil {
 		return err
+	}
+	if now := reignAt(g, record.LSN(one.note.LSN)); one.note.Reign != "" && now != one.note.Reign {
+		return fmt.Errorf("LSN %d of group %s is of another history than it was made on", one.note.LSN, one.note.Group)
 	}
 	for _, name := range one.note.Disks {
 		d := &scratchDisk{}

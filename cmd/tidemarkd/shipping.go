@@ -37,6 +37,7 @@ type shipping struct {
 	err       error     // why the last stream ended
 	conn      *link.Conn
 	bell      chan struct{} // closed and made anew when acked rises
+	since     time.Time     // it has been shipped, by this daemon
 }
 
 // ship begins to ship a group to a peer until ctx ends, or stop is called. one.mu is held.
@@ -44,7 +45,7 @@ func (one *replicated) ship(ctx context.Context, g *journal.Group, peer string) 
 	ctx, cancel := context.WithCancel(ctx)
 	acked := max(min(one.note.Acked[peer], g.Head()), g.Horizon())
 	s := &shipping{one: one, g: g, peer: peer, log: one.log.With(zap.String("replica", peer)), cancel: cancel, done: make(chan struct{}),
-		hold: g.Hold(acked + 1), acked: acked, bell: make(chan struct{})}
+		hold: g.Hold(acked + 1), acked: acked, bell: make(chan struct{}), since: time.Now()}
 	s.lag = replica.NewLag(acked, 0, time.Now())
 	go func() {
 		defer close(s.done)
@@ -52,6 +53,16 @@ func (one *replicated) ship(ctx context.Context, g *journal.Group, peer string) 
 		s.run(ctx)
 	}()
 	return s
+}
+
+// ended reports whether it has given up.
+func (s *shipping) ended() bool {
+	select {
+	case <-s.done:
+		return true
+	default:
+		return false
+	}
 }
 
 func (s *shipping) stop() {
@@ -70,7 +81,7 @@ func (s *shipping) run(ctx context.Context) {
 		streamed := s.streams
 		s.connected, s.streams, s.conn, s.err = false, false, nil, err
 		s.mu.Unlock()
-		if errors.Is(err, replica.ErrDeposed) || err == nil {
+		if s.g.Follows() {
 			s.log.Warn("another daemon writes the group", zap.Error(err))
 			s.one.r.reconcileSoon()
 			return
@@ -163,7 +174,7 @@ type source struct{ s *shipping }
 var errNotWriter = errors.New("this daemon does not write the group any more")
 
 func (o source) Local() (replica.Local, error) {
-	l, err := o.s.one.local()
+	_, l, err := o.s.one.local()
 	if err == nil && !l.Leads {
 		err = errNotWriter
 	}
@@ -208,6 +219,14 @@ func (o source) Durable() record.LSN                               { return o.s.
 func (o source) Depose(reigns record.Reigns) error { return o.s.one.depose(o.s.g, reigns, o.s.peer) }
 
 func (o source) Yield(context.Context) (record.LSN, error) { return o.s.one.yield(o.s.g, o.s.peer) }
+
+func (o source) Anew() {
+	o.s.mu.Lock()
+	defer o.s.mu.Unlock()
+	horizon := o.s.g.Horizon()
+	o.s.acked, o.s.streams, o.s.lag = 0, false, replica.NewLag(0, 0, o.s.since)
+	o.s.hold.Move(horizon + 1)
+}
 
 func (o source) Acked(lsn record.LSN) {
 	o.s.mu.Lock()

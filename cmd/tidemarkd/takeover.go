@@ -2,9 +2,11 @@ package main
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -19,7 +21,7 @@ func (one *replicated) depose(g *journal.Group, reigns record.Reigns, peer strin
 	one.changing.Lock()
 	defer one.changing.Unlock()
 	if err := one.setNote(func(n *groupNote) {
-		n.Seen, n.Yielded, n.From = reignNotes(reigns), "", peer
+		n.Seen, n.Yielded, n.From, n.FromKey, n.Acked = reignNotes(reigns), "", peer, "", nil
 	}); err != nil {
 		return err
 	}
@@ -52,13 +54,18 @@ func (one *replicated) yield(g *journal.Group, peer string) (record.LSN, error) 
 func (one *replicated) lead(g *journal.Group) (record.Reigns, error) {
 	one.changing.Lock()
 	defer one.changing.Unlock()
-	if _, err := g.Lead(max(g.Reigns().Epoch(), one.seen().Epoch()) + 1); err != nil {
+	if one.journal() != g {
+		return nil, fmt.Errorf("group %s was closed meanwhile", one.name)
+	}
+	r, err := g.Lead(max(g.Reigns().Epoch(), one.seen().Epoch()) + 1)
+	if err != nil {
 		return nil, err
 	}
-	if one.known().Yielded != "" {
-		if err := one.setNote(func(n *groupNote) { n.Yielded = "" }); err != nil {
-			one.log.Warn("the group is not handed over any more", zap.Error(err))
-		}
+	// Without the note, what is written from here on is not dropped by itself if another daemon takes the group over: no more than that.
+	if err := one.setNote(func(n *groupNote) {
+		n.Yielded, n.Acked, n.Own = "", nil, append(slices.Clip(n.Own), hex.EncodeToString(r.ID[:]))
+	}); err != nil {
+		one.log.Warn("note whose the reign is", zap.Error(err))
 	}
 	return g.Reigns(), nil
 }
@@ -104,8 +111,7 @@ func (c *control) failover(r *http.Request) (any, error) {
 		}
 	}
 	began := time.Now()
-	one.end()
-	reigns, err := one.lead(g)
+	reigns, err := one.takeOver(g)
 	if err != nil {
 		return nil, err
 	}
@@ -121,6 +127,19 @@ func (c *control) failover(r *http.Request) (any, error) {
 	}
 	a.RolledBack = &done
 	return a, nil
+}
+
+// takeOver ends the stream on which the group comes, and begins a reign of this daemon, with no other stream between.
+func (one *replicated) takeOver(g *journal.Group) (record.Reigns, error) {
+	bar := func(v bool) {
+		one.mu.Lock()
+		defer one.mu.Unlock()
+		one.barred = v
+	}
+	bar(true)
+	defer bar(false)
+	one.end()
+	return one.lead(g)
 }
 
 // failback has the writer of a group that follows hand it over: nothing of what it has written is lost.
@@ -154,9 +173,13 @@ func (c *control) failback(r *http.Request) (any, error) {
 	case <-ctx.Done():
 	}
 	if g.Follows() {
+		x.cancel() // what was asked for is not to come later
+		<-x.done
 		one.mu.Lock()
 		one.asks = make(chan struct{})
 		one.mu.Unlock()
+	}
+	if g.Follows() {
 		return nil, fmt.Errorf("group %s was not handed over by %s: %w", g.Name(), x.peer, errors.Join(ctx.Err(), x.why()))
 	}
 	reigns := g.Reigns()
@@ -166,3 +189,21 @@ func (c *control) failback(r *http.Request) (any, error) {
 
 // handoverWithin is how long a writer may take to hand a group over: what is under way must get here.
 const handoverWithin = time.Minute
+
+// accept allows the writer of a group that follows, once, to have what is here, and was not written here, dropped.
+func (c *control) accept(r *http.Request) (any, error) {
+	one := c.replication.group(r.PathValue("group"))
+	if g := one.journal(); g != nil && !g.Follows() {
+		return nil, fmt.Errorf("%w: group %s is this daemon's, in epoch %d", errBadRequest, one.name, g.Reigns().Epoch())
+	}
+	if one.journal() == nil && !c.store.Has(one.name) {
+		// Nothing is here: what a group of this name was told does not count for the next one.
+		if err := one.setNote(func(n *groupNote) { *n = groupNote{Version: groupNoteVersion} }); err != nil {
+			return nil, err
+		}
+	}
+	one.mu.Lock()
+	one.accepts = true
+	one.mu.Unlock()
+	return api.Accepted{Group: one.name}, nil
+}

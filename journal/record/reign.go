@@ -30,13 +30,16 @@ func (r Reigns) Epoch() uint64 {
 	return r[len(r)-1].Epoch
 }
 
+// MaxEpoch is the highest epoch: there is always another one behind what a peer can claim.
+const MaxEpoch = 1 << 48
+
 // Check is an error if no journal can have had these reigns.
 func (r Reigns) Check() error {
 	if len(r) == 0 || len(r) > MaxReigns {
 		return fmt.Errorf("%w: %d reigns, 1 to %d are possible", ErrCorrupt, len(r), MaxReigns)
 	}
 	for i := range r {
-		if r[i].Epoch == 0 || r[i].First == 0 || r[i].ID == [16]byte{} || i > 0 && (r[i].Epoch <= r[i-1].Epoch || r[i].First < r[i-1].First) {
+		if r[i].Epoch == 0 || r[i].Epoch > MaxEpoch || r[i].First == 0 || r[i].ID == [16]byte{} || i > 0 && (r[i].Epoch <= r[i-1].Epoch || r[i].First < r[i-1].First) {
 			return fmt.Errorf("%w: reign %d of epoch %d, id %x, begins at LSN %d", ErrCorrupt, i, r[i].Epoch, r[i].ID, r[i].First)
 		}
 	}

@@ -166,6 +166,9 @@ func (e *Endpoint) introduce(ctx context.Context, raw net.Conn, role wire.Role, 
 	if err := c.hello(e, dialled); err != nil {
 		return nil, err
 	}
+	if c.Peer.Name == "" {
+		return c, nil // nobody who is not known gets more time
+	}
 	p.fixed.Store(false)
 	return c, p.SetDeadline(time.Time{})
 }

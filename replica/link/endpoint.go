@@ -1,6 +1,7 @@
 package link
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -29,6 +30,8 @@ type Endpoint struct {
 	Offered func(ctx context.Context, c *Conn, m *wire.Offer)
 	// Asked is called like Offered, with a peer's question. It returns what the group is, or why the peer gets no answer.
 	Asked func(c *Conn, m *wire.Ask) (Source, error)
+	// Reserved reports whether a name that a daemon with a token gives itself is spoken for; nil: none is.
+	Reserved func(name string) bool
 	// Refused counts connections that were not let in.
 	Refused atomic.Int64
 
@@ -36,8 +39,8 @@ type Endpoint struct {
 	// strangers bounds the connections that are not known yet.
 	strangers chan struct{}
 
-	mu     sync.Mutex // guards what follows
-	conns  map[*Conn]struct{}
+	mu     sync.Mutex         // guards what follows
+	conns  map[*Conn]string   // by name of its peer, as it was known when it connected
 	parked map[string][]*Conn // by peer: who wait for an offer, the newest last
 	bell   chan struct{}      // closed and made anew when one is parked
 
@@ -48,12 +51,14 @@ const (
 	maxStrangers = 32
 	// maxParked bounds how many connections of a peer wait for an offer.
 	maxParked = 8
+	// maxConns bounds the connections of a peer.
+	maxConns = 256
 )
 
 // Init makes the endpoint ready for use.
 func (e *Endpoint) Init() {
 	e.strangers = make(chan struct{}, maxStrangers)
-	e.conns, e.parked, e.bell = map[*Conn]struct{}{}, map[string][]*Conn{}, make(chan struct{})
+	e.conns, e.parked, e.bell = map[*Conn]string{}, map[string][]*Conn{}, make(chan struct{})
 	e.Peers.mu.Lock()
 	defer e.Peers.mu.Unlock()
 	e.Peers.dropped = e.drop
@@ -63,8 +68,8 @@ func (e *Endpoint) Init() {
 func (e *Endpoint) drop(peer string) {
 	e.mu.Lock()
 	var gone []*Conn
-	for c := range e.conns {
-		if c.Peer.Name == peer {
+	for c, name := range e.conns {
+		if name == peer {
 			gone = append(gone, c)
 		}
 	}
@@ -76,22 +81,42 @@ func (e *Endpoint) drop(peer string) {
 
 // keep notes a connection until it is closed.
 func (e *Endpoint) keep(c *Conn) error {
-	e.mu.Lock()
-	e.conns[c] = struct{}{}
-	e.mu.Unlock()
 	c.onClose = func() {
 		e.mu.Lock()
 		defer e.mu.Unlock()
 		delete(e.conns, c)
 	}
-	if c.Peer.Name == "" {
-		return nil
+	e.mu.Lock()
+	n := 0
+	for _, name := range e.conns {
+		if name == c.Peer.Name {
+			n++
+		}
+	}
+	e.conns[c] = c.Peer.Name
+	e.mu.Unlock()
+	var err error
+	if n >= maxConns {
+		err = fmt.Errorf("peer %s has %d connections", c.Peer.Name, n)
+		err = errors.Join(err, c.Refuse(wire.ReasonBusy, err))
 	}
 	// It may have been revoked before it was noted.
-	if _, err := e.Peers.Get(c.Peer.Name); err != nil {
+	if err = cmp.Or(err, e.Current(c)); err != nil {
 		return errors.Join(err, c.Close())
 	}
 	return nil
+}
+
+// Current is an error if a connection's peer is not what it was when it connected.
+func (e *Endpoint) Current(c *Conn) error {
+	now, err := e.Peers.Get(c.Peer.Name)
+	if err == nil && now.Fingerprint != c.Peer.Fingerprint {
+		err = fmt.Errorf("peer %s has another key: %w", c.Peer.Name, ErrUnknownPeer)
+	}
+	if err == nil {
+		c.Peer = now
+	}
+	return err
 }
 
 // Serve lets peers in until ctx ends. When it returns, every connection it took is closed, and whoever served one has returned.
@@ -186,6 +211,9 @@ func (e *Endpoint) attend(ctx context.Context, c *Conn) error {
 
 // offered passes an offer or a question on, if that is what it is.
 func (e *Endpoint) offered(ctx context.Context, c *Conn, m wire.Message) error {
+	if err := e.Current(c); err != nil {
+		return errors.Join(err, c.Refuse(wire.ReasonRights, err))
+	}
 	switch m := m.(type) {
 	case *wire.Offer:
 		e.Offered(ctx, c, m)

@@ -75,7 +75,7 @@ func Follow(ctx context.Context, c *Conn, offer *wire.Offer, t Target) error {
 		_ = c.Close()
 		return err
 	}
-	x.do, x.fail = x.work, x.r.Fail
+	x.do, x.fail, x.follows = x.work, x.r.Fail, true
 	x.perform(x.r.Offer(&own, local))
 	x.wg.Go(x.read)
 	tick := time.NewTicker(chatter)
@@ -188,34 +188,42 @@ func (x *follower) compare(m *wire.Sums) (*wire.Want, error) {
 		return nil, err
 	}
 	n := int64(len(m.Sums) / wire.SumSize)
-	off := m.First * record.BlockSize
-	end := min(off+n*record.BlockSize, x.sizes[m.Disk])
-	if int64(len(x.buf)) < end-off {
-		x.buf = make([]byte, end-off)
-	}
-	b := x.buf[:end-off]
-	if err := readData(backing, b, off); err != nil {
-		return nil, err
-	}
 	want := &wire.Want{Disk: m.Disk, First: m.First, Bits: make([]byte, (n+7)/8)}
+	for i := int64(0); i < n; i += sumBlocks {
+		if err := x.comparePart(m, backing, s, i, min(n, i+sumBlocks), want.Bits); err != nil {
+			return nil, err
+		}
+	}
+	return want, nil
+}
+
+// comparePart compares the blocks whose sums are i to end, of m's, and sets the bits of those that differ.
+func (x *follower) comparePart(m *wire.Sums, backing Backing, s *summer, i, end int64, bits []byte) error {
+	off := (m.First + i) * record.BlockSize
+	if x.buf == nil {
+		x.buf = make([]byte, sumBlocks*record.BlockSize)
+	}
+	b := x.buf[:min((end-i)*record.BlockSize, x.sizes[m.Disk]-off)]
+	if err := readData(backing, b, off); err != nil {
+		return err
+	}
 	sum := make([]byte, 0, wire.SumSize)
-	for i := range n {
-		at := i * record.BlockSize
-		block := b[at:min(at+record.BlockSize, int64(len(b)))]
+	for ; i < end; i++ {
+		block := b[:min(record.BlockSize, len(b))]
 		sum = s.append(sum[:0], block)
 		theirs := m.Sums[i*wire.SumSize:][:wire.SumSize]
 		switch {
 		case bytes.Equal(sum, theirs):
 		case bytes.Equal(theirs, zeroes[:wire.SumSize]):
-			err = backing.Zero(off+at, int64(len(block)))
+			if err := backing.Zero(off, int64(len(block))); err != nil {
+				return err
+			}
 		default:
-			want.Bits[i/8] |= 1 << (i % 8)
+			bits[i/8] |= 1 << (i % 8)
 		}
-		if err != nil {
-			return nil, err
-		}
+		b, off = b[len(block):], off+int64(len(block))
 	}
-	return want, nil
+	return nil
 }
 
 // readData reads a backing, but for what is a hole.

@@ -227,6 +227,7 @@ func (m *memory) Yield(context.Context) (record.LSN, error) {
 	m.leads = false
 	return m.head, nil
 }
+func (m *memory) Anew() { m.Acked(0) }
 func (m *memory) Acked(lsn record.LSN) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -53,7 +53,9 @@ func (e *Endpoint) takeToken(c *Conn) error {
 		return err
 	}
 	if p.Name == "" {
-		p.Name = asks.Name
+		if p.Name = asks.Name; e.Reserved != nil && e.Reserved(p.Name) {
+			return fmt.Errorf("it calls itself %s, a name that groups are shipped to or come from: invite it by a name (--name)", p.Name)
+		}
 	}
 	if p.Name == e.Name {
 		return fmt.Errorf("the daemon that invites is called %s too: give one of them another name", p.Name)

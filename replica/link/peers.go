@@ -131,17 +131,32 @@ func (p *Peers) Put(one Peer) error {
 		return err
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	if _, ok := p.given[one.Name]; ok {
+		p.mu.Unlock()
 		return fmt.Errorf("the configuration has a peer %s", one.Name)
 	}
 	if was, ok := p.paired[one.Name]; ok && was.Fingerprint != one.Fingerprint {
+		p.mu.Unlock()
 		return fmt.Errorf("there is a peer %s with another key: revoke it first, or give this one another name", one.Name)
 	}
 	next := maps.Clone(p.paired)
-	maps.DeleteFunc(next, func(_ string, o Peer) bool { return o.Fingerprint == one.Fingerprint })
+	var replaced []string
+	maps.DeleteFunc(next, func(name string, o Peer) bool {
+		if o.Fingerprint == one.Fingerprint {
+			replaced = append(replaced, name)
+		}
+		return o.Fingerprint == one.Fingerprint
+	})
 	next[one.Name] = one
-	return p.saveLocked(next)
+	err := p.saveLocked(next)
+	dropped := p.dropped
+	p.mu.Unlock()
+	if err == nil && dropped != nil {
+		for _, name := range replaced {
+			dropped(name) // what it may do has changed
+		}
+	}
+	return err
 }
 
 // Remove revokes a peer that was paired, durably. Its connections end.
@@ -197,10 +212,13 @@ func (p *Peers) identify(s tls.ConnectionState) (Peer, error) {
 			leaf.NotBefore.Format(time.RFC3339), leaf.NotAfter.Format(time.RFC3339), now.Format(time.RFC3339))
 	}
 	print := fingerprint(leaf)
-	for _, one := range p.All() {
+	all := p.All()
+	for _, one := range all {
 		if one.Fingerprint == print {
 			return one, nil
 		}
+	}
+	for _, one := range all {
 		if one.Fingerprint == (Fingerprint{}) && p.signed(s.PeerCertificates, one.Name) {
 			return one, nil
 		}

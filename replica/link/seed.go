@@ -21,6 +21,9 @@ const (
 	unanswered = replica.MaxUnanswered / 2
 	// dataBytes bounds a message with content.
 	dataBytes = 1 << 20
+	// answerWithin is how long a follower may take to compare what it was sent; what was sent before is on its way to it, and a link may
+	// be slow.
+	answerWithin = 10 * time.Minute
 	// tellEvery is how often progress is told.
 	tellEvery = 250 * time.Millisecond
 )
@@ -154,6 +157,8 @@ func (sd *seeding) disk(ctx context.Context, d record.Disk) error {
 			if err := sd.content(ctx, v, d.ID, want); err != nil {
 				return err
 			}
+		case <-time.After(answerWithin):
+			return fmt.Errorf("the follower has not answered for %v", answerWithin)
 		case <-ctx.Done():
 			return ctx.Err()
 		}

@@ -25,6 +25,8 @@ type Source interface {
 	Depose(record.Reigns) error
 	// Yield has the group follow, durably, with nobody at its disks, and returns its head.
 	Yield(ctx context.Context) (record.LSN, error)
+	// Anew says that the follower has nothing that counts.
+	Anew()
 	// Acked says what the follower has durably.
 	Acked(record.LSN)
 	// Seeding says how far the follower is on its way to the group's content.
@@ -119,6 +121,8 @@ func (x *shipper) work(a replica.Action) (func() error, func() []replica.Action)
 			x.streams = true
 			x.beat()
 		}
+	case replica.Anew:
+		x.src.Anew()
 	case replica.Acked:
 		x.src.Acked(a.Durable)
 	case replica.Answer:

@@ -26,6 +26,8 @@ type stream struct {
 	events chan func()   // called in the loop
 	wg     sync.WaitGroup
 
+	follows bool // it is the follower's side
+
 	// Of the loop alone:
 	busy bool  // something is done beside it
 	over bool  // it is to end
@@ -138,13 +140,18 @@ func (s *stream) perform(actions []replica.Action) {
 	}
 }
 
-// turn waits for what happens next and does it. take gets the messages, unless it is nil; tick is called at chatter's pace.
+// turn waits for what happens next and does it. take gets the messages, unless it is nil, or more than enough waits to be sent; tick is
+// called at chatter's pace.
 func (s *stream) turn(take func(wire.Message), tick <-chan time.Time, ticked func()) {
-	in := s.in
+	in, room := s.in, s.q.room()
 	if take == nil {
 		in = nil
 	}
+	if s.follows && room != nil {
+		in = nil // who does not take answers gets none
+	}
 	select {
+	case <-room:
 	case m := <-in:
 		take(m)
 	case fn := <-s.events:

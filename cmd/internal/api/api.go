@@ -261,6 +261,11 @@ type JoinRequest struct {
 	MaySend []string `json:"may_send,omitempty"`
 }
 
+// Accepted is the answer to POST /v1/groups/GROUP/accept.
+type Accepted struct {
+	Group string `json:"group"`
+}
+
 // FailoverRequest is the body of POST /v1/groups/GROUP/failover.
 type FailoverRequest struct {
 	Point string `json:"point,omitempty"`
@@ -651,6 +656,12 @@ func (c *Client) Revoke(ctx context.Context, name string) (p Peer, err error) {
 func (c *Client) Failover(ctx context.Context, group string, r FailoverRequest) (f FailedOver, err error) {
 	err = c.do(ctx, http.MethodPost, groupPath(group, "/failover"), r, &f)
 	return f, err
+}
+
+// Accept allows the writer of a group, once, to have what is here dropped.
+func (c *Client) Accept(ctx context.Context, group string) (a Accepted, err error) {
+	err = c.do(ctx, http.MethodPost, groupPath(group, "/accept"), nil, &a)
+	return a, err
 }
 
 // Failback has the writer of a group hand it over to the daemon.
