@@ -78,6 +78,7 @@ type served struct {
 	dir   string
 	disk  string
 	extra []string
+	wrap  []string // what the daemon is run by
 	cmd   *exec.Cmd
 	log   *os.File
 }
@@ -121,7 +122,8 @@ func (d *served) start() {
 	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: d.path("notify"), Net: "unixgram"})
 	require.NoError(d.t, err)
 	defer func() { require.NoError(d.t, errors.Join(notify.Close(), os.RemoveAll(d.path("notify")))) }()
-	d.cmd = exec.Command(filepath.Join(binDir, "tidemarkd"), d.args()...)
+	argv := append(append(slices.Clone(d.wrap), filepath.Join(binDir, "tidemarkd")), d.args()...)
+	d.cmd = exec.Command(argv[0], argv[1:]...)
 	d.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+d.path("notify"))
 	d.cmd.Stderr = d.log
 	require.NoError(d.t, d.cmd.Start())

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/wan"
 )
 
 func freePort(t *testing.T) string {
@@ -26,11 +28,16 @@ func freePort(t *testing.T) string {
 // hostsOf are a daemon hosta that has web01, and one hostb that it is shipped to.
 func hostsOf(t *testing.T, size int64) (a, b *served) {
 	t.Helper()
-	b = &served{t: t, dir: t.TempDir()}
-	listen := freePort(t)
+	a, b = &served{t: t, dir: t.TempDir()}, &served{t: t, dir: t.TempDir()}
+	pairUp(t, size, a, b, freePort(t))
+	return a, b
+}
+
+// pairUp starts both and has hosta join hostb.
+func pairUp(t *testing.T, size int64, a, b *served, listen string) {
+	t.Helper()
 	b.configure(fmt.Sprintf("replication: {listen: 'tcp:%s', name: hostb}\n", listen))
 	b.start()
-	a = &served{t: t, dir: t.TempDir()}
 	a.raw("vda.raw", size)
 	a.disk = a.path("vda.raw")
 	a.configure("replication: {name: hosta}\n")
@@ -38,7 +45,6 @@ func hostsOf(t *testing.T, size int64) (a, b *served) {
 	token := strings.TrimSpace(b.ok("replica", "invite"))
 	token = strings.Split(token, "\n")[0]
 	require.Contains(t, a.ok("replica", "join", listen, token), "hostb is a peer")
-	return a, b
 }
 
 // replicate has hosta ship web01 to hostb.
@@ -273,4 +279,81 @@ func TestRepairAndCompare(t *testing.T) {
 		require.Equal(t, 6, code, out)
 		require.Contains(t, out, "1 blocks differ")
 	}
+}
+
+// TestABadLink: over a long way that loses packets, is cut in the midst of records, and while either side is killed, nothing is lost, and
+// nothing is other than it was.
+func TestABadLink(t *testing.T) {
+	needRoot(t)
+	need(t, "ip")
+	const size = 32 << 20
+	link, err := wan.New("tmdtest", wan.Shape{Rate: 100_000_000, Delay: 15 * time.Millisecond, Loss: 0.01})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, link.Close()) })
+	a, b := &served{t: t, dir: t.TempDir(), wrap: link.Prefix(0)}, &served{t: t, dir: t.TempDir(), wrap: link.Prefix(1)}
+	t.Cleanup(func() { // before the link goes
+		_ = a.cmd.Process.Kill()
+		_ = b.cmd.Process.Kill()
+	})
+	pairUp(t, size, a, b, wan.AddressB+":10900")
+	rng := rand.NewChaCha8([32]byte{7})
+	image := make([]byte, size)
+	scribble(t, a, rng, image, 2000)
+	a.replicate("")
+	points := map[string][]byte{}
+	for n := range 6 {
+		scribble(t, a, rng, image, 400)
+		switch n {
+		case 1, 3: // for less than a stream waits, and in the midst of what is under way
+			link.Cut(true)
+			time.Sleep(700 * time.Millisecond)
+			link.Cut(false)
+		case 2:
+			b.kill()
+			b.start()
+		case 4:
+			a.kill()
+			a.start()
+		}
+		label := fmt.Sprint("point-", n)
+		a.ok("mark", "web01", label)
+		points[label] = bytes.Clone(image)
+	}
+	a.ok("mark", "web01", "end", "--wait-replica=50s")
+	for label, want := range points {
+		if _, code := b.tidemark("points", "web01", "--label", label); code == 0 && strings.Contains(b.ok("points", "web01"), label) {
+			require.True(t, bytes.Equal(want, imageOf(t, b, "web01/vda@"+label, size)), label)
+		}
+	}
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda@end", size)))
+	require.Contains(t, a.ok("replica", "compare", "web01", "--at", "end"), "the same")
+	require.Contains(t, b.ok("verify", "web01"), "no damage")
+}
+
+// TestAFullReplica: the replica's file system has no room. The guest does not notice, and what it wrote gets there when there is room.
+func TestAFullReplica(t *testing.T) {
+	needRoot(t)
+	const size = 256 << 20
+	a, b := &served{t: t, dir: t.TempDir()}, &served{t: t, dir: t.TempDir()}
+	require.NoError(t, os.Mkdir(b.path("state"), 0o700))
+	tool(t, "mount", "-t", "tmpfs", "-o", "size=160m", "tmpfs", b.path("state"))
+	t.Cleanup(func() {
+		_ = b.cmd.Process.Kill()
+		_ = b.cmd.Wait()
+		tool(t, "umount", b.path("state"))
+	})
+	pairUp(t, size, a, b, freePort(t))
+	a.replicate("")
+	rng := rand.NewChaCha8([32]byte{8})
+	image := make([]byte, size)
+	scribble(t, a, rng, image, 100)
+	a.ok("mark", "web01", "begun", "--wait-replica")
+	began := time.Now()
+	scribble(t, a, rng, image, 40000)
+	t.Logf("160 MB were written in %v", time.Since(began))
+	eventually(t, func() bool { return b.group("web01").State != "active" || a.group("web01").Replicas[0].Error != "" })
+	require.Equal(t, "active", a.group("web01").State)
+	tool(t, "mount", "-o", "remount,size=1g", b.path("state"))
+	a.ok("mark", "web01", "room", "--wait-replica=55s")
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda@room", size)))
 }

@@ -173,8 +173,8 @@ func (s *stream) release() {
 
 // shut ends everything and waits for it. The connection is closed.
 func (s *stream) shut() error {
+	s.cancel()              // nobody waits for the loop any more
 	_ = s.q.close(farewell) // why the stream ends is known
-	s.cancel()
 	_ = s.c.Close()
 	s.wg.Wait()
 	s.c.in.Close()

@@ -175,9 +175,13 @@ func (l *Link) Cut(down bool) { l.down.Store(down) }
 // Carried is how many bytes of packets have come to end 0 or 1, with their headers.
 func (l *Link) Carried(end int) int64 { return l.carried[end].Load() }
 
+// Prefix is what runs a program at end 0 (A) or 1 (B).
+func (l *Link) Prefix(end int) []string { return []string{"ip", "netns", "exec", l.names[end]} }
+
 // Command runs a program at end 0 (A) or 1 (B).
 func (l *Link) Command(ctx context.Context, end int, name string, args ...string) *exec.Cmd {
-	return exec.CommandContext(ctx, "ip", append([]string{"netns", "exec", l.names[end], name}, args...)...)
+	argv := append(append(l.Prefix(end), name), args...)
+	return exec.CommandContext(ctx, argv[0], argv[1:]...)
 }
 
 // Close takes the link and the namespaces away.
