@@ -18,7 +18,8 @@
 //  2. begin a new Sender or Receiver for every stream, with what is true of the group when its other streams have ended and
 //     everything in it is durable; end them all when it leads, follows, rewinds or begins anew;
 //  3. have one Receiver for a group, the newest;
-//  4. bound the time that it waits for a message, and what a peer may do: a Receiver knows no rights;
+//  4. bound the time that it waits for a message, and what a peer may do: a Receiver knows no rights. Whether a Begin over a group that is here, or a Rewind,
+//     may be done is the caller's to say;
 //  5. ask for nothing after an [End].
 //
 // # A stream
@@ -41,10 +42,8 @@
 //
 // # Limits
 //
-// Nothing uses this package yet, and version 1 of the messages is not settled before something does. Known gaps:
-//
 //   - Reigns and disks travel with records alone: a disk that came is not at the follower before something is written.
 //   - A disk that left and came again, a backing that was changed by others, or a damaged record at the writer keep a follower where it
-//     is until it begins anew, by hand. One that is behind the horizon loses what history it has.
+//     is until it begins anew. One that is behind the horizon loses what history it has.
 //   - While a disk that came is seeded, records wait.
 package replica

@@ -215,6 +215,81 @@ func TestApplicationMarkersOfARealGuest(t *testing.T) {
 	require.NotContains(t, said.String(), "GUEST-FAILED")
 }
 
+// transactions is how many the guest's own check found in its history.
+func transactions(t *testing.T, out string) (n int) {
+	t.Helper()
+	m := regexp.MustCompile(`GUEST-SUMS (?:-?\d+\|){4}(\d+)\|`).FindStringSubmatch(out)
+	require.NotNil(t, m, out)
+	_, err := fmt.Sscan(m[1], &n)
+	require.NoError(t, err)
+	return n
+}
+
+// TestFailoverOfARealGuest: a host dies in the midst of pgbench. The guest goes on at the replica, with every transaction that the replica had
+// acknowledged; then the first host takes it back, and has lost nothing.
+func TestFailoverOfARealGuest(t *testing.T) {
+	needGuest(t)
+	d := withGuest(t, "agent: %DIR/ga")
+	dir, err := os.MkdirTemp("", "tmg")
+	require.NoError(t, err)
+	b := &served{t: t, dir: dir}
+	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
+	listen := freePort(t)
+	b.configure(fmt.Sprintf("replication: {listen: 'tcp:%s', name: hostb}\n", listen))
+	b.start()
+	require.NoError(t, os.Symlink(d.path("initrd"), b.path("initrd")))
+	// The images were shipped on a disk, as it were.
+	seeds := filepath.Join(b.path("state"), "replicas/web01")
+	require.NoError(t, os.MkdirAll(seeds, 0o700))
+	for _, disk := range []string{"vda.raw", "vdb.raw"} {
+		tool(t, "cp", "--sparse=always", d.path(disk), filepath.Join(seeds, disk))
+	}
+	token := strings.Split(b.ok("replica", "invite", "--name", "hosta"), "\n")[0]
+	d.ok("replica", "join", listen, token)
+	d.configure(strings.ReplaceAll(realGuest, "GUEST", "agent: %DIR/ga") + "    replicas: [hostb]\n")
+	d.ok("reload")
+	began := time.Now()
+	require.Eventually(t, func() bool {
+		r := d.group("web01").Replicas
+		return len(r) == 1 && r[0].State == "streaming"
+	}, 3*time.Minute, time.Second, "seeded")
+	t.Logf("seeded after %v", time.Since(began))
+
+	said, stop := d.boot("bench", d.nbdDisk("web01/vda"), d.nbdDisk("web01/vdb"))
+	says(t, said, "GUEST-READY", 1)
+	works(t, said)
+	works(t, said)
+	d.ok("mark", "web01", "acked", "--wait-replica")
+	works(t, said)
+	d.kill()
+	stop()
+	failed := time.Now()
+	t.Log(b.ok("failover", "web01"))
+	b.ok("mark", "web01", "taken-over")
+	have, acked := transactions(t, b.checkCopy("taken-over", false)), transactions(t, b.checkCopy("acked", false))
+	t.Logf("%d transactions at the last acknowledgement that is known, %d when it was taken over", acked, have)
+	require.Positive(t, acked)
+	require.GreaterOrEqual(t, have, acked)
+
+	said, stop = b.boot("bench", b.nbdDisk("web01/vda"), b.nbdDisk("web01/vdb"))
+	says(t, said, "GUEST-READY", 1)
+	require.NotContains(t, said.String(), "GUEST-FAILED")
+	works(t, said)
+	t.Logf("it works %v later", time.Since(failed))
+	d.start()
+	eventually(t, func() bool { return d.group("web01").Role == "follows" })
+	works(t, said)
+	_, code := d.tidemark("failback", "web01")
+	require.NotZero(t, code, "the guest runs")
+	b.ok("mark", "web01", "stopped", "--wait-replica")
+	stop()
+	b.ok("mark", "web01", "end")
+	eventually(t, func() bool { _, code := d.tidemark("failback", "web01"); return code == 0 })
+	require.Greater(t, transactions(t, d.checkCopy("end", false)), have)
+	require.Contains(t, d.ok("replica", "compare", "web01", "--at", "end"), "the same")
+	require.Contains(t, d.ok("verify", "web01"), "no damage")
+}
+
 // redo is how much of its log a server's log says it replayed, in bytes.
 func redo(t *testing.T, log string) int64 {
 	t.Helper()

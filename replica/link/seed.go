@@ -229,6 +229,7 @@ func (sd *seeding) content(ctx context.Context, v View, disk record.DiskID, want
 		if err := v.ReadAt(b, off); err != nil {
 			return err
 		}
+		sd.x.adapt(len(b) >= dataBytes/2, sd.x.q.room() != nil)
 		if err := sd.put(ctx, &wire.Data{Disk: disk, First: want.First + i, Bytes: b}); err != nil {
 			return err
 		}

@@ -76,7 +76,7 @@ type shipper struct {
 	feed    Feed
 	from    record.LSN
 	streams bool // a Feed was asked for: beats are due
-	swung   int
+	swung   int  // see adapt; the seeder's while there is one
 
 	answers chan *wire.Want // to the seeder, which is one at a time
 }

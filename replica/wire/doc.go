@@ -27,5 +27,5 @@
 //
 // # Limits
 //
-// Version 1 is the only one, and nothing speaks it yet: it may change until something does.
+// Version 1 is the only one.
 package wire
