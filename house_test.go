@@ -44,7 +44,7 @@ var mayImport = map[string][]string{
 	"restore/mount":              {"nbd"},
 	"restore/internal/inventory": {},
 	"fuzz":                       {},
-	"cmd/internal/bench":         {"nbd", "cmd/internal/api", "cmd/internal/wan"},
+	"cmd/internal/bench":         {"nbd", "journal/record", "replica", "cmd/internal/api", "cmd/internal/wan"},
 	"cmd/internal/wan":           {},
 	"cmd/internal/build":         {},
 	"cmd/internal/port":          {},

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
@@ -495,4 +496,37 @@ func TestReceivedGroups(t *testing.T) {
 	require.NoError(t, err)
 	gc.Begin = &b
 	require.NoError(t, s.AddGroup(gc))
+}
+
+// TestClocksApart: a follower's records have its writer's times, whatever its own clock says; when it leads, none is older than what came.
+func TestClocksApart(t *testing.T) {
+	for name, off := range map[string]time.Duration{"behind": -365 * 24 * time.Hour, "ahead": 365 * 24 * time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			p := newPair(t)
+			p.to.g.o.Now = func() time.Time { return time.Now().Add(off) }
+			for i := range 3 {
+				require.NoError(t, p.write(int64(i), byte(i+1)))
+			}
+			p.ship()
+			times := func(g *Group) (all []int64) {
+				f, err := g.Feed(1)
+				require.NoError(t, err)
+				defer f.Close()
+				for record.LSN(len(all)) < g.Head() {
+					run, err := next(t, f, 1<<20)
+					require.NoError(t, err)
+					require.NoError(t, record.Each(run.Bytes, func(h record.Header, _ []byte) error {
+						all = append(all, h.Time)
+						return nil
+					}))
+				}
+				return all
+			}
+			require.Equal(t, times(p.g), times(p.to.g))
+			_, err := p.to.g.Lead(2)
+			require.NoError(t, err)
+			require.NoError(t, p.to.write(7, 7))
+			require.True(t, slices.IsSorted(times(p.to.g)))
+		})
+	}
 }

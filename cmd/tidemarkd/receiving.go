@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"sync"
@@ -331,24 +332,19 @@ type rawBacking struct {
 	release func()
 }
 
-// openRaw opens a file, or makes one of a size. One of another size is in the way.
+// openRaw opens a file or a block device, or makes a file of a size. One of another size is in the way.
 func openRaw(path string, size int64) (*rawBacking, error) {
-	fresh, err := exists(path)
-	if err != nil {
-		return nil, err
-	}
-	fresh = !fresh
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	info, err := f.Stat()
+	has, err := f.Seek(0, io.SeekEnd) // of a device, too
 	switch {
 	case err != nil:
-	case fresh || info.Size() == 0:
+	case has == 0:
 		err = f.Truncate(size)
-	case info.Size() != size:
-		err = fmt.Errorf("it has %d bytes, and the disk that comes has %d: remove it", info.Size(), size)
+	case has != size:
+		err = fmt.Errorf("it has %d bytes, and the disk that comes has %d: name, or make, another", has, size)
 	}
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
@@ -368,8 +364,8 @@ func (b *rawBacking) WriteAt(p []byte, off int64) (int, error) { return b.f.Writ
 // Zero makes a hole, or, where there can be none, writes zeroes.
 func (b *rawBacking) Zero(off, n int64) error {
 	err := unix.Fallocate(int(b.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
-	if !errors.Is(err, unix.EOPNOTSUPP) {
-		return err
+	if err == nil {
+		return nil
 	}
 	_, err = b.f.WriteAt(make([]byte, n), off)
 	return err
@@ -379,8 +375,12 @@ func (b *rawBacking) Zero(off, n int64) error {
 func (b *rawBacking) Data(off, n int64, fn func(int64, bool)) error {
 	for end := off + n; off < end; {
 		data, err := b.f.Seek(off, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
+		switch {
+		case errors.Is(err, unix.ENXIO):
 			data, err = end, nil
+		case errors.Is(err, unix.EINVAL): // a device knows no holes
+			fn(end-off, true)
+			return nil
 		}
 		if err != nil {
 			return err

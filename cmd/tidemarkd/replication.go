@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -629,12 +628,4 @@ const notConnected = "not connected"
 // receivedDir is where the disks of a group that comes are.
 func (one *replicated) backing(disk string) string {
 	return filepath.Join(one.r.conf.Dir, one.name, disk+".raw")
-}
-
-func exists(path string) (bool, error) {
-	_, err := os.Stat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	return err == nil, err
 }

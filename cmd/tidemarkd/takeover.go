@@ -20,8 +20,12 @@ import (
 func (one *replicated) depose(g *journal.Group, reigns record.Reigns, peer string) error {
 	one.changing.Lock()
 	defer one.changing.Unlock()
+	p, err := one.r.e.Peers.Get(peer)
+	if err != nil {
+		return err // it was revoked meanwhile
+	}
 	if err := one.setNote(func(n *groupNote) {
-		n.Seen, n.Yielded, n.From, n.FromKey, n.Acked = reignNotes(reigns), "", peer, "", nil
+		n.Seen, n.Yielded, n.From, n.FromKey, n.Acked = reignNotes(reigns), "", peer, p.Fingerprint.String(), nil
 	}); err != nil {
 		return err
 	}
