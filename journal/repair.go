@@ -16,8 +16,11 @@ import (
 // ErrDiverged says that the two journals are not the same that far. A *PointError, that the group has no such records.
 func (g *Group) Repair(run record.Run) (mended int, err error) {
 	common, err := g.Reigns().Common(g.Durable(), run.Reigns, run.Last)
-	if err != nil || common < run.Last {
-		return 0, fmt.Errorf("%w: they have LSN %d in common, and LSN %d is to be repaired: %w", ErrDiverged, common, run.Last, errors.Join(err, nil))
+	if err != nil {
+		return 0, fmt.Errorf("%w: %w", ErrDiverged, err)
+	}
+	if common < run.Last {
+		return 0, fmt.Errorf("%w: they have LSN %d in common, and LSN %d is to be repaired", ErrDiverged, common, run.Last)
 	}
 	if run.First <= g.Horizon() {
 		return 0, g.expired(run.First)

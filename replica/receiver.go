@@ -94,7 +94,7 @@ type content struct {
 	wanted   []int64 // blocks whose data has not come
 }
 
-func (c *content) blocks() int64 { return (c.size + record.BlockSize - 1) / record.BlockSize }
+func (c *content) blocks() int64 { return int64(record.Blocks(c.size)) }
 
 // sums takes up that sums of n blocks from first on have come.
 func (c *content) sums(first, n int64) error {
@@ -139,9 +139,6 @@ func (c *content) data(first int64, b []byte) error {
 
 // NewReceiver makes the follower's side of a stream.
 func NewReceiver() *Receiver { return &Receiver{state: receiverWaits} }
-
-// Offered is the offer that the stream began with, once there is one.
-func (r *Receiver) Offered() wire.Offer { return r.offer }
 
 // Offer takes the writer's offer of a group of which the daemon has local.
 func (r *Receiver) Offer(m *wire.Offer, local Local) []Action {
@@ -201,7 +198,7 @@ func (r *Receiver) Receive(m wire.Message) []Action {
 			return r.end(r.records(m))
 		}
 	case *wire.Ready:
-		if streams && r.asked && !r.taking && m.Head == r.next-1 {
+		if streams && r.asked && m.Head == r.next-1 {
 			r.ready, r.taking = m.Head, true
 			return r.take()
 		}
@@ -352,8 +349,11 @@ func (r *Receiver) begin(m *wire.Begin) []Action {
 }
 
 func (r *Receiver) adopt(m *wire.Adopt) []Action {
-	if err := record.CheckDisks([]record.Disk{m.Disk}, m.At); err != nil || m.At != r.next-1 || m.Disk.Removed != 0 {
-		return outOfTurn("disk %q comes at LSN %d, and LSN %d is the next: %v", m.Disk.Name, m.At, r.next, err)
+	if err := record.CheckDisks([]record.Disk{m.Disk}, m.At); err != nil {
+		return outOfTurn("a disk comes: %v", err)
+	}
+	if m.At != r.next-1 || m.Disk.Removed != 0 {
+		return outOfTurn("disk %q, removed at LSN %d, comes at LSN %d, and LSN %d is the next", m.Disk.Name, m.Disk.Removed, m.At, r.next)
 	}
 	if slices.ContainsFunc(r.local.Disks, func(d record.Disk) bool { return d.ID == m.Disk.ID || d.Name == m.Disk.Name }) {
 		return outOfTurn("disk %q comes, and is here", m.Disk.Name)

@@ -88,9 +88,6 @@ func (s *Sender) Start() []Action {
 	return []Action{Send{&wire.Offer{Group: s.group, Head: s.local.Head, Horizon: s.local.Horizon, Reigns: s.local.Reigns}}}
 }
 
-// Acked is the LSN up to which the follower has everything durably, as far as this stream knows.
-func (s *Sender) Acked() record.LSN { return s.acked }
-
 // Receive takes a message of the follower's.
 func (s *Sender) Receive(m wire.Message) []Action {
 	switch m := m.(type) {

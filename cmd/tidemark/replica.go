@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -199,12 +200,11 @@ each comparison.`,
 				err = printCompared(cmd.OutOrStdout(), got)
 			}
 			for _, d := range got.Disks {
-				switch {
-				case err != nil:
-				case d.Error != "":
-					err = fmt.Errorf("disk %s could not be compared with %s's: %s", d.Name, d.Peer, d.Error)
-				case d.Differ > 0:
-					err = fmt.Errorf("%w: disk %s differs from %s's", errDamage, d.Name, d.Peer)
+				if d.Differ > 0 {
+					return fmt.Errorf("%w: disk %s differs from %s's", errDamage, d.Name, d.Peer)
+				}
+				if d.Error != "" {
+					err = errors.Join(err, fmt.Errorf("disk %s could not be compared with %s's: %s", d.Name, d.Peer, d.Error))
 				}
 			}
 			return err

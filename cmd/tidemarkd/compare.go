@@ -17,9 +17,10 @@ import (
 // others are the peers that have the group too: those that it is shipped to, and the one that it came from.
 func (one *replicated) others() (all []string) {
 	conf := one.r.reloader.configured()[one.name]
-	all = slices.Clone(conf.Replicas)
-	if from := one.known().From; from != "" && !slices.Contains(all, from) {
-		all = append(all, from)
+	for _, p := range one.r.e.Peers.All() {
+		if slices.Contains(conf.Replicas, p.Name) || one.isFrom(p) {
+			all = append(all, p.Name)
+		}
 	}
 	return all
 }
@@ -123,8 +124,11 @@ func (r *replication) repair(ctx context.Context, g *journal.Group, damaged []ui
 // only is a run's record of an LSN, which the run begins with.
 func only(run record.Run, lsn record.LSN) (record.Run, error) {
 	h, err := record.Decode(run.Bytes)
-	if err != nil || h.LSN != lsn || h.Size() > int64(len(run.Bytes)) {
-		return run, fmt.Errorf("%w: LSN %d was asked for: %w", record.ErrCorrupt, lsn, errors.Join(err, nil))
+	if err != nil {
+		return run, err
+	}
+	if h.LSN != lsn || h.Size() > int64(len(run.Bytes)) {
+		return run, fmt.Errorf("%w: LSN %d was asked for, and LSN %d came", record.ErrCorrupt, lsn, h.LSN)
 	}
 	run.Last, run.Bytes = lsn, run.Bytes[:h.Size()]
 	return run, nil

@@ -65,9 +65,15 @@ func (one *replicated) receive(ctx context.Context, c *link.Conn, offer *wire.Of
 		return errors.Join(err, c.Send(r), c.Close())
 	}
 	one.mu.Lock()
-	before := one.comes
-	one.comes = x
+	before, barred := one.comes, one.barred > 0
+	if !barred {
+		one.comes = x
+	}
 	one.mu.Unlock()
+	if barred {
+		err := fmt.Errorf("group %s is being taken over", one.name)
+		return errors.Join(err, c.Refuse(wire.ReasonBusy, err), c.Close())
+	}
 	defer func() {
 		one.mu.Lock()
 		defer one.mu.Unlock()
@@ -99,12 +105,6 @@ func (one *replicated) highest() record.Reigns {
 
 // worthwhile says why an offer comes to nothing.
 func (one *replicated) worthwhile(m *wire.Offer) error {
-	one.mu.Lock()
-	barred := one.barred
-	one.mu.Unlock()
-	if barred {
-		return fmt.Errorf("group %s is being taken over", one.name)
-	}
 	g := one.journal()
 	if g == nil {
 		return nil // the state machine decides
@@ -155,13 +155,18 @@ func (x *receiving) Sync() (record.LSN, error) {
 // errNotAsked is what a writer is told who would have this daemon drop what it has not written itself.
 var errNotAsked = errors.New("that takes the word of who runs this daemon: tidemark replica accept")
 
-// accepted uses up the word that what is here may be dropped.
+// accepted reports whether it was said that what is here may be dropped.
 func (one *replicated) accepted() bool {
 	one.mu.Lock()
 	defer one.mu.Unlock()
-	was := one.accepts
+	return one.accepts
+}
+
+// dropped uses that up.
+func (one *replicated) dropped() {
+	one.mu.Lock()
+	defer one.mu.Unlock()
 	one.accepts = false
-	return was
 }
 
 // Begin makes the disks' backings, over what there is of them. A group that is here already is behind the writer's horizon, and given
@@ -174,6 +179,10 @@ func (x *receiving) Begin(b record.Beginning) error {
 		return err
 	}
 	if x.g != nil {
+		if !one.r.reloader.configured()[one.name].Received {
+			return fmt.Errorf("group %s has come to LSN %d here, and its writer has nothing before LSN %d any more. It was this daemon's to begin with: to have it seeded, take it out of the configuration, remove its journal (groups/%s in the state directory), and give it again with received: true",
+				one.name, x.g.Head(), b.At, one.name)
+		}
 		if !one.accepted() {
 			return fmt.Errorf("group %s has come to LSN %d here, and its writer has nothing before LSN %d any more: it would begin anew, and its history here end: %w", one.name, x.g.Head(), b.At, errNotAsked)
 		}
@@ -181,6 +190,7 @@ func (x *receiving) Begin(b record.Beginning) error {
 		if err := one.r.reloader.discard(one.name); err != nil {
 			return fmt.Errorf("give up what is here of group %s, to begin anew: %w", one.name, err)
 		}
+		one.dropped()
 		x.g = nil
 	}
 	x.begins = &b
@@ -209,19 +219,26 @@ func (x *receiving) backing(disk string) string {
 
 // open opens a disk's backing, which is made if there is none.
 func (x *receiving) open(d record.Disk) error {
-	path := x.backing(d.Name)
-	if err := mkdirDurable(filepath.Dir(path)); err != nil {
-		return err
+	// Nothing is made where the configuration says that something is.
+	path, flags := x.backing(d.Name), os.O_RDWR
+	if path == x.one.backing(d.Name) {
+		if err := mkdirDurable(filepath.Dir(path)); err != nil {
+			return err
+		}
+		flags |= os.O_CREATE
 	}
-	b, err := openRaw(path, d.Size)
+	f, err := os.OpenFile(path, flags, 0o600)
 	if err != nil {
-		return fmt.Errorf("backing %s: %w", path, err)
+		return fmt.Errorf("backing %s of disk %s, which comes: %w", path, d.Name, err)
 	}
 	release, err := x.one.r.store.Claim(path, "seed of "+x.one.name+"/"+d.Name)
 	if err != nil {
+		return errors.Join(fmt.Errorf("backing %s: %w", path, err), f.Close())
+	}
+	b := &rawBacking{f, release}
+	if err := b.fit(d.Size); err != nil {
 		return errors.Join(fmt.Errorf("backing %s: %w", path, err), b.Close())
 	}
-	b.release = release
 	x.opened[d.ID] = b
 	return nil
 }
@@ -332,24 +349,18 @@ type rawBacking struct {
 	release func()
 }
 
-// openRaw opens a file or a block device, or makes a file of a size. One of another size is in the way.
-func openRaw(path string, size int64) (*rawBacking, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	has, err := f.Seek(0, io.SeekEnd) // of a device, too
+// fit gives an empty file a size. One of another size, or a device, is in the way.
+func (b *rawBacking) fit(size int64) error {
+	has, err := b.f.Seek(0, io.SeekEnd) // of a device, too
 	switch {
 	case err != nil:
+		return err
 	case has == 0:
-		err = f.Truncate(size)
+		return b.f.Truncate(size)
 	case has != size:
-		err = fmt.Errorf("it has %d bytes, and the disk that comes has %d: name, or make, another", has, size)
+		return fmt.Errorf("it has %d bytes, and the disk that comes has %d: name, or make, another", has, size)
 	}
-	if err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	return &rawBacking{f: f, release: func() {}}, nil
+	return nil
 }
 
 // Close closes the file. What was written is not durable by that.

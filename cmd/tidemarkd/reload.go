@@ -260,7 +260,7 @@ func (r *reloader) begin(name string, conf config.Group, b *record.Beginning) er
 		return errors.Join(err, removeDurable(path))
 	}
 	if err := r.keepers.put(name, conf); err != nil {
-		return err
+		return errors.Join(err, r.store.RemoveGroup(name))
 	}
 	r.take(name, conf)
 	r.log.Info("the group comes from another daemon from here on", zap.String("group", name), zap.Uint64("lsn", uint64(b.At)), zap.String("file", path))
@@ -287,7 +287,10 @@ func (r *reloader) discard(name string) error {
 func (r *reloader) adoptDisk(group, name string, disk config.Disk, fn func() error) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	conf := r.now.Groups[group]
+	conf, ok := r.now.Groups[group]
+	if !ok {
+		return fmt.Errorf("group %s: %w", group, journal.ErrNotFound)
+	}
 	conf.Disks = maps.Clone(conf.Disks)
 	conf.Disks[name] = disk
 	if err := fn(); err != nil {

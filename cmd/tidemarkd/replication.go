@@ -57,7 +57,8 @@ type replicated struct {
 	ships map[string]*shipping // by peer
 	comes *receiving           // nil: nobody sends it
 	// barred keeps offers out while who writes the group is being changed here.
-	barred bool
+	barred int
+	users  int // who hold it though nothing is known of the group; guarded by the replication's mu
 	// accepts allows the writer, once, to have what this daemon has, and did not write itself, dropped.
 	accepts bool
 	asks    chan struct{} // closed when the writer is to be asked for the group
@@ -93,6 +94,11 @@ func reignNotes(r record.Reigns) (all []reignNote) {
 		all = append(all, reignNote{x.Epoch, x.First, hex.EncodeToString(x.ID[:])})
 	}
 	return all
+}
+
+// isFrom reports whether a peer is the one that the group came from.
+func (n *groupNote) isFrom(p link.Peer) bool {
+	return n.From == p.Name && (n.FromKey == "" || n.FromKey == p.Fingerprint.String())
 }
 
 // seen are the note's reigns.
@@ -208,6 +214,12 @@ func (one *replicated) setNote(change func(*groupNote)) error {
 	}
 	one.note = next
 	return nil
+}
+
+// isFrom reports whether a peer is the one that the group came from.
+func (one *replicated) isFrom(p link.Peer) bool {
+	n := one.known()
+	return n.isFrom(p)
 }
 
 func (one *replicated) known() groupNote {
@@ -396,9 +408,9 @@ func (one *replicated) replicas(conf config.Group) []string {
 		return nil
 	}
 	peers := slices.Clone(conf.Replicas)
-	if from := one.known().From; from != "" && !slices.Contains(peers, from) {
-		if _, err := one.r.e.Peers.Get(from); err == nil {
-			peers = append(peers, from)
+	if n := one.known(); n.From != "" && !slices.Contains(peers, n.From) {
+		if p, err := one.r.e.Peers.Get(n.From); err == nil && n.isFrom(p) {
+			peers = append(peers, n.From)
 		}
 	}
 	return peers
@@ -521,9 +533,8 @@ func (r *replication) admit(p link.Peer, m *wire.Offer) (*replicated, error) {
 	if one != nil {
 		n = one.known()
 	}
-	came := n.From == p.Name && (n.FromKey == "" || n.FromKey == p.Fingerprint.String())
 	switch {
-	case slices.Contains(conf.Replicas, p.Name), came, named:
+	case slices.Contains(conf.Replicas, p.Name), n.isFrom(p), named:
 	case !may:
 		return nil, fmt.Errorf("peer %s may not send group %s to %s", p.Name, m.Group, r.conf.Name)
 	case n.From != "":
@@ -531,7 +542,12 @@ func (r *replication) admit(p link.Peer, m *wire.Offer) (*replicated, error) {
 	case r.store.Has(m.Group):
 		return nil, fmt.Errorf("group %s is %s's own, and peer %s may send it only if that is said of this very group", m.Group, r.conf.Name, p.Name)
 	}
-	return r.group(m.Group), nil
+	one = r.group(m.Group)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.groups[m.Group] = one // it may have been forgotten between
+	one.users++
+	return one, nil
 }
 
 // forget drops what is kept of a name of which nothing has come.
@@ -541,7 +557,7 @@ func (r *replication) forget(one *replicated) {
 	one.mu.Lock()
 	defer one.mu.Unlock()
 	n := one.note
-	if one.comes == nil && len(one.ships) == 0 && len(n.Seen)+len(n.From)+len(n.Own) == 0 && one.journal() == nil {
+	if one.users--; one.users == 0 && one.comes == nil && len(one.ships) == 0 && len(n.Seen)+len(n.From)+len(n.Own) == 0 && one.journal() == nil {
 		delete(r.groups, one.name)
 	}
 }
@@ -561,7 +577,7 @@ func (r *replication) reserved(name string) bool {
 	return false
 }
 
-// wait returns when every replica of a group has everything up to an LSN, or says which have not by the time that ctx ends.
+// await returns when every replica of a group has everything up to an LSN, or says which have not by the time that ctx ends.
 func (r *replication) await(ctx context.Context, group string, lsn record.LSN) (late []string, err error) {
 	one := r.group(group)
 	conf := r.reloader.configured()[group]
@@ -589,7 +605,7 @@ func (r *replication) status(g *journal.Group, a *api.Group) {
 		a.Role = "follows"
 	}
 	if n.Yielded != "" && g.Follows() {
-		a.Problems = append(a.Problems, fmt.Sprintf("it was handed over to %s, and whether that has taken it is not known: if it has not, tidemark failover %s, there or here", n.Yielded, g.Name()))
+		a.Problems = append(a.Problems, fmt.Sprintf("it was handed over to %s, and whether that has taken it is not known: if it has not, tidemark failover %s here, where everything is", n.Yielded, g.Name()))
 	}
 	a.Replicas = one.shipped()
 	rpo := r.reloader.configured()[g.Name()].RPO
@@ -625,7 +641,7 @@ func (one *replicated) shipped() (all []api.Replica) {
 
 const notConnected = "not connected"
 
-// receivedDir is where the disks of a group that comes are.
+// backing is where a disk of a group that comes is kept, if the configuration says nothing else.
 func (one *replicated) backing(disk string) string {
 	return filepath.Join(one.r.conf.Dir, one.name, disk+".raw")
 }

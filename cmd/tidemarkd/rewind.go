@@ -51,6 +51,7 @@ func (x *receiving) Rewind(to record.LSN) error {
 	if err := r.reloader.rewind(one.name, to); err != nil {
 		return fmt.Errorf("go back to LSN %d, to follow the writer: %w", to, err)
 	}
+	one.dropped()
 	return nil
 }
 
@@ -134,7 +135,7 @@ func (s *scratches) branch(g *journal.Group, at record.LSN, host string) (name s
 	return name, nil
 }
 
-// changes calls fn with what may differ on a disk between an LSN and the group's head, and the view of the head.
+// changesSince calls fn with what may differ on a disk between an LSN and the group's head, and the view of the head.
 func changesSince(g *journal.Group, d *disk.Disk, at record.LSN, fn func(v *journal.View, ext record.Extent) error) error {
 	now, err := g.View(d, g.Head())
 	if err != nil {

@@ -43,10 +43,10 @@ type shipping struct {
 // ship begins to ship a group to a peer until ctx ends, or stop is called. one.mu is held.
 func (one *replicated) ship(ctx context.Context, g *journal.Group, peer string) *shipping {
 	ctx, cancel := context.WithCancel(ctx)
-	acked := max(min(one.note.Acked[peer], g.Head()), g.Horizon())
+	acked := min(one.note.Acked[peer], g.Head())
 	s := &shipping{one: one, g: g, peer: peer, log: one.log.With(zap.String("replica", peer)), cancel: cancel, done: make(chan struct{}),
-		hold: g.Hold(acked + 1), acked: acked, bell: make(chan struct{}), since: time.Now()}
-	s.lag = replica.NewLag(acked, 0, time.Now())
+		hold: g.Hold(max(acked, g.Horizon()) + 1), acked: acked, bell: make(chan struct{}), since: time.Now()}
+	s.lag = replica.NewLag(acked, g.Appended(), s.since)
 	go func() {
 		defer close(s.done)
 		defer s.hold.Release()
@@ -170,7 +170,7 @@ func seeding(p link.Progress, began time.Time) *api.Seeding {
 // source is the group as a link ships it.
 type source struct{ s *shipping }
 
-// errYields is why a group is not shipped that is not this daemon's.
+// errNotWriter is why a group is not shipped that is not this daemon's.
 var errNotWriter = errors.New("this daemon does not write the group any more")
 
 func (o source) Local() (replica.Local, error) {

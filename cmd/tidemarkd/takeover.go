@@ -135,13 +135,13 @@ func (c *control) failover(r *http.Request) (any, error) {
 
 // takeOver ends the stream on which the group comes, and begins a reign of this daemon, with no other stream between.
 func (one *replicated) takeOver(g *journal.Group) (record.Reigns, error) {
-	bar := func(v bool) {
+	bar := func(n int) {
 		one.mu.Lock()
 		defer one.mu.Unlock()
-		one.barred = v
+		one.barred += n
 	}
-	bar(true)
-	defer bar(false)
+	bar(1)
+	defer bar(-1)
 	one.end()
 	return one.lead(g)
 }
@@ -177,11 +177,11 @@ func (c *control) failback(r *http.Request) (any, error) {
 	case <-ctx.Done():
 	}
 	if g.Follows() {
-		x.cancel() // what was asked for is not to come later
-		<-x.done
+		// What was asked for is not to come later, on whatever stream.
 		one.mu.Lock()
 		one.asks = make(chan struct{})
 		one.mu.Unlock()
+		one.end()
 	}
 	if g.Follows() {
 		return nil, fmt.Errorf("group %s was not handed over by %s: %w", g.Name(), x.peer, errors.Join(ctx.Err(), x.why()))
@@ -196,6 +196,9 @@ const handoverWithin = time.Minute
 
 // accept allows the writer of a group that follows, once, to have what is here, and was not written here, dropped.
 func (c *control) accept(r *http.Request) (any, error) {
+	if err := record.CheckName(r.PathValue("group")); err != nil {
+		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
+	}
 	one := c.replication.group(r.PathValue("group"))
 	if g := one.journal(); g != nil && !g.Follows() {
 		return nil, fmt.Errorf("%w: group %s is this daemon's, in epoch %d", errBadRequest, one.name, g.Reigns().Epoch())

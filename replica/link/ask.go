@@ -39,7 +39,7 @@ func answerSums(c *Conn, m *wire.Ask, src Source) error {
 		return err
 	}
 	var b sumsBuffer
-	blocks := (v.Size() + record.BlockSize - 1) / record.BlockSize
+	blocks := int64(record.Blocks(v.Size()))
 	for first := int64(0); first < blocks; first += sumBlocks {
 		sums, err := b.sumsOf(v, s, first, min(sumBlocks, blocks-first))
 		if err != nil {
@@ -76,7 +76,9 @@ func answerRecords(ctx context.Context, c *Conn, m *wire.Ask, src Source) error 
 
 // ask asks a peer, and calls take with the answers until the last one.
 func (e *Endpoint) ask(ctx context.Context, peer string, m *wire.Ask, take func(wire.Message) error) error {
-	c, err := e.Open(ctx, peer, wire.RoleAsks)
+	within, cancel := context.WithTimeout(ctx, introduceWithin)
+	c, err := e.Open(within, peer, wire.RoleAsks)
+	cancel()
 	if err != nil {
 		return err
 	}
@@ -124,7 +126,7 @@ func (e *Endpoint) Compare(ctx context.Context, peer, group string, disk record.
 		return got, err
 	}
 	var b sumsBuffer
-	blocks := (v.Size() + record.BlockSize - 1) / record.BlockSize
+	blocks := int64(record.Blocks(v.Size()))
 	err = e.ask(ctx, peer, m, func(a wire.Message) error {
 		theirs, ok := a.(*wire.Sums)
 		n := int64(0)

@@ -73,14 +73,30 @@ func (b *bell) ring() {
 	}
 }
 
-// Watch has those who wait to dial try at once when a link or a route of the host comes up, until ctx ends. Without it they try in
-// their own time.
+// Watch has those who wait to dial try at once when a link, a route or an address of the host comes up, at most once a second, until ctx
+// ends. Without it they try in their own time.
 func (e *Endpoint) Watch(ctx context.Context) {
-	links, routes, addrs := make(chan netlink.LinkUpdate, 16), make(chan netlink.RouteUpdate, 16), make(chan netlink.AddrUpdate, 16)
-	if err := subscribe(ctx.Done(), links, routes, addrs); err != nil {
-		e.Log.Warn("changes of the host's network are not seen: peers are dialled again after a while", zap.Error(err))
-		return
+	for ctx.Err() == nil {
+		if err := e.watch(ctx); err != nil {
+			e.Log.Warn("changes of the host's network are not seen: peers are dialled again after a while", zap.Error(err))
+		}
+		// A burst of changes may have been too much for the socket.
+		select {
+		case <-time.After(longest):
+		case <-ctx.Done():
+		}
 	}
+}
+
+// watch returns when ctx ends, or the kernel's messages do.
+func (e *Endpoint) watch(ctx context.Context) error {
+	links, routes, addrs := make(chan netlink.LinkUpdate, 16), make(chan netlink.RouteUpdate, 16), make(chan netlink.AddrUpdate, 16)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if err := subscribe(ctx.Done(), links, routes, addrs); err != nil {
+		return err
+	}
+	rung := time.Time{}
 	for open := true; open; {
 		up := false
 		select {
@@ -93,17 +109,19 @@ func (e *Endpoint) Watch(ctx context.Context) {
 		case <-ctx.Done():
 			open = false
 		}
-		if up {
+		if up && time.Since(rung) >= time.Second {
+			rung = time.Now()
 			e.routes.ring()
 		}
 	}
-	// The subscriptions end with ctx, and close their channels.
+	cancel() // the subscriptions end with it, and close their channels
 	for range links {
 	}
 	for range routes {
 	}
 	for range addrs {
 	}
+	return nil
 }
 
 func subscribe(done <-chan struct{}, links chan netlink.LinkUpdate, routes chan netlink.RouteUpdate, addrs chan netlink.AddrUpdate) error {

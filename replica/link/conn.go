@@ -25,22 +25,19 @@ const (
 
 // Conn is a connection to a peer who is known: what is said on it is secret and whole.
 type Conn struct {
-	Peer Peer
-	Role wire.Role
-	// Version is that of the messages, Build what the peer is, for people.
-	Version uint16
-	Build   string
-	Node    [16]byte
+	Peer  Peer
+	Role  wire.Role
+	Build string // of the peer, for people
 
 	tls *tls.Conn
 	in  *wire.Reader
 	out *wire.Writer
 
-	sending sync.Mutex // held for what is written
-	once    sync.Once
-	onClose func()
-	// Received counts bytes, encrypted.
-	received, sent *atomic.Int64
+	sending        sync.Mutex // held for what is written
+	once           sync.Once
+	onClose        func()
+	received, sent *atomic.Int64 // bytes, encrypted
+	cancel         context.CancelFunc
 }
 
 // paced is a connection whose deadlines move on with every byte that does.
@@ -91,13 +88,15 @@ func (c *Conn) Send(m wire.Message) error {
 	return c.out.Write(m)
 }
 
-// Receive waits for a message, whose slices are the connection's until the next call. One goroutine uses it at a time.
+// Receive waits for a message, whose slices are the connection's again from the call after the next one on. One goroutine uses it at a
+// time.
 func (c *Conn) Receive() (wire.Message, error) { return c.in.Next() }
 
 // Close ends the connection.
 func (c *Conn) Close() error {
 	var err error
 	c.once.Do(func() {
+		c.cancel() // who waits for the limit is told
 		err = c.tls.NetConn().Close()
 		if c.onClose != nil {
 			c.onClose()
@@ -123,12 +122,19 @@ func (e *RefusedError) Error() string { return fmt.Sprintf("the peer refused: %q
 // introduce makes a connection of a socket: who it is, and which version both speak. The side that dialled gives its role and what it expects of the
 // other's certificate; known says who a certificate is, and may have it pass without a peer.
 func (e *Endpoint) introduce(ctx context.Context, raw net.Conn, role wire.Role, known func(tls.ConnectionState) (Peer, error)) (_ *Conn, err error) {
-	p := &paced{Conn: raw, limit: e.Limit, ctx: ctx}
+	sending, cancel := context.WithCancel(context.Background())
+	p := &paced{Conn: raw, limit: e.Limit, ctx: sending}
 	p.fixed.Store(true)
+	c := &Conn{Role: role, received: &p.received, sent: &p.sent, cancel: cancel}
+	defer func() {
+		if err != nil {
+			cancel()
+			err = errors.Join(err, ignoreClosed(raw.Close()))
+		}
+	}()
 	if err := p.SetDeadline(time.Now().Add(introduceWithin)); err != nil {
 		return nil, err
 	}
-	c := &Conn{Role: role, received: &p.received, sent: &p.sent}
 	conf := &tls.Config{
 		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{e.Identity.Cert}, ClientAuth: tls.RequireAnyClientCert,
 		InsecureSkipVerify: true, // VerifyConnection does: peers are known by their keys
@@ -144,11 +150,6 @@ func (e *Endpoint) introduce(ctx context.Context, raw net.Conn, role wire.Role, 
 	} else {
 		c.tls = tls.Server(p, conf)
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, ignoreClosed(raw.Close()))
-		}
-	}()
 	if err := c.tls.HandshakeContext(ctx); err != nil {
 		return nil, fmt.Errorf("TLS: %w", err)
 	}
@@ -211,7 +212,7 @@ func (c *Conn) hello(e *Endpoint, dialled bool) error {
 			return err
 		}
 	}
-	c.Version, c.Build, c.Node = min(theirs.Highest, mine.Highest), theirs.Build, theirs.Node
+	c.Build = theirs.Build
 	if c.Peer.Name != "" {
 		c.in.Trust()
 	}

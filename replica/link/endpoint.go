@@ -42,6 +42,7 @@ type Endpoint struct {
 	mu     sync.Mutex         // guards what follows
 	conns  map[*Conn]string   // by name of its peer, as it was known when it connected
 	parked map[string][]*Conn // by peer: who wait for an offer, the newest last
+	shut   bool               // nothing is kept any more
 	bell   chan struct{}      // closed and made anew when one is parked
 
 	routes bell // rung when the host's network changes
@@ -94,8 +95,12 @@ func (e *Endpoint) keep(c *Conn) error {
 		}
 	}
 	e.conns[c] = c.Peer.Name
+	shut := e.shut
 	e.mu.Unlock()
 	var err error
+	if shut {
+		err = net.ErrClosed
+	}
 	if n >= maxConns {
 		err = fmt.Errorf("peer %s has %d connections", c.Peer.Name, n)
 		err = errors.Join(err, c.Refuse(wire.ReasonBusy, err))
@@ -119,7 +124,7 @@ func (e *Endpoint) Current(c *Conn) error {
 	return err
 }
 
-// Serve lets peers in until ctx ends. When it returns, every connection it took is closed, and whoever served one has returned.
+// Serve lets peers in until ctx ends. When it returns, whoever served one has returned; those that wait are Shut's to close.
 func (e *Endpoint) Serve(ctx context.Context, l net.Listener) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -337,7 +342,7 @@ func (e *Endpoint) Shut() {
 	for c := range e.conns {
 		all = append(all, c)
 	}
-	e.parked = map[string][]*Conn{}
+	e.parked, e.shut = map[string][]*Conn{}, true
 	e.mu.Unlock()
 	for _, c := range all {
 		_ = c.Close() // whoever uses it is told

@@ -77,6 +77,7 @@ func Follow(ctx context.Context, c *Conn, offer *wire.Offer, t Target) error {
 	}
 	x.do, x.fail, x.follows = x.work, x.r.Fail, true
 	x.perform(x.r.Offer(&own, local))
+	t.Heard(x.r.Head, x.r.At)
 	x.wg.Go(x.read)
 	tick := time.NewTicker(chatter)
 	defer tick.Stop()
@@ -87,18 +88,13 @@ func Follow(ctx context.Context, c *Conn, offer *wire.Offer, t Target) error {
 		case <-x.ctx.Done():
 		}
 	})
-	taken := false // a message, whose slices are in use
 	for !x.over {
 		take := func(m wire.Message) {
-			taken = true
 			x.perform(x.r.Receive(m))
 			t.Heard(x.r.Head, x.r.At)
 		}
 		if x.busy {
-			take = nil
-		} else if taken {
-			taken = false
-			x.release()
+			take = nil // what is done may be with the slices of the last one
 		}
 		if x.asks {
 			x.perform(x.r.Handover())

@@ -137,7 +137,7 @@ func (sd *seeding) disk(ctx context.Context, d record.Disk) error {
 	if err != nil {
 		return err
 	}
-	blocks := (d.Size + record.BlockSize - 1) / record.BlockSize
+	blocks := int64(record.Blocks(d.Size))
 	sd.expected, sd.asked = 0, nil
 	for first := int64(0); first < blocks || len(sd.asked) > 0; {
 		if first < blocks && len(sd.asked) < unanswered && len(sd.answers) == 0 {

@@ -102,10 +102,7 @@ func Ship(ctx context.Context, c *Conn, group string, src Source, level int) err
 	tick := time.NewTicker(chatter)
 	defer tick.Stop()
 	for !x.over {
-		x.turn(func(m wire.Message) {
-			x.perform(x.s.Receive(m))
-			x.release()
-		}, tick.C, x.beat)
+		x.turn(func(m wire.Message) { x.perform(x.s.Receive(m)) }, tick.C, x.beat)
 	}
 	return x.shut()
 }

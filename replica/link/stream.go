@@ -22,8 +22,7 @@ type stream struct {
 	c      *Conn
 	q      *queue
 	in     chan wire.Message
-	next   chan struct{} // tells the reader that the message's slices are its own again
-	events chan func()   // called in the loop
+	events chan func() // called in the loop
 	wg     sync.WaitGroup
 
 	follows bool // it is the follower's side
@@ -45,7 +44,7 @@ type stream struct {
 // open makes the stream ready for its loop.
 func (s *stream) open(ctx context.Context, c *Conn, level int) (err error) {
 	s.ctx, s.cancel = context.WithCancel(ctx)
-	s.c, s.in, s.next, s.events = c, make(chan wire.Message), make(chan struct{}), make(chan func())
+	s.c, s.in, s.events = c, make(chan wire.Message), make(chan func())
 	if s.q, err = newQueue(c, level, func(err error) { s.post(func() { s.lose(fmt.Errorf("to peer %s: %w", c.Peer.Name, err)) }) }); err != nil {
 		s.cancel()
 	}
@@ -60,7 +59,8 @@ func (s *stream) lose(err error) {
 	s.perform(nil)
 }
 
-// read reads messages until the connection ends.
+// read reads messages until the connection ends: the next one while the loop has one. It takes one when it is done with the slices of the one
+// before, see wire.Reader.
 func (s *stream) read() {
 	for {
 		m, err := s.c.Receive()
@@ -70,11 +70,6 @@ func (s *stream) read() {
 		}
 		select {
 		case s.in <- m:
-		case <-s.ctx.Done():
-			return
-		}
-		select {
-		case <-s.next:
 		case <-s.ctx.Done():
 			return
 		}
@@ -160,14 +155,6 @@ func (s *stream) turn(take func(wire.Message), tick <-chan time.Time, ticked fun
 		ticked()
 	case <-s.ctx.Done():
 		s.end(context.Cause(s.ctx))
-	}
-}
-
-// release gives the message's slices back to the reader.
-func (s *stream) release() {
-	select {
-	case s.next <- struct{}{}:
-	case <-s.ctx.Done():
 	}
 }
 

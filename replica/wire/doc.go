@@ -12,7 +12,7 @@
 // # The caller must
 //
 //  1. let one goroutine use a [Reader] or a [Writer] at a time;
-//  2. copy what it keeps of a message: its slices are the Reader's until the next call.
+//  2. copy what it keeps of a message: its slices are the Reader's again from the call after the next one on.
 //
 // # Format
 //

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
-	"time"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -34,8 +33,6 @@ type Writer struct {
 	buf   []byte
 	// Raw and Sent count the bytes of payloads, and those of their frames.
 	Raw, Sent int64
-	// Encoding and Writing are what it has spent on making frames, and on having them taken off its hands.
-	Encoding, Writing time.Duration
 }
 
 // MaxLevel is the highest level of compression.
@@ -77,7 +74,7 @@ func (w *Writer) SetLevel(level int) error {
 //	  8     4   CRC-32C of bytes 0 to 7 and the payload
 //	 12     …   payload
 func (w *Writer) Write(m Message) error {
-	le, began := binary.LittleEndian, time.Now()
+	le := binary.LittleEndian
 	w.buf = append(w.buf[:0], frameMagic, byte(m.Type()), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 	w.buf = m.append(w.buf)
 	raw := len(w.buf) - headSize
@@ -91,8 +88,6 @@ func (w *Writer) Write(m Message) error {
 	le.PutUint32(frame[4:], uint32(len(frame)-headSize))
 	le.PutUint32(frame[8:], sum(frame))
 	w.Raw, w.Sent = w.Raw+int64(raw), w.Sent+int64(len(frame))
-	encoded := time.Now()
-	defer func() { w.Encoding, w.Writing = w.Encoding+encoded.Sub(began), w.Writing+time.Since(encoded) }()
 	if _, err := w.w.Write(frame); err != nil {
 		return fmt.Errorf("send %v: %w", m.Type(), err)
 	}
@@ -127,8 +122,9 @@ type Reader struct {
 	r    io.Reader
 	zstd *zstd.Decoder
 	most int
-	buf  []byte
-	raw  []byte
+	// Two messages stand apart: while one is used, the next can be read.
+	bufs, raws [2][]byte
+	turn       int
 }
 
 // NewReader makes a Reader that takes messages of MaxFirst bytes.
@@ -146,8 +142,9 @@ func (r *Reader) Trust() { r.most = MaxPayload }
 // Close gives memory back.
 func (r *Reader) Close() { r.zstd.Close() }
 
-// Next reads a message. io.EOF says that the stream ended between two.
+// Next reads a message, whose slices are the Reader's from the call after the next one on. io.EOF says that the stream ended between two.
 func (r *Reader) Next() (Message, error) {
+	r.turn = 1 - r.turn
 	var head [headSize]byte
 	if _, err := io.ReadFull(r.r, head[:]); err != nil {
 		return nil, err
@@ -162,20 +159,20 @@ func (r *Reader) Next() (Message, error) {
 	case head[2]&^flagZstd != 0 || head[3] != 0:
 		return nil, fmt.Errorf("%w: %v with unknown flags %#02x", record.ErrCorrupt, t, head[2])
 	}
-	if int64(cap(r.buf)) < headSize+n {
-		r.buf = make([]byte, headSize+n)
+	if int64(cap(r.bufs[r.turn])) < headSize+n {
+		r.bufs[r.turn] = make([]byte, headSize+n)
 	}
-	r.buf = append(r.buf[:0], head[:]...)[:headSize+n]
-	if _, err := io.ReadFull(r.r, r.buf[headSize:]); err != nil {
+	buf := append(r.bufs[r.turn][:0], head[:]...)[:headSize+n]
+	if _, err := io.ReadFull(r.r, buf[headSize:]); err != nil {
 		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
 		return nil, fmt.Errorf("%v of %d bytes: %w", t, n, err)
 	}
-	if got, want := sum(r.buf), le.Uint32(head[8:]); got != want {
+	if got, want := sum(buf), le.Uint32(head[8:]); got != want {
 		return nil, fmt.Errorf("%w: %v of %d bytes has checksum %08x, sent was %08x", record.ErrCorrupt, t, n, got, want)
 	}
-	payload := r.buf[headSize:]
+	payload := buf[headSize:]
 	if head[2]&flagZstd != 0 {
 		var err error
 		if payload, err = r.inflate(payload); err != nil {
@@ -193,14 +190,14 @@ func (r *Reader) inflate(b []byte) ([]byte, error) {
 	if n > int64(r.most) {
 		return nil, fmt.Errorf("it inflates to %d bytes, at most %d are taken", n, r.most)
 	}
-	if int64(cap(r.raw)) < n {
-		r.raw = make([]byte, 0, n)
+	if int64(cap(r.raws[r.turn])) < n {
+		r.raws[r.turn] = make([]byte, 0, n)
 	}
-	raw, err := r.zstd.DecodeAll(b[4:], r.raw[:0:n])
+	raw, err := r.zstd.DecodeAll(b[4:], r.raws[r.turn][:0:n])
 	if err != nil {
 		return nil, err
 	}
-	if r.raw = raw; int64(len(raw)) != n {
+	if r.raws[r.turn] = raw; int64(len(raw)) != n {
 		return nil, fmt.Errorf("it inflates to %d bytes, and says %d", len(raw), n)
 	}
 	return raw, nil

@@ -52,17 +52,17 @@ func (b *bench) hosts(link *wan.Link, size int64, alone bool, fill func(h *hosts
 		e := &end{dir: filepath.Join(b.dir, name)}
 		h.ends[i] = e
 		if err := errors.Join(os.RemoveAll(e.dir), os.MkdirAll(e.dir, 0o755)); err != nil {
-			return nil, err
+			return h, err
 		}
 		e.api = api.NewClient(e.path("api.sock"))
 	}
 	disk := h.ends[0].path("disk.raw")
 	if err := errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, size)); err != nil {
-		return nil, err
+		return h, err
 	}
 	if fill != nil {
 		if err := fill(h); err != nil {
-			return nil, err
+			return h, err
 		}
 	}
 	at := "127.0.0.1"
@@ -77,7 +77,7 @@ func (b *bench) hosts(link *wan.Link, size int64, alone bool, fill func(h *hosts
 	for i, e := range h.ends {
 		conf := fmt.Sprintf("state_dir: %s\nnbd: ['unix:%s']\napi: unix:%s\nlog: {level: error}\n%s", e.path("state"), e.path("nbd.sock"), e.path("api.sock"), confs[i])
 		if err := os.WriteFile(e.path("conf.yaml"), []byte(conf), 0o600); err != nil {
-			return nil, err
+			return h, err
 		}
 	}
 	if alone {
@@ -113,6 +113,9 @@ func (h *hosts) start(i int) error {
 }
 
 func (h *hosts) kill(i int) {
+	if h.ends[i] == nil {
+		return
+	}
 	if c := h.ends[i].cmd; c != nil {
 		_ = c.Process.Kill()
 		_ = c.Wait() // it was killed
@@ -202,8 +205,11 @@ func (h *hosts) fioUntil(ctx context.Context, args ...string) (l load, err error
 	if at := bytes.IndexByte(out, '{'); at >= 0 {
 		out = out[at:]
 	}
-	if err := json.Unmarshal(out, &r); err != nil || len(r.Jobs) != 1 {
+	if err := json.Unmarshal(out, &r); err != nil {
 		return l, fmt.Errorf("fio's answer: %w", err)
+	}
+	if len(r.Jobs) != 1 {
+		return l, fmt.Errorf("fio's answer is of %d jobs", len(r.Jobs))
 	}
 	w := r.Jobs[0].Write
 	return load{w.Bytes, w.Runtime / 1000, time.Duration(w.Clat.Percentile["99.000000"])}, nil

@@ -51,7 +51,11 @@ type Peer struct {
 // On reports whether anything was said of it: then the daemon may wait for groups, and have none.
 func (r *Replication) On() bool { return r.on }
 
-const defaultCompression = 2
+const (
+	defaultCompression = 2
+	// leastLimit keeps a message's part from taking longer than a peer waits.
+	leastLimit = 64 << 10
+)
 
 // Level is the level of compression.
 func (r *Replication) Level() int {
@@ -112,7 +116,13 @@ func (r *Replication) validate() error {
 	if n := r.Level(); n < 0 || n > 4 {
 		add("compression", fmt.Errorf("%d: 0 to 4 are possible", n))
 	}
+	if r.Limit > 0 && r.Limit < leastLimit {
+		add("limit", fmt.Errorf("%d bytes a second: at least %d are needed to keep connections alive", r.Limit, leastLimit))
+	}
 	for i, h := range r.Hours {
+		if h.Limit > 0 && h.Limit < leastLimit || h.From == h.To {
+			add(fmt.Sprintf("hours[%d]", i), fmt.Errorf("from %s to %s, %d bytes a second: it never holds, or is less than %d", h.From, h.To, h.Limit, leastLimit))
+		}
 		for _, at := range []string{h.From, h.To} {
 			if t, err := time.Parse("15:04", at); err != nil || t.Format("15:04") != at {
 				add(fmt.Sprintf("hours[%d]", i), fmt.Errorf("%q: expected a time as 08:00", at))
