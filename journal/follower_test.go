@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
@@ -254,27 +255,67 @@ func (m *model) stray(f *follower) {
 	require.True(m.t, f.g.Follows())
 }
 
+// crashPoint takes a picture of a disk as a crash would leave it, before one of the writes to groups and backings.
+type crashPoint struct {
+	mem     *vfs.MemFS
+	percent int
+	seed    uint64
+
+	mu    sync.Mutex // guards what follows: databases and spares have goroutines of their own
+	steps int        // until then; 0: there is no crash
+	clone *vfs.MemFS
+}
+
+func (m *model) crashPoint(mem *vfs.MemFS) *crashPoint {
+	return &crashPoint{mem: mem, percent: survivals[m.rng.IntN(len(survivals))], seed: m.rng.Uint64()}
+}
+
+func (c *crashPoint) MaybeError(op errorfs.Op) error {
+	if !isWrite(op.Kind) || strings.Contains(op.Path, "index") { // the database's own crashes are tested elsewhere
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.steps > 0 {
+		if c.steps--; c.steps == 0 {
+			c.clone = c.mem.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: c.percent, RNG: rand.New(rand.NewPCG(c.seed, 3))})
+		}
+	}
+	return nil
+}
+
+func (c *crashPoint) String() string { return "(crash picture)" }
+
+// in sets how many writes are left.
+func (c *crashPoint) in(steps int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.steps = steps
+}
+
+// taken is the picture; nil: it did not come to that. None is taken any more.
+func (c *crashPoint) taken() *vfs.MemFS {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.steps = 0
+	return c.clone
+}
+
+func (m *model) openOn(f *follower, c *crashPoint) *Store {
+	s, err := Open("state", []GroupConfig{{Name: "g", Disks: f.disks}},
+		Options{FS: errorfs.Wrap(c.mem, c), Log: m.log, SegmentSize: 64 << 10, Unapplied: 1 << 30, checkpointBytes: m.checkpoint})
+	require.NoError(m.t, err)
+	return s
+}
+
 // rewind takes the follower back, with a crash at some step or without.
 func (m *model) rewind(f *follower, to record.LSN) {
 	require.NoError(m.t, f.store.Close())
-	steps, percent := m.rng.IntN(120), survivals[m.rng.IntN(len(survivals))]
-	armed := false
-	var clone *vfs.MemFS
-	mem := f.fs
-	fs := errorfs.Wrap(mem, errorfs.InjectorFunc(func(op errorfs.Op) error {
-		if armed && isWrite(op.Kind) && clone == nil {
-			if steps--; steps == 0 {
-				clone = mem.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: rand.New(rand.NewPCG(m.rng.Uint64(), 3))})
-			}
-		}
-		return nil
-	}))
-	var err error
-	f.store, err = Open("state", []GroupConfig{{Name: "g", Disks: f.disks}}, Options{FS: fs, Log: m.log, SegmentSize: 64 << 10, Unapplied: 1 << 30, checkpointBytes: m.checkpoint})
-	require.NoError(m.t, err)
-	armed = true
+	c := m.crashPoint(f.fs)
+	f.store = m.openOn(f, c)
+	c.in(m.rng.IntN(120))
 	require.NoError(m.t, f.store.Rewind("g", to))
-	armed = false
+	clone := c.taken()
 	if clone == nil {
 		m.note("it goes back to %d", to)
 		f.g = f.store.Groups()[0]
@@ -305,25 +346,15 @@ func (m *model) resume(f *follower) bool {
 	if m.rng.IntN(8) == 0 {
 		require.NoError(m.t, f.fs.RemoveAll("state/index"))
 	}
-	steps, percent := 1+m.rng.IntN(60), survivals[m.rng.IntN(len(survivals))]
-	var clone *vfs.MemFS
-	mem := f.fs
-	fs := errorfs.Wrap(mem, errorfs.InjectorFunc(func(op errorfs.Op) error {
-		if isWrite(op.Kind) && clone == nil && !strings.Contains(op.Path, "index") { // the database's own crashes are tested elsewhere
-			if steps--; steps == 0 {
-				clone = mem.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: rand.New(rand.NewPCG(m.rng.Uint64(), 3))})
-			}
-		}
-		return nil
-	}))
-	s, err := Open("state", []GroupConfig{{Name: "g", Disks: f.disks}}, Options{FS: fs, Log: m.log, SegmentSize: 64 << 10, Unapplied: 1 << 30, checkpointBytes: m.checkpoint})
-	require.NoError(m.t, err)
-	crashed := clone
+	c := m.crashPoint(f.fs)
+	c.in(1 + m.rng.IntN(60))
+	s := m.openOn(f, c)
+	clone := c.taken()
 	require.NoError(m.t, s.Abandon())
-	if crashed == nil {
+	if clone == nil {
 		return false
 	}
-	f.fs = crashed
+	f.fs = clone
 	m.note("and again")
 	return true
 }
