@@ -184,7 +184,11 @@ func (c *control) failback(r *http.Request) (any, error) {
 		one.end()
 	}
 	if g.Follows() {
-		return nil, fmt.Errorf("group %s was not handed over by %s: %w", g.Name(), x.peer, errors.Join(ctx.Err(), x.why()))
+		why := errors.Join(ctx.Err(), x.why())
+		if why == nil {
+			why = errors.New("the stream ended before it was")
+		}
+		return nil, fmt.Errorf("group %s was not handed over by %s: %w", g.Name(), x.peer, why)
 	}
 	reigns := g.Reigns()
 	last := reigns[len(reigns)-1]

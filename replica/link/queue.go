@@ -31,7 +31,9 @@ type queue struct {
 const (
 	// queueRoom is how much may wait before who has more to say does, in bytes.
 	queueRoom = 4 << 20
+	// maxFree and freeBytes bound the frames that are kept for the next ones: a long record's is not.
 	maxFree   = 8
+	freeBytes = 2 << 20
 )
 
 // newQueue begins to send what is put. lost is called if that fails.
@@ -147,7 +149,7 @@ func (q *queue) sent(frame []byte, err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	was := q.bytes
-	if q.bytes -= len(frame); len(q.free) < maxFree {
+	if q.bytes -= len(frame); len(q.free) < maxFree && cap(frame) <= freeBytes {
 		q.free = append(q.free, frame)
 	}
 	if err != nil {

@@ -172,7 +172,7 @@ func (x *shipper) feeder() {
 		if x.q.wait(x.ctx) != nil {
 			return
 		}
-		run, err := x.read1(from)
+		run, err := x.readRun(from)
 		if !x.post(func() {
 			if err != nil {
 				x.perform(x.s.Fail(fmt.Errorf("read what is to be shipped: %w", err)))
@@ -186,7 +186,8 @@ func (x *shipper) feeder() {
 	}
 }
 
-func (x *shipper) read1(from record.LSN) (run record.Run, err error) {
+// readRun reads the records from an LSN on, with the feed that is there if they are its next ones.
+func (x *shipper) readRun(from record.LSN) (run record.Run, err error) {
 	if x.feed == nil || from != x.from {
 		if x.feed != nil {
 			x.feed.Close()
