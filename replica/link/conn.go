@@ -1,6 +1,7 @@
 package link
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -40,13 +41,29 @@ type Conn struct {
 	cancel         context.CancelFunc
 }
 
-// paced is a connection whose deadlines move on with every byte that does.
+// paced is a connection whose deadlines move on with every byte that does. A record of TLS is shorter than what a system call had better
+// move: reads are ahead, and writes are gathered where the writer says when they end.
 type paced struct {
 	net.Conn
-	fixed          atomic.Bool // the deadline is set, and stays
+	in             *bufio.Reader // of socket; the reader's
+	fixed          atomic.Bool   // the deadline is set, and stays
 	received, sent atomic.Int64
 	limit          Limiter // nil: none
 	ctx            context.Context
+
+	mu       sync.Mutex // guards what follows
+	gathers  bool
+	gathered []byte
+}
+
+// gatherBytes is how much goes in one call, about.
+const gatherBytes = 128 << 10
+
+func newPaced(c net.Conn, limit Limiter, ctx context.Context) *paced {
+	p := &paced{Conn: c, limit: limit, ctx: ctx}
+	p.in = bufio.NewReaderSize(socket{p}, 2*gatherBytes)
+	p.fixed.Store(true)
+	return p
 }
 
 // Limiter bounds a rate: Wait returns when n bytes may be sent.
@@ -54,18 +71,48 @@ type Limiter interface {
 	Wait(ctx context.Context, n int) error
 }
 
-func (p *paced) Read(b []byte) (int, error) {
-	if !p.fixed.Load() {
-		if err := p.SetReadDeadline(time.Now().Add(silence)); err != nil {
+func (p *paced) Read(b []byte) (int, error) { return p.in.Read(b) }
+
+// socket is a paced connection's.
+type socket struct{ p *paced }
+
+func (s socket) Read(b []byte) (int, error) {
+	if !s.p.fixed.Load() {
+		if err := s.p.SetReadDeadline(time.Now().Add(silence)); err != nil {
 			return 0, err
 		}
 	}
-	n, err := p.Conn.Read(b)
-	p.received.Add(int64(n))
+	n, err := s.p.Conn.Read(b)
+	s.p.received.Add(int64(n))
 	return n, err
 }
 
 func (p *paced) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.gathers {
+		return p.writeLocked(b)
+	}
+	if len(p.gathered)+len(b) > gatherBytes {
+		if err := p.flushLocked(); err != nil {
+			return 0, err
+		}
+	}
+	p.gathered = append(p.gathered, b...)
+	return len(b), nil
+}
+
+func (p *paced) flushLocked() error {
+	b := p.gathered
+	p.gathered = p.gathered[:0]
+	if len(b) == 0 {
+		return nil
+	}
+	_, err := p.writeLocked(b)
+	return err
+}
+
+func (p *paced) writeLocked(b []byte) (int, error) {
 	if p.limit != nil {
 		if err := p.limit.Wait(p.ctx, len(b)); err != nil {
 			return 0, err
@@ -79,6 +126,26 @@ func (p *paced) Write(b []byte) (int, error) {
 	n, err := p.Conn.Write(b)
 	p.sent.Add(int64(n))
 	return n, err
+}
+
+// gather has writes wait for each other, or no longer: then what waits is written.
+func (p *paced) gather(on bool) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.gathers = on
+	return p.flushLocked()
+}
+
+// write writes a frame.
+func (c *Conn) write(frame []byte) error {
+	c.sending.Lock()
+	defer c.sending.Unlock()
+	p := c.tls.NetConn().(*paced)
+	if err := p.gather(true); err != nil {
+		return err
+	}
+	_, err := c.tls.Write(frame)
+	return errors.Join(err, p.gather(false))
 }
 
 // Send sends a message now.
@@ -123,8 +190,7 @@ func (e *RefusedError) Error() string { return fmt.Sprintf("the peer refused: %q
 // other's certificate; known says who a certificate is, and may have it pass without a peer.
 func (e *Endpoint) introduce(ctx context.Context, raw net.Conn, role wire.Role, known func(tls.ConnectionState) (Peer, error)) (_ *Conn, err error) {
 	sending, cancel := context.WithCancel(context.Background())
-	p := &paced{Conn: raw, limit: e.Limit, ctx: sending}
-	p.fixed.Store(true)
+	p := newPaced(raw, e.Limit, sending)
 	c := &Conn{Role: role, received: &p.received, sent: &p.sent, cancel: cancel}
 	defer func() {
 		if err != nil {

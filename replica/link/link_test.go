@@ -38,7 +38,7 @@ type host struct {
 	errs   []error // of streams that were followed
 }
 
-func newHost(t *testing.T, name string) *host {
+func newHost(t testing.TB, name string) *host {
 	t.Helper()
 	h := &host{dir: t.TempDir(), g: &memory{bell: make(chan struct{})}, done: make(chan struct{})}
 	id, err := LoadIdentity(h.dir, name, writeFile)
@@ -61,7 +61,7 @@ func newHost(t *testing.T, name string) *host {
 	return h
 }
 
-func (h *host) listen(t *testing.T) {
+func (h *host) listen(t testing.TB) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	h.addr = l.Addr().String()

@@ -18,7 +18,6 @@ type queue struct {
 
 	mu      sync.Mutex // guards what follows
 	encode  *wire.Writer
-	frame   []byte // of the message that is being encoded
 	frames  [][]byte
 	free    [][]byte
 	bytes   int
@@ -40,24 +39,11 @@ const (
 func newQueue(c *Conn, level int, lost func(error)) (*queue, error) {
 	q := &queue{c: c, lost: lost, done: make(chan struct{}), wake: make(chan struct{}, 1), drained: make(chan struct{})}
 	var err error
-	if q.encode, err = wire.NewWriter(frameOf{q}, level); err != nil {
+	if q.encode, err = wire.NewWriter(nil, level); err != nil {
 		return nil, err
 	}
 	go q.send()
 	return q, nil
-}
-
-// frameOf takes the one Write of a message.
-type frameOf struct{ q *queue }
-
-func (f frameOf) Write(b []byte) (int, error) {
-	q := f.q
-	if n := len(q.free); n > 0 {
-		q.frame, q.free = append(q.free[n-1][:0], b...), q.free[:n-1]
-	} else {
-		q.frame = append([]byte(nil), b...)
-	}
-	return len(b), nil
 }
 
 var errEnded = errors.New("the stream has ended")
@@ -69,10 +55,15 @@ func (q *queue) put(m wire.Message) error {
 	if q.closed || q.err != nil {
 		return errors.Join(errEnded, q.err)
 	}
-	if err := q.encode.Write(m); err != nil {
+	var frame []byte
+	if n := len(q.free); n > 0 {
+		frame, q.free = q.free[n-1][:0], q.free[:n-1]
+	}
+	frame, err := q.encode.Append(frame, m)
+	if err != nil {
 		return err
 	}
-	q.frames, q.bytes, q.frame = append(q.frames, q.frame), q.bytes+len(q.frame), nil
+	q.frames, q.bytes = append(q.frames, frame), q.bytes+len(frame)
 	poke(q.wake)
 	return nil
 }
@@ -124,9 +115,7 @@ func (q *queue) send() {
 			<-q.wake
 			continue
 		}
-		q.c.sending.Lock()
-		_, err := q.c.tls.Write(frame)
-		q.c.sending.Unlock()
+		err := q.c.write(frame)
 		q.sent(frame, err)
 		if err != nil {
 			q.lost(err)

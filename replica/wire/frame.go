@@ -30,7 +30,9 @@ type Writer struct {
 	w     io.Writer
 	level int
 	zstd  [MaxLevel + 1]*zstd.Encoder // by level, made when it is asked for first; none of level 0
-	buf   []byte
+	buf   []byte                      // Write's frame
+	// deflated is scratch.
+	deflated []byte
 	// Raw and Sent count the bytes of payloads, and those of their frames.
 	Raw, Sent int64
 }
@@ -38,7 +40,7 @@ type Writer struct {
 // MaxLevel is the highest level of compression.
 const MaxLevel = int(zstd.SpeedBestCompression)
 
-// NewWriter makes a Writer. Level is zstd's, 1 to MaxLevel as the library has them; 0 compresses nothing.
+// NewWriter makes a Writer; w may be nil if only Append is used. Level is zstd's, 1 to MaxLevel as the library has them; 0 compresses nothing.
 func NewWriter(w io.Writer, level int) (*Writer, error) {
 	fw := &Writer{w: w}
 	return fw, fw.SetLevel(level)
@@ -63,7 +65,18 @@ func (w *Writer) SetLevel(level int) error {
 	return nil
 }
 
-// Write writes a message in a frame, with one call:
+// Write writes a message in a frame, with one call.
+func (w *Writer) Write(m Message) (err error) {
+	if w.buf, err = w.Append(w.buf[:0], m); err != nil {
+		return err
+	}
+	if _, err := w.w.Write(w.buf); err != nil {
+		return fmt.Errorf("send %v: %w", m.Type(), err)
+	}
+	return nil
+}
+
+// Append appends a message in a frame to dst, and writes nothing:
 //
 //	offset size field
 //	  0     1   0x31: a frame of version 1
@@ -73,41 +86,34 @@ func (w *Writer) SetLevel(level int) error {
 //	  4     4   payload's length, bytes
 //	  8     4   CRC-32C of bytes 0 to 7 and the payload
 //	 12     …   payload
-func (w *Writer) Write(m Message) error {
-	le := binary.LittleEndian
-	w.buf = append(w.buf[:0], frameMagic, byte(m.Type()), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-	w.buf = m.append(w.buf)
-	raw := len(w.buf) - headSize
+func (w *Writer) Append(dst []byte, m Message) ([]byte, error) {
+	le, start := binary.LittleEndian, len(dst)
+	dst = append(dst, frameMagic, byte(m.Type()), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+	dst = m.append(dst)
+	raw := len(dst) - start - headSize
 	if raw > MaxPayload {
-		return fmt.Errorf("%v of %d bytes: at most %d can be sent", m.Type(), raw, MaxPayload)
+		return dst[:start], fmt.Errorf("%v of %d bytes: at most %d can be sent", m.Type(), raw, MaxPayload)
 	}
 	if w.level > 0 && raw >= worthwhile {
-		w.deflate(raw)
+		dst = w.deflate(dst, start)
 	}
-	frame := w.buf
+	frame := dst[start:]
 	le.PutUint32(frame[4:], uint32(len(frame)-headSize))
 	le.PutUint32(frame[8:], sum(frame))
 	w.Raw, w.Sent = w.Raw+int64(raw), w.Sent+int64(len(frame))
-	if _, err := w.w.Write(frame); err != nil {
-		return fmt.Errorf("send %v: %w", m.Type(), err)
-	}
-	return nil
+	return dst, nil
 }
 
-// deflate compresses the payload of raw bytes in w.buf, if that makes it shorter.
-func (w *Writer) deflate(raw int) {
-	head := append([]byte(nil), w.buf[:headSize]...)
-	head[2] |= flagZstd
-	head = binary.LittleEndian.AppendUint32(head, uint32(raw))
-	payload := w.buf[headSize:]
-	whole := len(w.buf)
-	w.buf = append(w.buf, head...)
-	w.buf = w.zstd[w.level].EncodeAll(payload, w.buf)
-	if len(w.buf)-whole < whole {
-		w.buf = append(w.buf[:0], w.buf[whole:]...)
-	} else {
-		w.buf = w.buf[:whole]
+// deflate compresses the payload of the frame that begins at start, if that makes it shorter.
+func (w *Writer) deflate(dst []byte, start int) []byte {
+	payload := dst[start+headSize:]
+	w.deflated = binary.LittleEndian.AppendUint32(w.deflated[:0], uint32(len(payload)))
+	w.deflated = w.zstd[w.level].EncodeAll(payload, w.deflated)
+	if len(w.deflated) >= len(payload) {
+		return dst
 	}
+	dst[start+2] |= flagZstd
+	return append(dst[:start+headSize], w.deflated...)
 }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
