@@ -23,9 +23,18 @@ type Feed struct {
 	buf   []byte
 }
 
-// feedSyncAge is how long a record waits for a sync of the guest's, or of others behind it, before a Feed that waits
-// for it asks for one.
-const feedSyncAge = 10 * time.Millisecond
+const (
+	// feedSyncAge is how long a record waits, at least, for a sync of the guest's, or of others behind it, before a Feed that waits
+	// for it asks for one, and feedSyncMost how long at most.
+	feedSyncAge, feedSyncMost = 10 * time.Millisecond, 40 * time.Millisecond
+	// feedSyncPart is the part of the time that such syncs may take: a guest that keeps its disk busy pays for each.
+	feedSyncPart = 3
+)
+
+// syncAge is how long a record waits before a Feed asks for a sync.
+func (f *Feed) syncAge() time.Duration {
+	return min(max(feedSyncPart*time.Duration(f.g.syncTook.Load()), feedSyncAge), feedSyncMost)
+}
 
 // Feed begins to read at an LSN behind the horizon, which may be the next one that will be.
 // A *PointError says that the group has no such record.
@@ -137,7 +146,7 @@ func (f *Feed) await(ctx context.Context) (record.LSN, error) {
 			}
 			continue
 		}
-		age := time.NewTimer(feedSyncAge)
+		age := time.NewTimer(f.syncAge())
 		select {
 		case <-durable:
 		case <-age.C:

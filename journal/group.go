@@ -93,6 +93,7 @@ type Group struct {
 
 	appended atomic.Uint64 // LSN of the last record that is with the kernel
 	durable  atomic.Uint64
+	syncTook atomic.Int64 // how long the last sync of the log took, nanoseconds
 	indexed  atomic.Uint64
 	applied  atomic.Uint64
 	// checkpointed is the LSN up to which the backings hold the records durably.
@@ -304,9 +305,11 @@ func (g *Group) syncLocked() error {
 	g.append.pend = &pending{}
 	g.append.Unlock()
 
+	began := time.Now()
 	if err := g.append.log.Sync(); err != nil {
 		return g.fail(err)
 	}
+	g.syncTook.Store(int64(time.Since(began)))
 
 	g.append.Lock()
 	g.append.synced = bytes
