@@ -32,11 +32,13 @@ type receiving struct {
 	cancel context.CancelFunc
 	done   chan struct{}
 
-	g       *journal.Group // nil: it is not here yet
-	begins  *record.Beginning
-	coming  record.Disk // that is adopted
-	opened  map[record.DiskID]*rawBacking
-	planned config.Group // what the configuration says of it
+	g      *journal.Group // nil: it is not here yet
+	begins *record.Beginning
+	coming record.Disk // that is adopted
+	opened map[record.DiskID]*rawBacking
+	// elsewhere are other groups' disks, which may hold blocks of those that come.
+	elsewhere []*os.File
+	planned   config.Group // what the configuration says of it
 
 	received atomic.Uint64 // the LSN of the last record that came
 
@@ -248,6 +250,10 @@ func (x *receiving) closeBackings() {
 		_ = b.Close() // what counts was synced
 		delete(x.opened, id)
 	}
+	for _, f := range x.elsewhere {
+		_ = f.Close()
+	}
+	x.elsewhere = nil
 }
 
 func (x *receiving) Adopt(d record.Disk) error {
@@ -266,6 +272,30 @@ func (x *receiving) Backing(id record.DiskID) (link.Backing, error) {
 	}
 	return b, nil
 }
+
+// Elsewhere are disks of groups that came from the same peer: one who is told that a block is here has to have sent it. What
+// guests wrote last, and is not applied, is not seen.
+func (x *receiving) Elsewhere(record.DiskID) (all []io.ReaderAt) {
+	for _, g := range x.one.r.store.Groups() {
+		if g.Name() == x.one.name || !x.one.r.group(g.Name()).isFrom(x.conn.Peer) {
+			continue
+		}
+		for _, d := range g.Disks() {
+			if len(x.elsewhere) == maxElsewhere {
+				return all
+			}
+			f, err := os.Open(d.Path())
+			if err != nil {
+				continue // it is a shortcut only
+			}
+			x.elsewhere, all = append(x.elsewhere, f), append(all, f)
+		}
+	}
+	return all
+}
+
+// maxElsewhere bounds how many disks are looked through for blocks of those that come.
+const maxElsewhere = 16
 
 func (x *receiving) Finish(id record.DiskID) error {
 	x.one.changing.Lock()

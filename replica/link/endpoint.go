@@ -301,7 +301,8 @@ func (e *Endpoint) dial(ctx context.Context, p Peer, role wire.Role) (*Conn, err
 	return c, e.keep(c)
 }
 
-// Await dials a peer and waits for it to offer a group, until ctx ends or the connection does. taken is called when it has.
+// Await dials a peer and waits for it to offer a group, or to ask for something, until ctx ends or the connection does. taken is called
+// when it has; not if it refuses the connection.
 func (e *Endpoint) Await(ctx context.Context, peer string, taken func()) error {
 	p, err := e.Peers.Get(peer)
 	if err != nil {
@@ -321,7 +322,10 @@ func (e *Endpoint) Await(ctx context.Context, peer string, taken func()) error {
 		return fmt.Errorf("peer %s: %w", peer, err)
 	}
 	c.impatient()
-	taken()
+	switch m.(type) {
+	case *wire.Offer, *wire.Ask:
+		taken()
+	}
 	return e.offered(ctx, c, m)
 }
 

@@ -1,9 +1,9 @@
 package link
 
 import (
-	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/tidemark-cdp/tidemark/journal/record"
@@ -23,6 +23,9 @@ type Target interface {
 	Begin(record.Beginning) error
 	Adopt(record.Disk) error
 	Backing(record.DiskID) (Backing, error)
+	// Elsewhere is what is here beside a disk that comes and may hold the same blocks at the same offsets. It is asked for once a disk,
+	// and read while that comes. What is read may change meanwhile.
+	Elsewhere(record.DiskID) []io.ReaderAt
 	// Finish makes the disk that was adopted one of the group, or, with 0, begins the group, durably.
 	Finish(record.DiskID) error
 	// Note and Depose are durable when they return, see replica.Note.
@@ -58,7 +61,7 @@ type follower struct {
 	syncing, unsynced bool
 	asks              bool                    // for the group, when it can
 	sizes             map[record.DiskID]int64 // of disks that come
-	buf               []byte
+	comparison
 }
 
 // Follow takes a group that was offered on a connection until ctx ends, or the stream does. It closes the connection.
@@ -171,74 +174,6 @@ func (x *follower) begin(a replica.Begin) error {
 		x.sizes[d.ID] = d.Size
 	}
 	return x.t.Begin(a.Beginning)
-}
-
-// compare finds which blocks of a backing are not what their sums say, and makes those zeroes that are to be.
-func (x *follower) compare(m *wire.Sums) (*wire.Want, error) {
-	backing, err := x.t.Backing(m.Disk)
-	if err != nil {
-		return nil, err
-	}
-	s, err := newSummer(&m.Key)
-	if err != nil {
-		return nil, err
-	}
-	n := int64(len(m.Sums) / wire.SumSize)
-	want := &wire.Want{Disk: m.Disk, First: m.First, Bits: make([]byte, (n+7)/8)}
-	for i := int64(0); i < n; i += sumBlocks {
-		if err := x.comparePart(m, backing, s, i, min(n, i+sumBlocks), want.Bits); err != nil {
-			return nil, err
-		}
-	}
-	return want, nil
-}
-
-// comparePart compares the blocks whose sums are i to end, of m's, and sets the bits of those that differ.
-func (x *follower) comparePart(m *wire.Sums, backing Backing, s *summer, i, end int64, bits []byte) error {
-	off := (m.First + i) * record.BlockSize
-	if x.buf == nil {
-		x.buf = make([]byte, sumBlocks*record.BlockSize)
-	}
-	b := x.buf[:min((end-i)*record.BlockSize, x.sizes[m.Disk]-off)]
-	if err := readData(backing, b, off); err != nil {
-		return err
-	}
-	sum := make([]byte, 0, wire.SumSize)
-	for ; i < end; i++ {
-		block := b[:min(record.BlockSize, len(b))]
-		sum = s.append(sum[:0], block)
-		theirs := m.Sums[i*wire.SumSize:][:wire.SumSize]
-		switch {
-		case bytes.Equal(sum, theirs):
-		case bytes.Equal(theirs, zeroes[:wire.SumSize]):
-			if err := backing.Zero(off, int64(len(block))); err != nil {
-				return err
-			}
-		default:
-			bits[i/8] |= 1 << (i % 8)
-		}
-		b, off = b[len(block):], off+int64(len(block))
-	}
-	return nil
-}
-
-// readData reads a backing, but for what is a hole.
-func readData(backing Backing, b []byte, off int64) error {
-	at := int64(0)
-	var rerr error
-	err := backing.Data(off, int64(len(b)), func(n int64, data bool) {
-		part := b[at : at+n]
-		at += n
-		if !data {
-			clear(part)
-		} else if rerr == nil {
-			_, rerr = backing.ReadAt(part, off+at-n)
-		}
-	})
-	if err == nil {
-		err = rerr
-	}
-	return err
 }
 
 // put writes blocks that were wanted.

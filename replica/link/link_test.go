@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -94,24 +95,25 @@ func pairOf(t *testing.T) (a, b *host) {
 
 // memory is a group: record n sets the first bytes of block n%blocks to n.
 type memory struct {
-	mu       sync.Mutex
-	known    bool
-	leads    bool
-	horizon  record.LSN
-	head     record.LSN
-	disk     []byte
-	size     int64
-	reigns   record.Reigns
-	seen     record.Reigns
-	bell     chan struct{}
-	acked    record.LSN
-	progress Progress
-	coming   *record.Beginning
-	handover chan struct{}
-	yields   error
-	slow     time.Duration
-	wrote    int64 // bytes of blocks that were written to begin with
-	rewound  []record.LSN
+	mu        sync.Mutex
+	known     bool
+	leads     bool
+	horizon   record.LSN
+	head      record.LSN
+	disk      []byte
+	size      int64
+	reigns    record.Reigns
+	seen      record.Reigns
+	bell      chan struct{}
+	acked     record.LSN
+	progress  Progress
+	coming    *record.Beginning
+	handover  chan struct{}
+	yields    error
+	slow      time.Duration
+	wrote     int64 // bytes of blocks that were written to begin with
+	elsewhere []io.ReaderAt
+	rewound   []record.LSN
 }
 
 const memBlocks = 3*sumBlocks + 5
@@ -263,6 +265,7 @@ func (m *memory) Begin(b record.Beginning) error {
 }
 func (m *memory) Adopt(record.Disk) error                { return errors.New("no disk comes here") }
 func (m *memory) Backing(record.DiskID) (Backing, error) { return m, nil }
+func (m *memory) Elsewhere(record.DiskID) []io.ReaderAt  { return m.elsewhere }
 func (m *memory) ReadAt(p []byte, off int64) (int, error) {
 	return copy(p, m.disk[off:]), nil
 }
@@ -371,6 +374,29 @@ func TestShip(t *testing.T) {
 	eventually(t, a.g.hasAcked(26010))
 	a.same(t, b)
 	require.EqualValues(t, 10*record.BlockSize, b.g.wrote, "only what differs was sent")
+	require.ErrorIs(t, stop(), context.Canceled)
+}
+
+// TestElsewhere: blocks that stand in other places of the follower's are not sent, and those places are not believed.
+func TestElsewhere(t *testing.T) {
+	a, b := pairOf(t)
+	a.g.begin()
+	a.g.write(5000)
+	differs := bytes.Clone(a.g.disk)
+	due := 0
+	for i := range 100 {
+		block := differs[i*97*record.BlockSize:][:record.BlockSize]
+		if i >= 50 && !bytes.Equal(block, zeroes[:]) {
+			due += len(block)
+		}
+		block[100] ^= 1
+	}
+	short := bytes.NewReader(a.g.disk[:50*97*record.BlockSize+5])
+	b.g.elsewhere = []io.ReaderAt{bytes.NewReader(make([]byte, len(differs))), bytes.NewReader(differs), short}
+	stop := a.shipping(t, "b")
+	eventually(t, a.g.hasAcked(5000))
+	a.same(t, b)
+	require.EqualValues(t, due, a.g.progress.Sent, "what differs behind the end of the short one")
 	require.ErrorIs(t, stop(), context.Canceled)
 }
 
@@ -513,4 +539,38 @@ func TestRevocation(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, conn.Close())
 	require.ErrorIs(t, b.Peers.Remove("a"), errNoPeer)
+	require.Error(t, a.Await(t.Context(), "b", func() { t.Error("whoever is refused must not dial again at once") }))
+}
+
+// TestManyConnections of one peer are bounded, and of those that wait for an offer the oldest goes.
+func TestManyConnections(t *testing.T) {
+	a, b := pairOf(t)
+	ctx := t.Context()
+	var waiting []*Conn
+	for range maxParked + 3 {
+		p, err := a.Peers.Get("b")
+		require.NoError(t, err)
+		c, err := a.dial(ctx, p, wire.RoleWaits)
+		require.NoError(t, err)
+		defer c.Close()
+		waiting = append(waiting, c)
+		n := len(waiting)
+		eventually(t, func() bool { b.Endpoint.mu.Lock(); defer b.Endpoint.mu.Unlock(); return len(b.parked["a"]) == min(n, maxParked) })
+	}
+	for _, c := range waiting[:3] {
+		_, err := c.Receive()
+		require.Error(t, err)
+	}
+	refused := b.Refused.Load()
+	for range maxConns {
+		c, err := a.Open(ctx, "b", wire.RoleOffers)
+		if err != nil {
+			break
+		}
+		defer c.Close()
+	}
+	eventually(t, func() bool { return b.Refused.Load() > refused })
+	b.Endpoint.mu.Lock()
+	defer b.Endpoint.mu.Unlock()
+	require.LessOrEqual(t, len(b.conns), maxConns)
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -85,6 +86,7 @@ func (s *sink) Begin(b record.Beginning) error {
 
 func (s *sink) Adopt(record.Disk) error                     { return nil }
 func (s *sink) Backing(record.DiskID) (link.Backing, error) { return nothing{}, nil }
+func (s *sink) Elsewhere(record.DiskID) []io.ReaderAt       { return nil }
 func (s *sink) Finish(record.DiskID) error                  { return nil }
 func (s *sink) Note(record.Reigns) error                    { return nil }
 func (s *sink) Depose(record.Reigns) error                  { return nil }

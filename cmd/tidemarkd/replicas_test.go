@@ -1,0 +1,255 @@
+package main
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	mathrand "math/rand/v2"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/tidemark-cdp/tidemark/replica/wire"
+)
+
+// joins has one daemon join another that listens, which may send it what fits a pattern.
+func (d *served) joins(o *served, listen, may string) {
+	d.t.Helper()
+	token, _, _ := strings.Cut(o.ok("replica", "invite", "--may-send", may), "\n")
+	d.ok("replica", "join", listen, token)
+}
+
+// addConf appends to a daemon's configuration.
+func (d *served) addConf(text string) {
+	d.t.Helper()
+	f, err := os.OpenFile(d.path("tidemark.yaml"), os.O_APPEND|os.O_WRONLY, 0)
+	require.NoError(d.t, err)
+	_, err = f.WriteString(text)
+	require.NoError(d.t, err)
+	require.NoError(d.t, f.Close())
+	d.ok("reload")
+}
+
+// TestSeveralReplicas: a group has two, of which one takes it over as of an earlier point; the other and the old writer follow that. A second
+// group of the same content is not sent.
+func TestSeveralReplicas(t *testing.T) {
+	const size = 32 << 20
+	a, b := hostsOf(t, size)
+	c := &served{t: t, dir: t.TempDir()}
+	listen := freePort(t)
+	c.configure(fmt.Sprintf("replication: {listen: 'tcp:%s', name: hostc}\n", listen))
+	c.start()
+	a.joins(c, listen, "*")
+	b.joins(c, listen, "web01")
+	rng := mathrand.NewChaCha8([32]byte{11})
+	image := make([]byte, size)
+	scribble(t, a, rng, image, 3000)
+	a.stop() // so that its backing has everything
+	require.NoError(t, os.WriteFile(a.path("like.raw"), mustRead(t, a.path("vda.raw")), 0o600))
+	a.disk = ""
+	groups := "replication: {name: hosta}\ngroups:\n  web01: {disks: {vda: {backing: %%DIR/vda.raw}}, replicas: [hostb, hostc]}\n%s"
+	a.configure(fmt.Sprintf(groups, ""))
+	a.start()
+	a.ok("mark", "web01", "before", "--wait-replica")
+	before := bytes.Clone(image)
+	scribble(t, a, rng, image, 200)
+	a.ok("mark", "web01", "after", "--wait-replica")
+	for _, d := range []*served{b, c} {
+		require.True(t, bytes.Equal(before, imageOf(t, d, "web01/vda@before", size)))
+		require.True(t, bytes.Equal(image, imageOf(t, d, "web01/vda@after", size)))
+	}
+	c.kill()
+	out, code := a.tidemark("mark", "web01", "without", "--wait-replica=300ms")
+	require.Equal(t, 10, code)
+	require.Contains(t, out, "hostc")
+	require.NotContains(t, out, "hostb")
+	c.start()
+	a.ok("mark", "web01", "both", "--wait-replica")
+
+	// A clone of the disk.
+	a.configure(fmt.Sprintf(groups, "  web02: {disks: {vda: {backing: %DIR/like.raw}}, replicas: [hostb]}\n"))
+	a.ok("reload")
+	a.ok("mark", "web02", "copied", "--wait-replica")
+	require.True(t, bytes.Equal(before, imageOf(t, b, "web02/vda@copied", size)))
+	require.Less(t, b.group("web02").Source.ReceivedBytes, int64(2<<20), "what web01 has is copied from there")
+
+	a.kill()
+	b.addConf("groups: {web01: {received: true, disks: {vda: {backing: " + b.path("state") + "/replicas/web01/vda.raw}}, replicas: [hostc]}}\n")
+	require.Contains(t, b.ok("failover", "web01", "--to", "before"), "in epoch 2")
+	require.True(t, bytes.Equal(before, imageOf(t, b, "web01/vda", size)))
+	scribble(t, b, rng, before, 100)
+	b.ok("mark", "web01", "on")
+	eventually(t, func() bool { return c.group("web01").Head == b.group("web01").Head })
+	require.True(t, bytes.Equal(before, imageOf(t, c, "web01/vda@on", size)))
+	require.True(t, bytes.Equal(image, imageOf(t, c, "web01/vda@after", size)), "what was taken back is still to be seen")
+	a.start()
+	eventually(t, func() bool {
+		g := a.group("web01")
+		return g.Role == "follows" && g.Head == b.group("web01").Head
+	})
+	require.True(t, bytes.Equal(before, imageOf(t, a, "web01/vda", size)))
+	require.Equal(t, "writes", a.group("web02").Role)
+}
+
+// TestAnAuthority: peers are known by certificates of an authority's, and by nothing else.
+func TestAnAuthority(t *testing.T) {
+	const size = 16 << 20
+	ca := newAuthority(t)
+	a, b := &served{t: t, dir: t.TempDir()}, &served{t: t, dir: t.TempDir()}
+	listen := freePort(t)
+	conf := func(d *served, name, rest string, until time.Time) {
+		ca.write(t, d, name, until)
+		d.configure(fmt.Sprintf("replication: {name: %s, cert: %%DIR/cert.pem, key: %%DIR/key.pem, ca: %%DIR/ca.pem, %s}\n", name, rest))
+	}
+	day := time.Now().Add(24 * time.Hour)
+	conf(b, "hostb", fmt.Sprintf("listen: 'tcp:%s', peers: {hosta: {may_send: ['web*']}}", listen), day)
+	b.start()
+	a.raw("vda.raw", size)
+	shipped := fmt.Sprintf("peers: {hostb: {address: '%s'}}}\ngroups: {web01: {disks: {vda: {backing: %%DIR/vda.raw}}, replicas: [hostb]}", listen)
+	conf(a, "hosta", shipped, day)
+	a.start()
+	image := make([]byte, size)
+	scribble(t, a, mathrand.NewChaCha8([32]byte{12}), image, 100)
+	a.ok("mark", "web01", "one", "--wait-replica")
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda@one", size)))
+	require.Contains(t, b.metrics(), "tidemark_replication_refused_total 0")
+
+	// One that speaks other versions, with the peer's certificate.
+	pair, err := tls.LoadX509KeyPair(a.path("cert.pem"), a.path("key.pem"))
+	require.NoError(t, err)
+	conn, err := tls.Dial("tcp", listen, &tls.Config{Certificates: []tls.Certificate{pair}, InsecureSkipVerify: true})
+	require.NoError(t, err)
+	w, err := wire.NewWriter(conn, 0)
+	require.NoError(t, err)
+	require.NoError(t, w.Write(&wire.Hello{Lowest: 7, Highest: 9, Role: wire.RoleOffers, Name: "hosta", Build: "v9"}))
+	r, err := wire.NewReader(conn)
+	require.NoError(t, err)
+	m, err := r.Next()
+	require.NoError(t, err)
+	require.Equal(t, wire.ReasonVersion, m.(*wire.Refuse).Reason)
+	require.Regexp(t, `hosta \(v9\) speaks versions 7 to 9 .*, and hostb .* 1 to 1`, m.(*wire.Refuse).Text)
+	require.NoError(t, conn.Close())
+	eventually(t, func() bool { return strings.Contains(b.metrics(), "tidemark_replication_refused_total 1") })
+
+	// An expired one, one of another name, and one of another authority.
+	a.stop()
+	for i, x := range []struct {
+		ca    *authority
+		name  string
+		until time.Time
+		why   string
+	}{
+		{ca, "hosta", time.Now().Add(-time.Hour), "its certificate is valid from"},
+		{ca, "hostz", day, ""},
+		{newAuthority(t), "hosta", day, ""},
+	} {
+		x.ca.write(t, a, x.name, x.until)
+		ca.writeRoot(t, a)
+		a.start()
+		eventually(t, func() bool { return a.group("web01").Replicas[0].Error != "" })
+		require.Contains(t, a.group("web01").Replicas[0].Error, x.why)
+		_, code := a.tidemark("mark", "web01", fmt.Sprint("refused-", i), "--wait-replica=100ms")
+		require.Equal(t, 10, code)
+		a.stop()
+	}
+	require.NotRegexp(t, "tidemark_replication_refused_total ([3-9][0-9]|[0-9]{3})", b.metrics(), "who is refused waits before the next attempt")
+	require.NotContains(t, b.ok("points", "web01"), "refused-")
+	ca.write(t, a, "hosta", day)
+	a.start()
+	a.ok("mark", "web01", "two", "--wait-replica")
+}
+
+// authority signs certificates.
+type authority struct {
+	key  *ecdsa.PrivateKey
+	cert *x509.Certificate
+}
+
+func newAuthority(t *testing.T) *authority {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(t, err)
+	as := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "authority"}, NotBefore: time.Now().Add(-48 * time.Hour), NotAfter: time.Now().Add(48 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
+	der, err := x509.CreateCertificate(rand.Reader, as, as, key.Public(), key)
+	require.NoError(t, err)
+	cert, err := x509.ParseCertificate(der)
+	require.NoError(t, err)
+	return &authority{key, cert}
+}
+
+func writePEM(t *testing.T, path, kind string, der []byte) {
+	t.Helper()
+	require.NoError(t, os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600))
+}
+
+// write gives a daemon a certificate of a name.
+func (ca *authority) write(t *testing.T, d *served, name string, until time.Time) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(t, err)
+	as := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name}, NotBefore: time.Now().Add(-24 * time.Hour), NotAfter: until,
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth}}
+	der, err := x509.CreateCertificate(rand.Reader, as, ca.cert, key.Public(), ca.key)
+	require.NoError(t, err)
+	private, err := x509.MarshalECPrivateKey(key)
+	require.NoError(t, err)
+	writePEM(t, d.path("cert.pem"), "CERTIFICATE", der)
+	writePEM(t, d.path("key.pem"), "EC PRIVATE KEY", private)
+	ca.writeRoot(t, d)
+}
+
+func (ca *authority) writeRoot(t *testing.T, d *served) {
+	t.Helper()
+	writePEM(t, d.path("ca.pem"), "CERTIFICATE", ca.cert.Raw)
+}
+
+// TestALimit holds at the hours that it is of, for all groups together, and each has its share.
+func TestALimit(t *testing.T) {
+	const size, limit = 16 << 20, 512 << 10
+	a, b := hostsOf(t, size)
+	a.raw("other.raw", size)
+	a.disk = ""
+	a.configure(`replication: {name: hosta, limit: 100KiB, hours: [{from: "00:00", to: "23:59", limit: 512KiB}, {from: "23:59", to: "00:00", limit: 512KiB}]}
+groups:
+  web01: {disks: {vda: {backing: %DIR/vda.raw}}, replicas: [hostb]}
+  web02: {disks: {vda: {backing: %DIR/other.raw}}, replicas: [hostb]}
+`)
+	a.stop()
+	a.start()
+	for _, g := range []string{"web01", "web02"} {
+		a.ok("mark", g, "begun", "--wait-replica")
+	}
+	began := time.Now()
+	rng := mathrand.NewChaCha8([32]byte{13})
+	for _, export := range []string{"web01/vda", "web02/vda"} {
+		c := a.dial(export)
+		data := make([]byte, 2<<20)
+		_, _ = rng.Read(data)
+		require.NoError(t, c.WriteAt(data, 0, false))
+		require.NoError(t, c.Flush())
+		require.NoError(t, c.Close())
+	}
+	sent := func(g string) int64 { return a.group(g).Replicas[0].SentBytes }
+	was := [2]int64{sent("web01"), sent("web02")}
+	eventually(t, func() bool { return sent("web01")+sent("web02")-was[0]-was[1] > 2<<20 })
+	one, two := sent("web01")-was[0], sent("web02")-was[1]
+	require.InDelta(t, 1, float64(one)/float64(two), 0.5, "%d and %d bytes", one, two)
+	for _, g := range []string{"web01", "web02"} {
+		a.ok("mark", g, "done", "--wait-replica")
+	}
+	rate := float64(4<<20) / time.Since(began).Seconds()
+	require.Less(t, rate, 1.3*limit)
+	require.Greater(t, rate, 0.5*limit)
+	require.Equal(t, b.group("web01").Head, a.group("web01").Head)
+}
