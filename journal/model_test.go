@@ -590,7 +590,23 @@ func (m *model) join() {
 		}
 		require.NoError(m.t, err)
 		m.out[d], m.removing = true, d
+	default:
+		return
 	}
+	if m.rng.IntN(2) == 0 {
+		m.proclaim()
+	}
+}
+
+// proclaim has followers learn of the disks as they are.
+func (m *model) proclaim() {
+	require.NoError(m.t, m.g.Proclaim())
+	if m.g.Head() > record.LSN(len(m.changes)) {
+		m.note("proclaim")
+		m.noted(event{})
+	}
+	require.NoError(m.t, m.g.Proclaim())
+	require.EqualValues(m.t, len(m.changes), m.g.Head(), "once is enough")
 }
 
 // newBacking makes a backing while no crash can take its picture: what an operator adds is whole. It is false if the

@@ -3,6 +3,8 @@ package journal
 import (
 	"crypto/rand"
 	"fmt"
+	"slices"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -90,6 +92,42 @@ func (g *Group) Follow() error {
 	}
 	g.log.Info("this daemon does not write the group any more", zap.Uint64("epoch", was.reigns.Epoch()), zap.Uint64("lsn", uint64(g.Head())))
 	return nil
+}
+
+// Proclaim journals a record that changes nothing, if no record has the group's present reigns and disks at the head of its file: who
+// follows learns of them with it. It is durable when Proclaim returns.
+func (g *Group) Proclaim() error {
+	if g.Follows() {
+		return nil
+	}
+	var at record.LSN
+	err := g.admittedNote(func() error {
+		if g.proclaimedLocked() {
+			return nil
+		}
+		h, err := g.appendNoteLocked(record.KindStanding, 0, 0, func(record.LSN, time.Time) []byte { return nil })
+		at = h.LSN
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("journal who writes group %s, and its disks: %w", g.name, err)
+	}
+	return g.syncTo(at)
+}
+
+// proclaimedLocked reports whether the newest record stands under the group's present reigns and disks.
+func (g *Group) proclaimedLocked() bool {
+	now := g.append.log.Current()
+	if now == nil || now.First < g.append.next {
+		return now != nil
+	}
+	files := g.set.Files(segment.Log)
+	for i := len(files) - 1; i >= 0; i-- {
+		if f := files[i]; f.First < g.append.next {
+			return slices.Equal(f.Disks, now.Disks) && slices.Equal(g.reignsOf(f), now.Reigns)
+		}
+	}
+	return g.Head() == 0 // nobody has anything of it
 }
 
 // stand makes what next returns the group's standing, durably: recovery reads it at the head of the newest segment of

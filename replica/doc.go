@@ -42,7 +42,7 @@
 //
 // # Limits
 //
-//   - Reigns and disks travel with records alone: a disk that came is not at the follower before something is written.
+//   - Reigns and disks travel with records alone: a disk that came is not at the follower before there is one (journal.Group.Proclaim).
 //   - A disk that left and came again, a backing that was changed by others, or a damaged record at the writer keep a follower where it
 //     is until it begins anew. One that is behind the horizon loses what history it has.
 //   - While a disk that came is seeded, records wait.

@@ -13,6 +13,7 @@ import (
 	"math/big"
 	mathrand "math/rand/v2"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -60,6 +61,10 @@ func TestSeveralReplicas(t *testing.T) {
 	groups := "replication: {name: hosta}\ngroups:\n  web01: {disks: {vda: {backing: %%DIR/vda.raw}}, replicas: [hostb, hostc]}\n%s"
 	a.configure(fmt.Sprintf(groups, ""))
 	a.start()
+	eventually(t, func() bool {
+		all := a.group("web01").Replicas
+		return len(all) == 2 && all[0].State == "streaming" && all[1].State == "streaming"
+	})
 	a.ok("mark", "web01", "before", "--wait-replica")
 	before := bytes.Clone(image)
 	scribble(t, a, rng, image, 200)
@@ -99,6 +104,47 @@ func TestSeveralReplicas(t *testing.T) {
 	})
 	require.True(t, bytes.Equal(before, imageOf(t, a, "web01/vda", size)))
 	require.Equal(t, "writes", a.group("web02").Role)
+}
+
+// TestWithoutAWrite: a disk that comes, one that leaves, and an epoch get to replicas though no guest writes anything.
+func TestWithoutAWrite(t *testing.T) {
+	const size = 16 << 20
+	a, b := hostsOf(t, size)
+	a.raw("vdb.raw", size)
+	rng := mathrand.NewChaCha8([32]byte{14})
+	image := make([]byte, size)
+	_, _ = rng.Read(image)
+	require.NoError(t, os.WriteFile(a.path("vdb.raw"), image, 0o600))
+	a.replicate("")
+	a.ok("mark", "web01", "one", "--wait-replica")
+	disks := func(d *served) (names []string) {
+		for _, one := range d.group("web01").Disks {
+			if one.Removed == 0 {
+				names = append(names, one.Name)
+			}
+		}
+		return names
+	}
+	conf := "replication: {name: hosta}\ngroups: {web01: {disks: {vda: {backing: %%DIR/vda.raw}%s}, replicas: [hostb]}}\n"
+	a.configure(fmt.Sprintf(conf, ", vdb: {backing: %DIR/vdb.raw}"))
+	a.ok("reload")
+	eventually(t, func() bool { return slices.Equal(disks(b), []string{"vda", "vdb"}) })
+	eventually(t, func() bool { return a.group("web01").Replicas[0].Acked == a.group("web01").Head })
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vdb", size)))
+	head := a.group("web01").Head
+	a.stop()
+	a.start()
+	eventually(t, func() bool { return a.group("web01").Replicas[0].State == "streaming" })
+	require.Equal(t, head, a.group("web01").Head, "what replicas know is not said again")
+
+	a.configure(fmt.Sprintf(conf, ""))
+	a.ok("reload")
+	eventually(t, func() bool { return slices.Equal(disks(b), []string{"vda"}) })
+	b.ok("failback", "web01")
+	eventually(t, func() bool {
+		g := a.group("web01")
+		return g.Role == "follows" && g.Epoch == 2 && g.Head == b.group("web01").Head
+	})
 }
 
 // TestAnAuthority: peers are known by certificates of an authority's, and by nothing else.

@@ -424,6 +424,12 @@ func (one *replicated) reconcile(conf config.Group) {
 		return
 	}
 	want := one.replicas(conf)
+	if g := one.journal(); g != nil && len(want) > 0 {
+		// Who follows is to know of a disk that came, or of this daemon's reign, before anything is written.
+		if err := g.Proclaim(); err != nil {
+			one.log.Warn("replicas learn of the group's disks and its epoch with the next write", zap.Error(err))
+		}
+	}
 	one.mu.Lock()
 	var gone []*shipping
 	for peer, s := range one.ships {

@@ -17,15 +17,16 @@ type Kind uint8
 
 // The kinds of records. Values are on disk: never renumber.
 const (
-	KindWrite    Kind = 1 // payload replaces the extent
-	KindZero     Kind = 2 // the extent reads as zeroes; its space is kept
-	KindTrim     Kind = 3 // the extent reads as zeroes; its space may be freed
-	KindMarker   Kind = 4 // payload is a Marker; no extent
-	KindOriginal Kind = 5 // payload is what an extent held before; originals log only
-	KindHole     Kind = 6 // an original that was all zeroes; no payload; originals log only
-	KindAmend    Kind = 7 // payload is an Amendment; no extent
-	KindDefine   Kind = 8 // payload is a Definition; no extent
-	KindExpired  Kind = 9 // an expiry has come to its horizon; no extent, no payload; originals log only
+	KindWrite    Kind = 1  // payload replaces the extent
+	KindZero     Kind = 2  // the extent reads as zeroes; its space is kept
+	KindTrim     Kind = 3  // the extent reads as zeroes; its space may be freed
+	KindMarker   Kind = 4  // payload is a Marker; no extent
+	KindOriginal Kind = 5  // payload is what an extent held before; originals log only
+	KindHole     Kind = 6  // an original that was all zeroes; no payload; originals log only
+	KindAmend    Kind = 7  // payload is an Amendment; no extent
+	KindDefine   Kind = 8  // payload is a Definition; no extent
+	KindExpired  Kind = 9  // an expiry has come to its horizon; no extent, no payload; originals log only
+	KindStanding Kind = 10 // the group's reigns or disks are others from here on, see its file's head; no extent, no payload
 )
 
 func (k Kind) String() string {
@@ -48,12 +49,16 @@ func (k Kind) String() string {
 		return "definition"
 	case KindExpired:
 		return "expiry"
+	case KindStanding:
+		return "standing"
 	}
 	return fmt.Sprintf("kind(%d)", uint8(k))
 }
 
-// Note reports whether records of the kind change no disk: they have a payload and no extent.
-func (k Kind) Note() bool { return k == KindMarker || k == KindAmend || k == KindDefine }
+// Note reports whether records of the kind are the log's and change no disk: they have no extent.
+func (k Kind) Note() bool {
+	return k == KindMarker || k == KindAmend || k == KindDefine || k == KindStanding
+}
 
 // Flags of a record. Values are on disk: never renumber.
 const (
@@ -262,7 +267,7 @@ func (h *Header) check() error {
 		if h.Extent != (Extent{}) || h.Payload == 0 {
 			return bad("takes a payload and no extent")
 		}
-	case KindExpired:
+	case KindExpired, KindStanding:
 		if h.Extent != (Extent{}) || h.Payload != 0 {
 			return bad("takes no payload and no extent")
 		}

@@ -65,6 +65,7 @@ func TestDecodeRefusesWhatNoEncoderWrites(t *testing.T) {
 		"extent out of bounds":    func(h *Header) { h.Extent.Off = MaxDiskSize },
 		"negative offset":         func(h *Header) { h.Extent.Off = -4096 },
 		"not at a block":          func(h *Header) { h.Extent.Off = 512 },
+		"standing with payload":   func(h *Header) { h.Kind, h.Extent = KindStanding, Extent{} },
 		"marker with extent":      func(h *Header) { h.Kind = KindMarker },
 	} {
 		h := sample(make([]byte, 4096))
