@@ -27,6 +27,8 @@ var (
 	ErrNotBegun = errors.New("nothing of the group's journal has come yet")
 	// ErrDiverged is wrapped when records are received that are not of the group's history.
 	ErrDiverged = errors.New("the journals have diverged")
+	// ErrDiscontinuity is wrapped when records are received of a backing that was changed outside of Tidemark.
+	ErrDiscontinuity = errors.New("the backing was changed outside of Tidemark, and what else differs there is not known")
 	// ErrPinned is wrapped when a marker is pinned that would be deleted.
 	ErrPinned = errors.New("marker is pinned")
 	// ErrNoPoint is wrapped when a point names nothing that can be viewed.

@@ -173,7 +173,7 @@ func (g *Group) checkReceived(rec *received, next record.LSN, last int64) error 
 	case rec.Time < last:
 		return fmt.Errorf("%w: LSN %d is older than the record before it", record.ErrCorrupt, rec.LSN)
 	case rec.Flags&record.FlagDiscontinuity != 0:
-		return fmt.Errorf("LSN %d is of a backing that was changed outside of Tidemark: what else differs there is not known, the disk must be seeded again", rec.LSN)
+		return fmt.Errorf("LSN %d, of disk %d: %w: the group must be seeded again", rec.LSN, rec.Disk, ErrDiscontinuity)
 	case rec.Kind.Note():
 		return checkNote(&rec.Header, rec.payload)
 	case rec.Kind == record.KindOriginal, rec.Kind == record.KindHole, rec.Kind == record.KindExpired:

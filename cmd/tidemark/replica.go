@@ -151,29 +151,39 @@ func (a *app) revoke() *cobra.Command {
 }
 
 func (a *app) accept() *cobra.Command {
-	return &cobra.Command{
+	var q api.AcceptRequest
+	cmd := &cobra.Command{
 		Use:   "accept GROUP",
 		Short: "Allow the writer of a group, once, to have history dropped here",
 		Long: `A daemon that writes a group can add to its history here, and take nothing away. Where it can not go on otherwise, the status says so: the
 group here is behind what the writer still has, and must begin anew; or it must go back behind what another daemon had written. This
-allows it, once, until the daemon stops.`,
+allows it, once, until the daemon stops.
+
+With --anew, the group begins anew when its writer offers it next, whatever the reason: what its history holds here is dropped then, and only what differs
+of the disks is sent.`,
 		Args: args(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {
 				return err
 			}
-			got, err := c.Accept(cmd.Context(), args[0])
+			got, err := c.Accept(cmd.Context(), args[0], q)
 			if err != nil {
 				return err
 			}
 			if a.json {
 				return printJSON(cmd, got)
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "the writer of %s may have it begin anew, or go back, once\n", got.Group)
+			text := "the writer of %s may have it begin anew, or go back, once\n"
+			if got.Anew {
+				text = "%s begins anew when its writer offers it next\n"
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), text, got.Group)
 			return err
 		},
 	}
+	cmd.Flags().BoolVar(&q.Anew, "anew", false, "drop what is here of the group, and have its writer seed it again")
+	return cmd
 }
 
 func (a *app) compare() *cobra.Command {

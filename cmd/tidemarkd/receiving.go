@@ -132,6 +132,9 @@ func (one *replicated) end() {
 }
 
 func (x *receiving) Local() (l replica.Local, err error) {
+	if err := x.one.beginAnew(); err != nil {
+		return l, err
+	}
 	x.g, l, err = x.one.local()
 	if x.g != nil {
 		x.received.Store(uint64(l.Head))
@@ -140,7 +143,9 @@ func (x *receiving) Local() (l replica.Local, err error) {
 }
 
 func (x *receiving) Receive(run record.Run) error {
-	if err := x.g.Receive(run); err != nil {
+	if err := x.g.Receive(run); errors.Is(err, journal.ErrDetached) || errors.Is(err, journal.ErrDiscontinuity) {
+		return fmt.Errorf("%w: tidemark replica accept --anew %s drops what is here, and has it seeded again", err, x.one.name)
+	} else if err != nil {
 		return err
 	}
 	x.received.Store(uint64(run.Last))
@@ -157,6 +162,29 @@ func (x *receiving) Sync() (record.LSN, error) {
 // errNotAsked is what a writer is told who would have this daemon drop what it has not written itself.
 var errNotAsked = errors.New("that takes the word of who runs this daemon: tidemark replica accept")
 
+// byHand is how a group that was this daemon's to begin with is given up.
+func (one *replicated) byHand() string {
+	return fmt.Sprintf("to have it seeded, take it out of the configuration, remove its journal (groups/%s in the state directory), and give it again with received: true", one.name)
+}
+
+// beginAnew drops what is here of the group if that was asked for: its writer is there.
+func (one *replicated) beginAnew() error {
+	one.changing.Lock()
+	defer one.changing.Unlock()
+	one.mu.Lock()
+	due := one.anew
+	one.mu.Unlock()
+	if g := one.journal(); !due || g == nil || !g.Follows() {
+		return nil
+	}
+	one.log.Warn("the group begins anew, as was asked for: its history here ends")
+	if err := one.r.reloader.discard(one.name); err != nil {
+		return fmt.Errorf("give up what is here of group %s, to begin anew: %w", one.name, err)
+	}
+	one.dropped()
+	return nil
+}
+
 // accepted reports whether it was said that what is here may be dropped.
 func (one *replicated) accepted() bool {
 	one.mu.Lock()
@@ -168,7 +196,7 @@ func (one *replicated) accepted() bool {
 func (one *replicated) dropped() {
 	one.mu.Lock()
 	defer one.mu.Unlock()
-	one.accepts = false
+	one.accepts, one.anew = false, false
 }
 
 // Begin makes the disks' backings, over what there is of them. A group that is here already is behind the writer's horizon, and given
@@ -182,8 +210,7 @@ func (x *receiving) Begin(b record.Beginning) error {
 	}
 	if x.g != nil {
 		if !one.r.reloader.configured()[one.name].Received {
-			return fmt.Errorf("group %s has come to LSN %d here, and its writer has nothing before LSN %d any more. It was this daemon's to begin with: to have it seeded, take it out of the configuration, remove its journal (groups/%s in the state directory), and give it again with received: true",
-				one.name, x.g.Head(), b.At, one.name)
+			return fmt.Errorf("group %s has come to LSN %d here, and its writer has nothing before LSN %d any more. It was this daemon's to begin with: %s", one.name, x.g.Head(), b.At, one.byHand())
 		}
 		if !one.accepted() {
 			return fmt.Errorf("group %s has come to LSN %d here, and its writer has nothing before LSN %d any more: it would begin anew, and its history here end: %w", one.name, x.g.Head(), b.At, errNotAsked)

@@ -147,6 +147,44 @@ func TestWithoutAWrite(t *testing.T) {
 	})
 }
 
+// TestBegunAnew: what a follower can not be brought to by records, it is seeded with again if who runs it says so, and not before its writer
+// is there.
+func TestBegunAnew(t *testing.T) {
+	const size = 16 << 20
+	a, b := hostsOf(t, size)
+	rng := mathrand.NewChaCha8([32]byte{15})
+	image := make([]byte, size)
+	scribble(t, a, rng, image, 2000)
+	a.replicate("")
+	eventually(t, func() bool { return a.group("web01").Replicas[0].State == "streaming" })
+	a.ok("mark", "web01", "one", "--wait-replica")
+	a.stop()
+	f, err := os.OpenFile(a.path("vda.raw"), os.O_RDWR, 0) // a guest without Tidemark
+	require.NoError(t, err)
+	for off := int64(0); off < size; off += 64 << 10 {
+		_, err = f.WriteAt([]byte{7}, off)
+		require.NoError(t, err)
+		image[off] = 7
+	}
+	require.NoError(t, f.Close())
+	a.start()
+	eventually(t, func() bool { return strings.Contains(b.ok("status"), "tidemark replica accept --anew web01") })
+	require.Contains(t, b.ok("points", "web01"), "one")
+	a.kill()
+	b.ok("replica", "accept", "web01", "--anew")
+	require.Contains(t, b.ok("points", "web01"), "one", "nothing is dropped for nobody")
+	a.start()
+	a.ok("mark", "web01", "two", "--wait-replica")
+	require.Contains(t, a.ok("replica", "compare", "web01", "--at", "two"), "the same")
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda@two", size)))
+	require.Less(t, b.group("web01").Source.ReceivedBytes, int64(3<<20), "only what differs was sent")
+	b.stop()
+	b.start()
+	a.ok("mark", "web01", "three", "--wait-replica")
+	_, code := a.tidemark("replica", "accept", "web01", "--anew")
+	require.NotZero(t, code, "it is its own")
+}
+
 // TestAnAuthority: peers are known by certificates of an authority's, and by nothing else.
 func TestAnAuthority(t *testing.T) {
 	const size = 16 << 20

@@ -61,8 +61,10 @@ type replicated struct {
 	users  int // who hold it though nothing is known of the group; guarded by the replication's mu
 	// accepts allows the writer, once, to have what this daemon has, and did not write itself, dropped.
 	accepts bool
-	asks    chan struct{} // closed when the writer is to be asked for the group
-	why     error         // the last stream on which it came has ended
+	// anew says that the group begins anew when it is offered next, whatever the writer has.
+	anew bool
+	asks chan struct{} // closed when the writer is to be asked for the group
+	why  error         // the last stream on which it came has ended
 }
 
 // groupNote is what must be known of a group after a crash, beside its journal.

@@ -200,6 +200,10 @@ const handoverWithin = time.Minute
 
 // accept allows the writer of a group that follows, once, to have what is here, and was not written here, dropped.
 func (c *control) accept(r *http.Request) (any, error) {
+	var q api.AcceptRequest
+	if err := decode(r, &q); err != nil {
+		return nil, err
+	}
 	if err := record.CheckName(r.PathValue("group")); err != nil {
 		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
 	}
@@ -213,8 +217,11 @@ func (c *control) accept(r *http.Request) (any, error) {
 			return nil, err
 		}
 	}
+	if q.Anew && !c.reloader.configured()[one.name].Received {
+		return nil, fmt.Errorf("%w: group %s did not come from another daemon to begin with: %s", errBadRequest, one.name, one.byHand())
+	}
 	one.mu.Lock()
-	one.accepts = true
+	one.accepts, one.anew = true, q.Anew
 	one.mu.Unlock()
-	return api.Accepted{Group: one.name}, nil
+	return api.Accepted{Group: one.name, Anew: q.Anew}, nil
 }

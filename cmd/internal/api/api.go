@@ -261,9 +261,15 @@ type JoinRequest struct {
 	MaySend []string `json:"may_send,omitempty"`
 }
 
-// Accepted is the answer to POST /v1/groups/GROUP/accept.
+// AcceptRequest is the body of POST /v1/groups/GROUP/accept.
+type AcceptRequest struct {
+	Anew bool `json:"anew,omitempty"` // it begins anew when its writer offers it next, whether or not the writer asks for that
+}
+
+// Accepted is the answer to it.
 type Accepted struct {
 	Group string `json:"group"`
+	Anew  bool   `json:"anew,omitempty"`
 }
 
 // FailoverRequest is the body of POST /v1/groups/GROUP/failover.
@@ -659,8 +665,8 @@ func (c *Client) Failover(ctx context.Context, group string, r FailoverRequest) 
 }
 
 // Accept allows the writer of a group, once, to have what is here dropped.
-func (c *Client) Accept(ctx context.Context, group string) (a Accepted, err error) {
-	err = c.do(ctx, http.MethodPost, groupPath(group, "/accept"), nil, &a)
+func (c *Client) Accept(ctx context.Context, group string, r AcceptRequest) (a Accepted, err error) {
+	err = c.do(ctx, http.MethodPost, groupPath(group, "/accept"), r, &a)
 	return a, err
 }
 
