@@ -346,6 +346,7 @@ func (a *applier) capture() error {
 	if len(fresh) == 0 {
 		return nil
 	}
+	hole := int64(0) // up to here the backing is one; nothing is written to it meanwhile
 	for i, told := 0, 0; i < len(fresh); {
 		if i >= told+toldBlocks {
 			if err := a.did(0, i, len(fresh)); err != nil {
@@ -359,7 +360,7 @@ func (a *applier) capture() error {
 		}
 		off := fresh[i] * record.BlockSize
 		ext := record.Extent{Off: off, Len: min(int64(n)*record.BlockSize, a.d.Size-off)}
-		err := a.original(ext)
+		err := a.original(ext, &hole)
 		if errors.Is(err, segment.ErrFull) && i > 0 {
 			// What was kept so far is kept: with it done again and again, the
 			// room that comes free would never be enough.
@@ -384,13 +385,21 @@ func (a *applier) commit(fresh []int64) error {
 	return nil
 }
 
-func (a *applier) original(ext record.Extent) error {
-	buf := a.buf[:ext.Len]
-	if err := a.d.readBacking(buf, ext.Off, false); err != nil {
-		return err
+// original keeps what an extent holds, which begins behind the ones before it. *hole is up to where the backing was found to be one: to
+// read a block of it costs the kernel ten times as much as to ask.
+func (a *applier) original(ext record.Extent, hole *int64) error {
+	if ext.Off >= *hole {
+		*hole = osfile.Hole(a.backing.File, ext.Off)
 	}
-	if isZero(buf) {
-		buf = nil
+	var buf []byte
+	if ext.End() > *hole {
+		buf = a.buf[:ext.Len]
+		if err := a.d.readBacking(buf, ext.Off, false); err != nil {
+			return err
+		}
+		if isZero(buf) {
+			buf = nil
+		}
 	}
 	if err := a.d.journal.Original(a.d, ext, buf); err != nil {
 		return fmt.Errorf("keep the original of disk %s at %v: %w", a.d.Name, ext, err)

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"syscall"
 
@@ -207,6 +208,23 @@ func identity(st *unix.Stat_t) ID {
 		return ID{dev: st.Rdev, ino: ^uint64(0)}
 	}
 	return ID{dev: st.Dev, ino: st.Ino}
+}
+
+// Hole is where the hole ends that off is in, math.MaxInt64 if that is at the end; off if there is data, or may be. Other than Run it
+// does not walk along data.
+func Hole(f vfs.File, off int64) (end int64) {
+	fd := f.Fd()
+	if fd == vfs.InvalidFd {
+		return off
+	}
+	data, err := unix.Seek(int(fd), off, unix.SEEK_DATA)
+	switch {
+	case err == unix.ENXIO:
+		return math.MaxInt64
+	case err != nil:
+		return off // no such knowledge: block devices, some file systems
+	}
+	return data
 }
 
 // Run is the length of the run at off, at most n bytes, that is all data or

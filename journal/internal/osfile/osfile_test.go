@@ -2,6 +2,7 @@ package osfile
 
 import (
 	"bytes"
+	"math"
 	"path/filepath"
 	"testing"
 
@@ -50,6 +51,9 @@ func TestRunTellsHoles(t *testing.T) {
 	n, hole = Run(f, 512<<10, 1<<20)
 	require.False(t, hole)
 	require.EqualValues(t, 4096, n)
+	require.EqualValues(t, 512<<10, Hole(f, 4096))
+	require.EqualValues(t, 512<<10, Hole(f, 512<<10))
+	require.EqualValues(t, math.MaxInt64, Hole(f, 516<<10))
 	ok, err := PunchHole(f, 512<<10, 4096)
 	require.NoError(t, err)
 	if ok {
