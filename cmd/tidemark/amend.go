@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 
 	"github.com/spf13/cobra"
 
@@ -72,20 +71,8 @@ func (a *app) amendment(v amendment) *cobra.Command {
 		Long:              v.long,
 		Args:              args(cobra.ExactArgs(v.args)),
 		ValidArgsFunction: a.completeGroups,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
-			m, err := v.do(cmd.Context(), c, args)
-			if err != nil {
-				return err
-			}
-			if a.json {
-				return printJSON(cmd, m)
-			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: %s, LSN %d, is %s\n", m.Group, m.Label, m.LSN, v.is)
-			return err
-		},
+		RunE: ask(a, v.do, func(cmd *cobra.Command, m api.Marker) error {
+			return say(cmd, "%s: %s, LSN %d, is %s", m.Group, m.Label, m.LSN, v.is)
+		}),
 	}
 }

@@ -1,7 +1,7 @@
 package main
 
 import (
-	"fmt"
+	"context"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -23,17 +23,9 @@ are taken back to an earlier point then, as "tidemark rollback" does.`,
   tidemark failover web01 --to latest:application`,
 		Args:              args(cobra.ExactArgs(1)),
 		ValidArgsFunction: a.completeGroups,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
-			f, err := c.Failover(cmd.Context(), args[0], r)
-			if err != nil {
-				return err
-			}
-			return a.printFailedOver(cmd, f)
-		},
+		RunE: ask(a, func(ctx context.Context, c *api.Client, args []string) (api.FailedOver, error) {
+			return c.Failover(ctx, args[0], r)
+		}, printFailedOver),
 	}
 	cmd.Flags().StringVar(&r.Point, "to", "", "an earlier point")
 	return cmd
@@ -47,27 +39,16 @@ func (a *app) failback() *cobra.Command {
 daemon writes the group from then on. No guest may have the group's disks open there.`,
 		Args:              args(cobra.ExactArgs(1)),
 		ValidArgsFunction: a.completeGroups,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
-			f, err := c.Failback(cmd.Context(), args[0])
-			if err != nil {
-				return err
-			}
-			return a.printFailedOver(cmd, f)
-		},
+		RunE: ask(a, func(ctx context.Context, c *api.Client, args []string) (api.FailedOver, error) {
+			return c.Failback(ctx, args[0])
+		}, printFailedOver),
 	}
 }
 
-func (a *app) printFailedOver(cmd *cobra.Command, f api.FailedOver) error {
-	if a.json {
-		return printJSON(cmd, f)
-	}
-	_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s is written here from LSN %d on, in epoch %d (%v)\n", f.Group, f.LSN+1, f.Epoch, time.Duration(f.Seconds*float64(time.Second)).Round(time.Millisecond))
+func printFailedOver(cmd *cobra.Command, f api.FailedOver) error {
+	err := say(cmd, "%s is written here from LSN %d on, in epoch %d (%v)", f.Group, f.LSN+1, f.Epoch, time.Duration(f.Seconds*float64(time.Second)).Round(time.Millisecond))
 	if r := f.RolledBack; err == nil && r != nil {
-		_, err = fmt.Fprintf(cmd.OutOrStdout(), "its disks are what they were at LSN %d; the way back: tidemark rollback %s --to %s\n", r.LSN, f.Group, r.Before)
+		err = say(cmd, "its disks are what they were at LSN %d; the way back: tidemark rollback %s --to %s", r.LSN, f.Group, r.Before)
 	}
 	return err
 }

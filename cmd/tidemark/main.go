@@ -148,6 +148,30 @@ func (a *app) client() (*api.Client, error) {
 	return api.NewClient(addr), nil
 }
 
+// ask makes a command that asks the daemon one thing, and prints the answer: with --json as it is, else as text.
+func ask[T any](a *app, call func(ctx context.Context, c *api.Client, args []string) (T, error), text func(*cobra.Command, T) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		c, err := a.client()
+		if err != nil {
+			return err
+		}
+		got, err := call(cmd.Context(), c, args)
+		if err != nil {
+			return err
+		}
+		if a.json {
+			return printJSON(cmd, got)
+		}
+		return text(cmd, got)
+	}
+}
+
+// say prints a line of a command's output.
+func say(cmd *cobra.Command, format string, args ...any) error {
+	_, err := fmt.Fprintf(cmd.OutOrStdout(), format+"\n", args...)
+	return err
+}
+
 // printJSON writes one value to the command's output.
 func printJSON(cmd *cobra.Command, v any) error {
 	enc := json.NewEncoder(cmd.OutOrStdout())

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -81,25 +82,16 @@ func (a *app) thaw() *cobra.Command {
 		Short:             "Thaw the guests of a group, and see that they are thawed",
 		Args:              args(cobra.ExactArgs(1)),
 		ValidArgsFunction: a.completeGroups,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
-			t, err := c.Thaw(cmd.Context(), args[0])
-			if err != nil {
-				return err
-			}
-			if a.json {
-				return printJSON(cmd, t)
-			}
+		RunE: ask(a, func(ctx context.Context, c *api.Client, args []string) (api.Thawed, error) {
+			return c.Thaw(ctx, args[0])
+		}, func(cmd *cobra.Command, t api.Thawed) error {
 			for _, g := range t.Guests {
 				if _, err := fmt.Fprintf(cmd.OutOrStdout(), "%s: %s is thawed\n", t.Group, g); err != nil {
 					return err
 				}
 			}
 			return nil
-		},
+		}),
 	}
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"text/tabwriter"
 	"time"
@@ -19,20 +20,9 @@ func (a *app) points() *cobra.Command {
   tidemark points web01 --label 'nightly-*' --by scheduler`,
 		Args:              args(cobra.ExactArgs(1)),
 		ValidArgsFunction: a.completeGroups,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
-			p, err := c.Points(cmd.Context(), args[0], f)
-			if err != nil {
-				return err
-			}
-			if a.json {
-				return printJSON(cmd, p)
-			}
-			return printPoints(cmd, p)
-		},
+		RunE: ask(a, func(ctx context.Context, c *api.Client, args []string) (api.Points, error) {
+			return c.Points(ctx, args[0], f)
+		}, printPoints),
 	}
 	fl := cmd.Flags()
 	fl.StringVar(&f.Since, "since", "", "markers from this time on: RFC 3339, or -2h")

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -36,23 +37,14 @@ func (a *app) invite() *cobra.Command {
 else: each knows the other's key from then on. The token can be used once, until it expires or this daemon stops.`,
 		Example: `  tidemark replica invite --may-send 'web*'`,
 		Args:    args(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
+		RunE: ask(a, func(ctx context.Context, c *api.Client, _ []string) (api.Invitation, error) {
 			r.Valid = valid.Seconds()
-			i, err := c.Invite(cmd.Context(), r)
-			if err != nil {
-				return err
-			}
-			if a.json {
-				return printJSON(cmd, i)
-			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s\n", i.Token)
+			return c.Invite(ctx, r)
+		}, func(cmd *cobra.Command, i api.Invitation) error {
+			err := say(cmd, "%s", i.Token)
 			fmt.Fprintf(cmd.ErrOrStderr(), "valid until %s; on the other host: tidemark replica join HOST:PORT TOKEN (this daemon listens on %s)\n", i.Expires.Format(time.RFC3339), i.Listen)
 			return err
-		},
+		}),
 	}
 	fl := cmd.Flags()
 	fl.StringVar(&r.Name, "name", "", "what the other daemon is called here (default: what it calls itself)")
@@ -69,22 +61,12 @@ func (a *app) join() *cobra.Command {
 		Example: `  tidemark replica join backup1:10900 tidemark-mfrgg...
   # then, in the configuration: groups: {web01: {replicas: [backup1]}}`,
 		Args: args(cobra.ExactArgs(2)),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
+		RunE: ask(a, func(ctx context.Context, c *api.Client, args []string) (api.Peer, error) {
 			r.Address, r.Token = args[0], args[1]
-			p, err := c.Join(cmd.Context(), r)
-			if err != nil {
-				return err
-			}
-			if a.json {
-				return printJSON(cmd, p)
-			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s is a peer (key %s)\n", p.Name, p.Fingerprint)
-			return err
-		},
+			return c.Join(ctx, r)
+		}, func(cmd *cobra.Command, p api.Peer) error {
+			return say(cmd, "%s is a peer (key %s)", p.Name, p.Fingerprint)
+		}),
 	}
 	fl := cmd.Flags()
 	fl.StringVar(&r.Name, "name", "", "what the other daemon is called here (default: what it calls itself)")
@@ -97,18 +79,9 @@ func (a *app) peers() *cobra.Command {
 		Use:   "list",
 		Short: "List the daemons that this one trusts, and what each may do",
 		Args:  args(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
-			p, err := c.Peers(cmd.Context())
-			if err != nil {
-				return err
-			}
-			if a.json {
-				return printJSON(cmd, p)
-			}
+		RunE: ask(a, func(ctx context.Context, c *api.Client, _ []string) (api.Peers, error) {
+			return c.Peers(ctx)
+		}, func(cmd *cobra.Command, p api.Peers) error {
 			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
 			fmt.Fprintln(w, "PEER\tADDRESS\tMAY SEND\tKEY")
 			fmt.Fprintf(w, "%s\t(this daemon)\t\t%s\n", p.Name, p.Fingerprint)
@@ -123,7 +96,7 @@ func (a *app) peers() *cobra.Command {
 				fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", one.Name, address, strings.Join(one.MaySend, " "), key)
 			}
 			return w.Flush()
-		},
+		}),
 	}
 }
 
@@ -132,21 +105,11 @@ func (a *app) revoke() *cobra.Command {
 		Use:   "revoke PEER",
 		Short: "Trust a daemon no more: its connections end, and it is not let in again",
 		Args:  args(cobra.ExactArgs(1)),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
-			p, err := c.Revoke(cmd.Context(), args[0])
-			if err != nil {
-				return err
-			}
-			if a.json {
-				return printJSON(cmd, p)
-			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s is no peer any more\n", p.Name)
-			return err
-		},
+		RunE: ask(a, func(ctx context.Context, c *api.Client, args []string) (api.Peer, error) {
+			return c.Revoke(ctx, args[0])
+		}, func(cmd *cobra.Command, p api.Peer) error {
+			return say(cmd, "%s is no peer any more", p.Name)
+		}),
 	}
 }
 
@@ -162,25 +125,14 @@ allows it, once, until the daemon stops.
 With --anew, the group begins anew when its writer offers it next, whatever the reason: what its history holds here is dropped then, and only what differs
 of the disks is sent.`,
 		Args: args(cobra.ExactArgs(1)),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
-			got, err := c.Accept(cmd.Context(), args[0], q)
-			if err != nil {
-				return err
-			}
-			if a.json {
-				return printJSON(cmd, got)
-			}
-			text := "the writer of %s may have it begin anew, or go back, once\n"
+		RunE: ask(a, func(ctx context.Context, c *api.Client, args []string) (api.Accepted, error) {
+			return c.Accept(ctx, args[0], q)
+		}, func(cmd *cobra.Command, got api.Accepted) error {
 			if got.Anew {
-				text = "%s begins anew when its writer offers it next\n"
+				return say(cmd, "%s begins anew when its writer offers it next", got.Group)
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), text, got.Group)
-			return err
-		},
+			return say(cmd, "the writer of %s may have it begin anew, or go back, once", got.Group)
+		}),
 	}
 	cmd.Flags().BoolVar(&q.Anew, "anew", false, "drop what is here of the group, and have its writer seed it again")
 	return cmd

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"text/tabwriter"
@@ -16,18 +17,9 @@ func (a *app) status() *cobra.Command {
 		Use:   "status",
 		Short: "Show the groups, their disks and how far each is",
 		Args:  args(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
-			s, err := c.Status(cmd.Context())
-			if err != nil {
-				return err
-			}
-			if a.json {
-				return printJSON(cmd, s)
-			}
+		RunE: ask(a, func(ctx context.Context, c *api.Client, _ []string) (api.Status, error) {
+			return c.Status(ctx)
+		}, func(cmd *cobra.Command, s api.Status) error {
 			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
 			fmt.Fprintln(w, "GROUP\tSTATE\tHORIZON\tAPPLIED\tDURABLE\tHEAD\tJOURNAL\tUNAPPLIED")
 			for _, g := range s.Groups {
@@ -39,7 +31,7 @@ func (a *app) status() *cobra.Command {
 			}
 			printScratches(w, s.Scratches)
 			return w.Flush()
-		},
+		}),
 	}
 }
 
