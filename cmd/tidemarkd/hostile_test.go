@@ -78,6 +78,26 @@ func TestAPeerAndAGroupOfOnesOwn(t *testing.T) {
 	require.Equal(t, wire.ReasonRights, got.(*wire.Refuse).Reason)
 	require.Empty(t, got.(*wire.Refuse).Reigns)
 	require.Equal(t, "writes", a.group("web01").Role)
+
+	// Nor does it make as many as it likes.
+	a.configure(fmt.Sprintf("replication: {listen: 'tcp:%s', name: hosta, most_groups: 2}\n", listen))
+	a.stop()
+	a.start()
+	var held []*link.Conn // each is about to begin
+	for n := range 2 {
+		c, got := offerTo(t, e, "hosta", &wire.Offer{Group: fmt.Sprint("made", n), Reigns: record.Reigns{{Epoch: 1, First: 1, ID: [16]byte{byte(n + 1)}}}})
+		require.IsType(t, &wire.Position{}, got)
+		held = append(held, c)
+	}
+	_, got = offerTo(t, e, "hosta", &wire.Offer{Group: "made2", Reigns: record.Reigns{{Epoch: 1, First: 1, ID: [16]byte{7}}}})
+	require.Contains(t, got.(*wire.Refuse).Text, "most_groups")
+	require.NoError(t, held[0].Close())
+	eventually(t, func() bool {
+		c, got := offerTo(t, e, "hosta", &wire.Offer{Group: "made2", Reigns: record.Reigns{{Epoch: 1, First: 1, ID: [16]byte{7}}}})
+		defer c.Close()
+		_, taken := got.(*wire.Position)
+		return taken
+	})
 }
 
 // TestAWriterInOtherHands can not have its replica forget anything, nor leave it without an epoch to fail over with; unless who

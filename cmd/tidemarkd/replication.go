@@ -549,6 +549,8 @@ func (r *replication) admit(p link.Peer, m *wire.Offer) (*replicated, error) {
 		return nil, fmt.Errorf("group %s came to %s from peer %s, and peer %s may send it only if that is said of this very group", m.Group, r.conf.Name, n.From, p.Name)
 	case r.store.Has(m.Group):
 		return nil, fmt.Errorf("group %s is %s's own, and peer %s may send it only if that is said of this very group", m.Group, r.conf.Name, p.Name)
+	case r.from(p) >= r.conf.MostGroups:
+		return nil, fmt.Errorf("group %s would be one more of %d that peer %s has sent here, and replication.most_groups allows that only if it is said of this very group", m.Group, r.conf.MostGroups, p.Name)
 	}
 	one = r.group(m.Group)
 	r.mu.Lock()
@@ -556,6 +558,18 @@ func (r *replication) admit(p link.Peer, m *wire.Offer) (*replicated, error) {
 	r.groups[m.Group] = one // it may have been forgotten between
 	one.users++
 	return one, nil
+}
+
+// from is how many groups have come from a peer, or are about to.
+func (r *replication) from(p link.Peer) (n int) {
+	for _, one := range r.all() {
+		one.mu.Lock()
+		if one.note.isFrom(p) || one.comes != nil && one.comes.peer == p.Name {
+			n++
+		}
+		one.mu.Unlock()
+	}
+	return n
 }
 
 // forget drops what is kept of a name of which nothing has come.

@@ -19,6 +19,8 @@ type Replication struct {
 	Listen string `yaml:"listen"` // tcp:HOST:PORT for peers; empty: this daemon dials
 	Name   string `yaml:"name"`   // of this daemon, for peers; the host's by default
 	Dir    string `yaml:"dir"`    // where the disks of groups that come are kept; STATE_DIR/replicas by default
+	// MostGroups is how many groups a peer may send by its patterns; those that have no pattern among them are not counted.
+	MostGroups int `yaml:"most_groups"`
 	// Compression of what is sent, 0 (none) to 4 (most); 2 by default. It gives way to a link that waits for it.
 	Compression *int   `yaml:"compression"`
 	Limit       Size   `yaml:"limit"` // of what is sent, to all peers, bytes a second; 0: none
@@ -53,6 +55,7 @@ func (r *Replication) On() bool { return r.on }
 
 const (
 	defaultCompression = 2
+	defaultMostGroups  = 1024
 	// leastLimit keeps a message's part from taking longer than a peer waits.
 	leastLimit = 64 << 10
 )
@@ -84,6 +87,9 @@ func (r *Replication) setDefaults(stateDir string) {
 			r.Name = "tidemark"
 		}
 	}
+	if r.MostGroups == 0 {
+		r.MostGroups = defaultMostGroups
+	}
 	if r.Dir == "" {
 		abs, err := filepath.Abs(stateDir)
 		if err != nil {
@@ -112,6 +118,9 @@ func (r *Replication) validate() error {
 	}
 	if r.Dir != "" && !filepath.IsAbs(r.Dir) {
 		add("dir", fmt.Errorf("%q: give the full path", r.Dir))
+	}
+	if r.MostGroups < 0 {
+		add("most_groups", fmt.Errorf("%d: give a number above 0", r.MostGroups))
 	}
 	if n := r.Level(); n < 0 || n > 4 {
 		add("compression", fmt.Errorf("%d: 0 to 4 are possible", n))
