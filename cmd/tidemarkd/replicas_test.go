@@ -13,6 +13,8 @@ import (
 	"math/big"
 	mathrand "math/rand/v2"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -183,6 +185,35 @@ func TestBegunAnew(t *testing.T) {
 	a.ok("mark", "web01", "three", "--wait-replica")
 	_, code := a.tidemark("replica", "accept", "web01", "--anew")
 	require.NotZero(t, code, "it is its own")
+}
+
+// TestSharedStorage: a guest's disk and its daemon's state stand where two hosts reach them. It moves with its whole history, and of two
+// daemons that would serve it the second does not start.
+func TestSharedStorage(t *testing.T) {
+	const size = 16 << 20
+	a, b := &served{t: t, dir: t.TempDir()}, &served{t: t, dir: t.TempDir()}
+	a.raw("vda.raw", size)
+	a.disk, b.disk = a.path("vda.raw"), a.path("vda.raw")
+	b.extra = []string{"--state-dir", a.path("state")}
+	image := make([]byte, size)
+	rng := mathrand.NewChaCha8([32]byte{16})
+	a.start()
+	for n, move := range []func(from *served){(*served).stop, (*served).kill, (*served).stop} {
+		from, to := a, b
+		if n%2 == 1 {
+			from, to = b, a
+		}
+		scribble(t, from, rng, image, 200)
+		from.ok("mark", "web01", fmt.Sprint("point-", n))
+		out, err := exec.Command(filepath.Join(binDir, "tidemarkd"), to.args()...).CombinedOutput()
+		require.Error(t, err)
+		require.Contains(t, string(out), "is another tidemarkd using it?")
+		move(from)
+		to.start()
+		require.True(t, bytes.Equal(image, imageOf(t, to, fmt.Sprintf("web01/vda@point-%d", n), size)))
+		require.True(t, bytes.Equal(image, imageOf(t, to, "web01/vda", size)))
+		require.Contains(t, to.ok("points", "web01"), "point-0")
+	}
 }
 
 // TestAnAuthority: peers are known by certificates of an authority's, and by nothing else.
