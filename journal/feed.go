@@ -24,16 +24,14 @@ type Feed struct {
 }
 
 const (
-	// feedSyncAge is how long a record waits, at least, for a sync of the guest's, or of others behind it, before a Feed that waits
-	// for it asks for one, and feedSyncMost how long at most.
-	feedSyncAge, feedSyncMost = 10 * time.Millisecond, 40 * time.Millisecond
-	// feedSyncPart is the part of the time that such syncs may take: a guest that keeps its disk busy pays for each.
-	feedSyncPart = 3
+	feedSyncLeast, feedSyncMost = 10 * time.Millisecond, 40 * time.Millisecond
+	feedSyncFactor              = 3
 )
 
-// syncAge is how long a record waits before a Feed asks for a sync.
-func (f *Feed) syncAge() time.Duration {
-	return min(max(feedSyncPart*time.Duration(f.g.syncTook.Load()), feedSyncAge), feedSyncMost)
+// syncDelay is how long a record waits for a sync of the guest's, or of others behind it, before a Feed that waits for it asks for
+// one: a guest that keeps its disk busy pays for each, and so they take a quarter of the time at most, but for feedSyncMost.
+func syncDelay(took time.Duration) time.Duration {
+	return min(max(feedSyncFactor*took, feedSyncLeast), feedSyncMost)
 }
 
 // Feed begins to read at an LSN behind the horizon, which may be the next one that will be.
@@ -146,7 +144,7 @@ func (f *Feed) await(ctx context.Context) (record.LSN, error) {
 			}
 			continue
 		}
-		age := time.NewTimer(f.syncAge())
+		age := time.NewTimer(syncDelay(time.Duration(g.syncTook.Load())))
 		select {
 		case <-durable:
 		case <-age.C:

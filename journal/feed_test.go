@@ -176,3 +176,12 @@ func TestAFeedOfAGroupThatFails(t *testing.T) {
 	require.NoError(t, r.write(1, 1))
 	require.ErrorIs(t, <-ended, ErrFailed)
 }
+
+// TestSyncDelay: what a Feed asks for takes no more than a part of the time, and no record waits long.
+func TestSyncDelay(t *testing.T) {
+	for took, want := range map[time.Duration]time.Duration{
+		0: feedSyncLeast, time.Millisecond: feedSyncLeast, 6 * time.Millisecond: 18 * time.Millisecond, time.Second: feedSyncMost,
+	} {
+		require.Equal(t, want, syncDelay(took), took)
+	}
+}

@@ -221,7 +221,7 @@ func (s *Sender) Verified(digest [16]byte) []Action {
 		return nil
 	}
 	if digest != s.digest && digest != [16]byte{} {
-		return s.end(refuse(wire.ReasonForked, nil, fmt.Errorf("%w: that of LSN %d differs: remove the group's journal on the one or the other side, and have it seeded again", ErrForked, s.sent)))
+		return s.end(refuse(wire.ReasonForked, nil, fmt.Errorf("%w: that of LSN %d differs: if the follower is wrong, tidemark replica accept --anew there, and else fail over to it", ErrForked, s.sent)))
 	}
 	return s.stream()
 }

@@ -26,7 +26,7 @@ func (one *replicated) others() (all []string) {
 }
 
 // asked says whether a peer may ask about a group: it must have it anyway.
-func (r *replication) asked(c *link.Conn, m *wire.Ask) (link.Source, error) {
+func (r *replication) asked(c *link.Conn, m *wire.Ask) (link.History, error) {
 	r.mu.Lock()
 	one := r.groups[m.Group]
 	r.mu.Unlock()
@@ -37,7 +37,7 @@ func (r *replication) asked(c *link.Conn, m *wire.Ask) (link.Source, error) {
 	if g == nil {
 		return nil, fmt.Errorf("group %s: %w", m.Group, journal.ErrNotFound)
 	}
-	return source{&shipping{one: one, g: g, peer: c.Peer.Name}}, nil
+	return history{g}, nil
 }
 
 // compare compares a group's disks at a point with what a peer has of them.
@@ -78,6 +78,9 @@ func (c *control) compare(r *http.Request) (any, error) {
 			}
 			a.Disks = append(a.Disks, one)
 		}
+	}
+	if len(a.Disks) == 0 {
+		return nil, fmt.Errorf("%w: no disk that is in group %s now was in it at LSN %d", errBadRequest, g.Name(), lsn)
 	}
 	return a, nil
 }

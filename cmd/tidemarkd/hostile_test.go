@@ -11,7 +11,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
@@ -182,7 +181,7 @@ func TestAGroupThatIsClosed(t *testing.T) {
 	b.ok("reload")
 	before := mustRead(t, raw)
 	scribble(t, a, rng, image, 100)
-	eventually(t, func() bool { return strings.Contains(a.group("web01").Replicas[0].Error, "is not open") })
+	eventually(t, func() bool { return strings.Contains(a.replica("web01", "hostb").Error, "is not open") })
 	require.True(t, bytes.Equal(before, mustRead(t, raw)))
 	require.NoFileExists(t, promoted)
 	require.NoError(t, os.WriteFile(promoted, was, 0o600))
@@ -252,12 +251,11 @@ func TestAReplicaThatLostEverything(t *testing.T) {
 	a.stop()
 	a.start()
 	b.start()
-	eventually(t, func() bool { return a.group("web01").Replicas[0].State == "seeding" })
-	require.Zero(t, a.group("web01").Replicas[0].Acked)
+	eventually(t, func() bool { return a.replica("web01", "hostb").State == "seeding" })
+	require.Zero(t, a.replica("web01", "hostb").Acked)
 	eventually(t, func() bool { return strings.Contains(strings.Join(a.group("web01").Problems, " "), "and rpo is") })
 	_, code := a.tidemark("mark", "web01", "two", "--wait-replica=100ms")
 	require.Equal(t, 10, code)
-	time.Sleep(10 * time.Millisecond)
 	a.ok("mark", "web01", "three", "--wait-replica")
 	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda@three", size)))
 }

@@ -24,19 +24,21 @@ func newPace(conf *config.Replication) *pace {
 	return &pace{conf: conf, l: rate.NewLimiter(rate.Inf, 0)}
 }
 
-// burst is what goes at once, in bytes: more than one record of TLS.
-const burst = 64 << 10
+const (
+	// burst is what may go at once after a pause, in bytes.
+	burst = 64 << 10
+	// share is what one stream takes at once, in bytes: then it is the next one's turn.
+	share = 16 << 10
+)
 
-// Wait implements link.Limiter.
-func (p *pace) Wait(ctx context.Context, n int) error {
-	for n > 0 {
-		k := min(n, burst)
-		if err := p.limiter(time.Now()).WaitN(ctx, k); err != nil {
-			return err
-		}
-		n -= k
+// Take implements link.Limiter.
+func (p *pace) Take(ctx context.Context, n int) (int, error) {
+	l := p.limiter(time.Now())
+	if l.Limit() == rate.Inf {
+		return n, nil
 	}
-	return nil
+	n = min(n, share)
+	return n, l.WaitN(ctx, n)
 }
 
 func (p *pace) limiter(now time.Time) *rate.Limiter {

@@ -88,6 +88,9 @@ func (one *replicated) receive(ctx context.Context, c *link.Conn, offer *wire.Of
 		<-before.done
 	}
 	defer x.closeBackings()
+	if err := one.beginAnew(offer); err != nil {
+		return errors.Join(err, c.Refuse(wire.ReasonFailed, err), c.Close())
+	}
 	one.log.Info("a peer offers the group", zap.String("peer", x.peer), zap.Uint64("head", uint64(offer.Head)), zap.Uint64("epoch", offer.Reigns.Epoch()))
 	err := link.Follow(ctx, c, offer, x)
 	x.mu.Lock()
@@ -132,9 +135,6 @@ func (one *replicated) end() {
 }
 
 func (x *receiving) Local() (l replica.Local, err error) {
-	if err := x.one.beginAnew(); err != nil {
-		return l, err
-	}
 	x.g, l, err = x.one.local()
 	if x.g != nil {
 		x.received.Store(uint64(l.Head))
@@ -159,44 +159,50 @@ func (x *receiving) Sync() (record.LSN, error) {
 	return min(received, x.g.Durable()), err
 }
 
-// errNotAsked is what a writer is told who would have this daemon drop what it has not written itself.
-var errNotAsked = errors.New("that takes the word of who runs this daemon: tidemark replica accept")
+// errNoConsent is what a writer is told who would have this daemon drop what it has not written itself.
+var errNoConsent = errors.New("that takes the word of who runs this daemon: tidemark replica accept GROUP")
 
 // byHand is how a group that was this daemon's to begin with is given up.
 func (one *replicated) byHand() string {
 	return fmt.Sprintf("to have it seeded, take it out of the configuration, remove its journal (groups/%s in the state directory), and give it again with received: true", one.name)
 }
 
-// beginAnew drops what is here of the group if that was asked for: its writer is there.
-func (one *replicated) beginAnew() error {
+// beginAnew drops what is here of the group if that was asked for, and who offers it is its writer. The group's other streams
+// have ended.
+func (one *replicated) beginAnew(offer *wire.Offer) error {
 	one.changing.Lock()
 	defer one.changing.Unlock()
-	one.mu.Lock()
-	due := one.anew
-	one.mu.Unlock()
-	if g := one.journal(); !due || g == nil || !g.Follows() {
+	g, known := one.journal(), one.highest()
+	if one.consented() != consentAnew || g == nil || !g.Follows() {
 		return nil
 	}
+	if theirs, ours := offer.Reigns[len(offer.Reigns)-1], known[len(known)-1]; theirs.Epoch == ours.Epoch && theirs != ours {
+		return nil // one of two that took one epoch, and not the one that was followed
+	}
 	one.log.Warn("the group begins anew, as was asked for: its history here ends")
+	return one.giveUp()
+}
+
+// giveUp drops what is here of the group, for which who runs this daemon has given its consent. one.changing is held.
+func (one *replicated) giveUp() error {
 	if err := one.r.reloader.discard(one.name); err != nil {
 		return fmt.Errorf("give up what is here of group %s, to begin anew: %w", one.name, err)
 	}
-	one.dropped()
+	one.consent(consentNone)
 	return nil
 }
 
-// accepted reports whether it was said that what is here may be dropped.
-func (one *replicated) accepted() bool {
+// consent says what may be dropped of the group, from now on.
+func (one *replicated) consent(c consent) {
 	one.mu.Lock()
 	defer one.mu.Unlock()
-	return one.accepts
+	one.consents = c
 }
 
-// dropped uses that up.
-func (one *replicated) dropped() {
+func (one *replicated) consented() consent {
 	one.mu.Lock()
 	defer one.mu.Unlock()
-	one.accepts, one.anew = false, false
+	return one.consents
 }
 
 // Begin makes the disks' backings, over what there is of them. A group that is here already is behind the writer's horizon, and given
@@ -212,14 +218,13 @@ func (x *receiving) Begin(b record.Beginning) error {
 		if !one.r.reloader.configured()[one.name].Received {
 			return fmt.Errorf("group %s has come to LSN %d here, and its writer has nothing before LSN %d any more. It was this daemon's to begin with: %s", one.name, x.g.Head(), b.At, one.byHand())
 		}
-		if !one.accepted() {
-			return fmt.Errorf("group %s has come to LSN %d here, and its writer has nothing before LSN %d any more: it would begin anew, and its history here end: %w", one.name, x.g.Head(), b.At, errNotAsked)
+		if one.consented() == consentNone {
+			return fmt.Errorf("group %s has come to LSN %d here, and its writer has nothing before LSN %d any more: it would begin anew, and its history here end: %w", one.name, x.g.Head(), b.At, errNoConsent)
 		}
 		one.log.Warn("the group's journal here is behind what the writer still has: it begins anew, and its history here ends", zap.Uint64("head", uint64(x.g.Head())), zap.Uint64("at", uint64(b.At)))
-		if err := one.r.reloader.discard(one.name); err != nil {
-			return fmt.Errorf("give up what is here of group %s, to begin anew: %w", one.name, err)
+		if err := one.giveUp(); err != nil {
+			return err
 		}
-		one.dropped()
 		x.g = nil
 	}
 	x.begins = &b
@@ -300,22 +305,31 @@ func (x *receiving) Backing(id record.DiskID) (link.Backing, error) {
 	return b, nil
 }
 
-// Elsewhere are disks of groups that came from the same peer: one who is told that a block is here has to have sent it. What
+// Elsewhere are disks of other groups that the peer has anyway, as they came from it: it learns which of its blocks are here. What
 // guests wrote last, and is not applied, is not seen.
 func (x *receiving) Elsewhere(record.DiskID) (all []io.ReaderAt) {
+	if x.elsewhere == nil {
+		x.elsewhere = x.openElsewhere()
+	}
+	for _, f := range x.elsewhere {
+		all = append(all, f)
+	}
+	return all
+}
+
+func (x *receiving) openElsewhere() []*os.File {
+	all := []*os.File{}
 	for _, g := range x.one.r.store.Groups() {
 		if g.Name() == x.one.name || !x.one.r.group(g.Name()).isFrom(x.conn.Peer) {
 			continue
 		}
 		for _, d := range g.Disks() {
-			if len(x.elsewhere) == maxElsewhere {
+			if len(all) == maxElsewhere {
 				return all
 			}
-			f, err := os.Open(d.Path())
-			if err != nil {
-				continue // it is a shortcut only
+			if f, err := os.Open(d.Path()); err == nil { // it is a shortcut only
+				all = append(all, f)
 			}
-			x.elsewhere, all = append(x.elsewhere, f), append(all, f)
 		}
 	}
 	return all
@@ -446,12 +460,9 @@ func (b *rawBacking) Data(off, n int64, fn func(int64, bool)) error {
 		switch {
 		case errors.Is(err, unix.ENXIO):
 			data, err = end, nil
-		case errors.Is(err, unix.EINVAL): // a device knows no holes
+		case err != nil: // devices, and some file systems, know no holes
 			fn(end-off, true)
 			return nil
-		}
-		if err != nil {
-			return err
 		}
 		if data = min(data, end); data > off {
 			fn(data-off, false)

@@ -57,15 +57,21 @@ type replicated struct {
 	ships map[string]*shipping // by peer
 	comes *receiving           // nil: nobody sends it
 	// barred keeps offers out while who writes the group is being changed here.
-	barred int
-	users  int // who hold it though nothing is known of the group; guarded by the replication's mu
-	// accepts allows the writer, once, to have what this daemon has, and did not write itself, dropped.
-	accepts bool
-	// anew says that the group begins anew when it is offered next, whatever the writer has.
-	anew bool
-	asks chan struct{} // closed when the writer is to be asked for the group
-	why  error         // the last stream on which it came has ended
+	barred   int
+	users    int // who hold it though nothing is known of the group; guarded by the replication's mu
+	consents consent
+	asks     chan struct{} // closed when the writer is to be asked for the group
+	why      error         // the last stream on which it came has ended
 }
+
+// consent is what who runs this daemon allows to be dropped of a group, once, of what this daemon did not write itself.
+type consent int
+
+const (
+	consentNone consent = iota
+	consentDrop         // what its writer can not have it keep
+	consentAnew         // all of it, when its writer offers it next
+)
 
 // groupNote is what must be known of a group after a crash, beside its journal.
 type groupNote struct {
@@ -123,7 +129,8 @@ func newReplication(c config.Config, storeID string, store *journal.Store, x *ex
 	if err := mkdirDurable(filepath.Join(r.dir, "groups")); err != nil {
 		return nil, fmt.Errorf("replication: %w", err)
 	}
-	e := &link.Endpoint{Name: c.Replication.Name, Build: build.Version(), Log: log, Offered: r.offered, Asked: r.asked, Reserved: r.reserved}
+	e := &link.Endpoint{Name: c.Replication.Name, Build: build.Version(), Log: log, Offered: r.offered, Asked: r.asked, Reserved: r.reserved,
+		MaxConns: c.Replication.MostGroups + spareConns}
 	copy(e.Node[:], storeID)
 	var err error
 	if c.Replication.Cert != "" {
@@ -164,6 +171,9 @@ func newReplication(c config.Config, storeID string, store *journal.Store, x *ex
 	re.keepers.metrics.registry.MustRegister(replicaCollector{r})
 	return r, nil
 }
+
+// spareConns are those that a peer may have beside the ones on which groups are shipped.
+const spareConns = 64
 
 func (r *replication) loadNotes() error {
 	entries, err := os.ReadDir(filepath.Join(r.dir, "groups"))
@@ -418,6 +428,16 @@ func (one *replicated) replicas(conf config.Group) []string {
 	return peers
 }
 
+// proclaim has replicas know of a disk that came, or of this daemon's reign, before anything is written.
+func (one *replicated) proclaim(g *journal.Group) {
+	if state, _ := g.State(); state == "failed" {
+		return
+	}
+	if err := g.Proclaim(); err != nil {
+		one.log.Warn("replicas learn of the group's disks and its epoch with the next write", zap.Error(err))
+	}
+}
+
 func (one *replicated) reconcile(conf config.Group) {
 	one.r.mu.Lock()
 	ctx := one.r.ctx
@@ -427,10 +447,8 @@ func (one *replicated) reconcile(conf config.Group) {
 	}
 	want := one.replicas(conf)
 	if g := one.journal(); g != nil && len(want) > 0 {
-		// Who follows is to know of a disk that came, or of this daemon's reign, before anything is written.
-		if err := g.Proclaim(); err != nil {
-			one.log.Warn("replicas learn of the group's disks and its epoch with the next write", zap.Error(err))
-		}
+		// Beside this loop: other groups do not wait for the disk of this one.
+		one.r.wg.Go(func() { one.proclaim(g) })
 	}
 	one.mu.Lock()
 	var gone []*shipping
@@ -641,6 +659,9 @@ func (r *replication) status(g *journal.Group, a *api.Group) {
 	}
 	one.mu.Lock()
 	defer one.mu.Unlock()
+	if one.consents == consentAnew {
+		a.Problems = append(a.Problems, "it begins anew, and its history here ends, when its writer offers it next: that was asked for")
+	}
 	if one.why != nil && one.comes == nil && g.Follows() {
 		a.Problems = append(a.Problems, fmt.Sprintf("it does not come any more: %v", one.why))
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
 	"github.com/tidemark-cdp/tidemark/cmd/internal/wan"
 )
 
@@ -80,6 +81,22 @@ func imageOf(t *testing.T, d *served, export string, size int64) []byte {
 		require.NoError(t, c.ReadAt(b[off:min(off+1<<20, size)], off))
 	}
 	return b
+}
+
+// replica is how far a group is at a peer; zero if it is not shipped there.
+func (d *served) replica(group, peer string) (r api.Replica) {
+	s, err := d.api().Status(d.t.Context())
+	if err != nil {
+		return r
+	}
+	for _, g := range s.Groups {
+		for _, one := range g.Replicas {
+			if g.Name == group && one.Peer == peer {
+				return one
+			}
+		}
+	}
+	return r
 }
 
 func eventually(t *testing.T, what func() bool, args ...any) {
@@ -237,7 +254,7 @@ func TestRepairAndCompare(t *testing.T) {
 	rng := rand.NewChaCha8([32]byte{3})
 	image := make([]byte, size)
 	a.replicate("")
-	eventually(t, func() bool { g := a.group("web01"); return len(g.Replicas) == 1 && g.Replicas[0].State == "streaming" })
+	eventually(t, func() bool { return a.replica("web01", "hostb").State == "streaming" })
 	scribble(t, a, rng, image, 200)
 	a.ok("mark", "web01", "here", "--wait-replica")
 	for _, d := range []*served{a, b} {
@@ -274,11 +291,10 @@ func TestRepairAndCompare(t *testing.T) {
 	require.NoError(t, os.Chtimes(raw, info.ModTime(), info.ModTime())) // so that it is not noticed
 	require.NoError(t, f.Close())
 	b.start()
-	if b.group("web01").State == "active" {
-		out, code := b.tidemark("replica", "compare", "web01", "--at", "here")
-		require.Equal(t, 6, code, out)
-		require.Contains(t, out, "1 blocks differ")
-	}
+	require.Equal(t, "active", b.group("web01").State)
+	out, code := b.tidemark("replica", "compare", "web01", "--at", "here")
+	require.Equal(t, 6, code, out)
+	require.Contains(t, out, "1 blocks differ")
 }
 
 // TestABadLink: over a long way that loses packets, is cut in the midst of records, and while either side is killed, nothing is lost, and
@@ -320,11 +336,14 @@ func TestABadLink(t *testing.T) {
 		points[label] = bytes.Clone(image)
 	}
 	a.ok("mark", "web01", "end", "--wait-replica=50s")
+	seen := 0
 	for label, want := range points {
 		if _, code := b.tidemark("points", "web01", "--label", label); code == 0 && strings.Contains(b.ok("points", "web01"), label) {
 			require.True(t, bytes.Equal(want, imageOf(t, b, "web01/vda@"+label, size)), label)
+			seen++
 		}
 	}
+	require.Positive(t, seen)
 	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda@end", size)))
 	require.Contains(t, a.ok("replica", "compare", "web01", "--at", "end"), "the same")
 	require.Contains(t, b.ok("verify", "web01"), "no damage")
@@ -351,7 +370,7 @@ func TestAFullReplica(t *testing.T) {
 	began := time.Now()
 	scribble(t, a, rng, image, 40000)
 	t.Logf("160 MB were written in %v", time.Since(began))
-	eventually(t, func() bool { return b.group("web01").State != "active" || a.group("web01").Replicas[0].Error != "" })
+	eventually(t, func() bool { return b.group("web01").State != "active" || a.replica("web01", "hostb").Error != "" })
 	require.Equal(t, "active", a.group("web01").State)
 	tool(t, "mount", "-o", "remount,size=1g", b.path("state"))
 	a.ok("mark", "web01", "room", "--wait-replica=55s")

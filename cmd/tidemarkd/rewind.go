@@ -28,8 +28,8 @@ func (x *receiving) Rewind(to record.LSN) error {
 	if err := one.still(x.g); err != nil {
 		return err
 	}
-	if !one.wrote(x.g, to) && !one.accepted() {
-		return fmt.Errorf("group %s has come to LSN %d here, its writer has LSN %d of that, and not all of the rest was written here: %w", one.name, x.g.Head(), to, errNotAsked)
+	if !one.wrote(x.g, to) && one.consented() == consentNone {
+		return fmt.Errorf("group %s has come to LSN %d here, its writer has LSN %d of that, and not all of the rest was written here: %w", one.name, x.g.Head(), to, errNoConsent)
 	}
 	if err := r.exports.scratches.above(one.name, to); err != nil {
 		return err
@@ -51,7 +51,7 @@ func (x *receiving) Rewind(to record.LSN) error {
 	if err := r.reloader.rewind(one.name, to); err != nil {
 		return fmt.Errorf("go back to LSN %d, to follow the writer: %w", to, err)
 	}
-	one.dropped()
+	one.consent(consentNone)
 	return nil
 }
 

@@ -102,7 +102,7 @@ func (s *shipping) once(ctx context.Context) error {
 	s.mu.Lock()
 	s.connected, s.err, s.conn = true, nil, c
 	s.mu.Unlock()
-	return link.Ship(ctx, c, s.one.name, source{s}, s.one.r.conf.Level())
+	return link.Ship(ctx, c, s.one.name, source{history{s.g}, s}, s.one.r.conf.Level())
 }
 
 // look measures how far the replica is behind. It returns what it has.
@@ -167,8 +167,14 @@ func seeding(p link.Progress, began time.Time) *api.Seeding {
 	return a
 }
 
+// history is what a group holds, as links read it.
+type history struct{ g *journal.Group }
+
 // source is the group as a link ships it.
-type source struct{ s *shipping }
+type source struct {
+	history
+	s *shipping
+}
 
 // errNotWriter is why a group is not shipped that is not this daemon's.
 var errNotWriter = errors.New("this daemon does not write the group any more")
@@ -183,8 +189,8 @@ func (o source) Local() (replica.Local, error) {
 
 type feed struct{ *journal.Feed }
 
-func (o source) Feed(from record.LSN) (link.Feed, error) {
-	f, err := o.s.g.Feed(from)
+func (h history) Feed(from record.LSN) (link.Feed, error) {
+	f, err := h.g.Feed(from)
 	if err != nil {
 		return nil, err
 	}
@@ -199,10 +205,10 @@ func (v view) Extents(off, n int64, fn func(int64, bool)) error {
 	return v.View.Extents(record.Extent{Off: off, Len: n}, fn)
 }
 
-func (o source) View(id record.DiskID, at record.LSN) (link.View, error) {
-	for _, d := range o.s.g.Disks() {
+func (h history) View(id record.DiskID, at record.LSN) (link.View, error) {
+	for _, d := range h.g.Disks() {
 		if d.ID == id {
-			v, err := o.s.g.PassingView(d, at)
+			v, err := h.g.PassingView(d, at)
 			if err != nil {
 				return nil, err
 			}
@@ -212,18 +218,19 @@ func (o source) View(id record.DiskID, at record.LSN) (link.View, error) {
 	return nil, fmt.Errorf("disk %d: %w", id, journal.ErrDetached)
 }
 
-func (o source) Beginning(at record.LSN) (record.Beginning, error) { return o.s.g.Beginning(at) }
-func (o source) Digest(lsn record.LSN) ([16]byte, error)           { return o.s.g.Digest(lsn) }
-func (o source) Durable() record.LSN                               { return o.s.g.Durable() }
+func (h history) Durable() record.LSN { return h.g.Durable() }
 
-func (o source) Depose(reigns record.Reigns) error { return o.s.one.depose(o.s.g, reigns, o.s.peer) }
+func (o source) Beginning(at record.LSN) (record.Beginning, error) { return o.g.Beginning(at) }
+func (o source) Digest(lsn record.LSN) ([16]byte, error)           { return o.g.Digest(lsn) }
 
-func (o source) Yield(context.Context) (record.LSN, error) { return o.s.one.yield(o.s.g, o.s.peer) }
+func (o source) Depose(reigns record.Reigns) error { return o.s.one.depose(o.g, reigns, o.s.peer) }
+
+func (o source) Yield(context.Context) (record.LSN, error) { return o.s.one.yield(o.g, o.s.peer) }
 
 func (o source) Anew() {
 	o.s.mu.Lock()
 	defer o.s.mu.Unlock()
-	horizon := o.s.g.Horizon()
+	horizon := o.g.Horizon()
 	o.s.acked, o.s.streams, o.s.lag = 0, false, replica.NewLag(0, 0, o.s.since)
 	o.s.hold.Move(horizon + 1)
 }

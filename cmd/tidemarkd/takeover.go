@@ -208,20 +208,26 @@ func (c *control) accept(r *http.Request) (any, error) {
 		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
 	}
 	one := c.replication.group(r.PathValue("group"))
-	if g := one.journal(); g != nil && !g.Follows() {
+	n, here := one.known(), c.store.Has(one.name)
+	switch g := one.journal(); {
+	case g != nil && !g.Follows():
 		return nil, fmt.Errorf("%w: group %s is this daemon's, in epoch %d", errBadRequest, one.name, g.Reigns().Epoch())
+	case !here && len(n.Seen)+len(n.From) == 0:
+		return nil, fmt.Errorf("group %s: %w", one.name, journal.ErrNotFound)
+	case q.Anew && here && !c.reloader.configured()[one.name].Received:
+		return nil, fmt.Errorf("%w: group %s did not come from another daemon to begin with: %s", errBadRequest, one.name, one.byHand())
 	}
-	if one.journal() == nil && !c.store.Has(one.name) {
+	if !here {
 		// Nothing is here: what a group of this name was told does not count for the next one.
 		if err := one.setNote(func(n *groupNote) { *n = groupNote{Version: groupNoteVersion} }); err != nil {
 			return nil, err
 		}
+		return api.Accepted{Group: one.name, Anew: q.Anew}, nil
 	}
-	if q.Anew && !c.reloader.configured()[one.name].Received {
-		return nil, fmt.Errorf("%w: group %s did not come from another daemon to begin with: %s", errBadRequest, one.name, one.byHand())
+	one.consent(consentDrop)
+	if q.Anew {
+		one.consent(consentAnew)
+		one.end() // its writer offers it again
 	}
-	one.mu.Lock()
-	one.accepts, one.anew = true, q.Anew
-	one.mu.Unlock()
 	return api.Accepted{Group: one.name, Anew: q.Anew}, nil
 }

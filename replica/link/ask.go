@@ -13,7 +13,7 @@ import (
 )
 
 // answer answers a peer's question.
-func answer(ctx context.Context, c *Conn, m *wire.Ask, src Source) error {
+func answer(ctx context.Context, c *Conn, m *wire.Ask, src History) error {
 	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
 	own := *m
 	var err error
@@ -28,7 +28,7 @@ func answer(ctx context.Context, c *Conn, m *wire.Ask, src Source) error {
 	return c.Send(&wire.Seeded{Disk: own.Disk})
 }
 
-func answerSums(c *Conn, m *wire.Ask, src Source) error {
+func answerSums(c *Conn, m *wire.Ask, src History) error {
 	v, err := src.View(m.Disk, m.First)
 	if err != nil {
 		return err
@@ -52,7 +52,7 @@ func answerSums(c *Conn, m *wire.Ask, src Source) error {
 	return nil
 }
 
-func answerRecords(ctx context.Context, c *Conn, m *wire.Ask, src Source) error {
+func answerRecords(ctx context.Context, c *Conn, m *wire.Ask, src History) error {
 	if m.Last < m.First || m.Last > src.Durable() {
 		return fmt.Errorf("LSN %d to %d: LSN %d is the newest here", m.First, m.Last, src.Durable())
 	}
@@ -134,7 +134,7 @@ func (e *Endpoint) Compare(ctx context.Context, peer, group string, disk record.
 			n = int64(len(theirs.Sums) / wire.SumSize)
 		}
 		if !ok || theirs.First != got.Blocks || n == 0 || n > min(sumBlocks, blocks-got.Blocks) {
-			return fmt.Errorf("%w: a %v, and sums from block %d on are due, of %d", replica.ErrProtocol, a.Type(), got.Blocks, blocks)
+			return fmt.Errorf("%w: got %v, and sums from block %d on are due, of %d", replica.ErrProtocol, a.Type(), got.Blocks, blocks)
 		}
 		ours, err := b.sumsOf(v, s, got.Blocks, n)
 		if err != nil {
@@ -172,7 +172,7 @@ func (e *Endpoint) Fetch(ctx context.Context, peer, group string, first, last re
 	return e.ask(ctx, peer, &wire.Ask{Group: group, First: first, Last: last}, func(a wire.Message) error {
 		m, ok := a.(*wire.Records)
 		if !ok || !m.Table || m.Run.First != next || m.Run.Last < next {
-			return fmt.Errorf("%w: a %v, and records from LSN %d on are due", replica.ErrProtocol, a.Type(), next)
+			return fmt.Errorf("%w: got %v, and records from LSN %d on are due", replica.ErrProtocol, a.Type(), next)
 		}
 		next = m.Run.Last + 1
 		return fn(m.Run)

@@ -18,7 +18,7 @@ const (
 	settle = 50 * time.Millisecond
 )
 
-// Backoff waits between attempts: longer each time, and no longer when the host's network changes.
+// Backoff waits between attempts: longer each time, and cut short when the host's network changes.
 type Backoff struct {
 	e     *Endpoint
 	pause time.Duration

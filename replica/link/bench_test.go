@@ -73,7 +73,11 @@ func BenchmarkStream(b *testing.B) {
 	b.ResetTimer()
 	ended := make(chan error, 1)
 	go func() { ended <- Ship(ctx, c, "web01", from, DefaultLevel) }()
-	<-to.done
+	select {
+	case <-to.done:
+	case err := <-ended:
+		b.Fatal(err)
+	}
 	b.StopTimer()
 	b.ReportMetric(float64(cpu(b)-began)/float64(b.N*runBytes), "cpu-ns/B")
 	cancel()

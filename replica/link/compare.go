@@ -23,12 +23,12 @@ type other struct {
 }
 
 const (
-	// A place that had fewer than one in otherWorth blocks that were looked for in it, of otherTried, is not read any more.
+	// After otherTried blocks, a place where fewer than one in otherWorth was found is not read any more.
 	otherTried = 4 * sumBlocks
 	otherWorth = 16
 )
 
-func (o *other) worthwhile() bool { return o.tried < otherTried || o.had*otherWorth >= o.tried }
+func (o *other) pays() bool { return o.tried < otherTried || o.had*otherWorth >= o.tried }
 
 // compare finds which blocks of a backing are not what their sums say, makes those zeroes that are to be, and copies those that stand
 // elsewhere.
@@ -52,16 +52,16 @@ func (x *follower) compare(m *wire.Sums) (*wire.Want, error) {
 	for i := int64(0); i < n; i += sumBlocks {
 		end := min(n, i+sumBlocks)
 		off := (m.First + i) * record.BlockSize
-		part := sumsPart{m: m, s: s, bits: want.Bits, from: i, end: end, bytes: min((end-i)*record.BlockSize, x.sizes[m.Disk]-off)}
-		if err := x.part(&part); err != nil {
+		c := chunk{m: m, s: s, bits: want.Bits, from: i, end: end, bytes: min((end-i)*record.BlockSize, x.sizes[m.Disk]-off)}
+		if err := x.compareChunk(&c); err != nil {
 			return nil, err
 		}
 	}
 	return want, nil
 }
 
-// sumsPart are blocks of a message's, from one to another, and what of them is wanted.
-type sumsPart struct {
+// chunk are blocks of a message's, from one to another, and what of them is wanted.
+type chunk struct {
 	m         *wire.Sums
 	s         *summer
 	bits      []byte
@@ -70,21 +70,21 @@ type sumsPart struct {
 	sum       []byte
 }
 
-func (p *sumsPart) wanted(i int64) bool { return p.bits[i/8]&(1<<(i%8)) != 0 }
+func (p *chunk) wanted(i int64) bool { return p.bits[i/8]&(1<<(i%8)) != 0 }
 
 // offset is where a block stands on its disk.
-func (p *sumsPart) offset(i int64) int64 { return (p.m.First + i) * record.BlockSize }
+func (p *chunk) offset(i int64) int64 { return (p.m.First + i) * record.BlockSize }
 
 // theirs is the sum that a block is to have, and is reports whether what it holds has it.
-func (p *sumsPart) theirs(i int64) []byte { return p.m.Sums[i*wire.SumSize:][:wire.SumSize] }
+func (p *chunk) theirs(i int64) []byte { return p.m.Sums[i*wire.SumSize:][:wire.SumSize] }
 
-func (p *sumsPart) is(i int64, block []byte) bool {
+func (p *chunk) is(i int64, block []byte) bool {
 	p.sum = p.s.append(p.sum[:0], block)
 	return bytes.Equal(p.sum, p.theirs(i))
 }
 
 // part compares blocks, and sets the bits of those that are wanted.
-func (c *comparison) part(p *sumsPart) error {
+func (c *comparison) compareChunk(p *chunk) error {
 	if c.buf == nil {
 		c.buf = make([]byte, sumBlocks*record.BlockSize)
 	}
@@ -108,18 +108,18 @@ func (c *comparison) part(p *sumsPart) error {
 		}
 	}
 	for _, o := range c.elsewhere {
-		if !differ || !o.worthwhile() {
+		if !differ || !o.pays() {
 			continue
 		}
-		if err := c.take(p, o); err != nil {
+		if err := c.copyFrom(o, p); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// take copies those blocks that are wanted and stand in another place.
-func (c *comparison) take(p *sumsPart, o *other) error {
+// copyFrom copies those blocks that are wanted and stand in another place.
+func (c *comparison) copyFrom(o *other, p *chunk) error {
 	for i := p.from; i < p.end; i++ {
 		if !p.wanted(i) {
 			continue

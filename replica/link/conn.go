@@ -66,9 +66,10 @@ func newPaced(c net.Conn, limit Limiter, ctx context.Context) *paced {
 	return p
 }
 
-// Limiter bounds a rate: Wait returns when n bytes may be sent.
+// Limiter bounds a rate: Take returns how many bytes may be sent now, when that is one or more of n. The less at once, the less long
+// does a peer hear nothing where many streams share a limit.
 type Limiter interface {
-	Wait(ctx context.Context, n int) error
+	Take(ctx context.Context, n int) (int, error)
 }
 
 func (p *paced) Read(b []byte) (int, error) { return p.in.Read(b) }
@@ -112,20 +113,27 @@ func (p *paced) flushLocked() error {
 	return err
 }
 
-func (p *paced) writeLocked(b []byte) (int, error) {
-	if p.limit != nil {
-		if err := p.limit.Wait(p.ctx, len(b)); err != nil {
-			return 0, err
+func (p *paced) writeLocked(b []byte) (sent int, err error) {
+	for err == nil && sent < len(b) {
+		part := b[sent:]
+		if p.limit != nil {
+			n, err := p.limit.Take(p.ctx, len(part))
+			if err != nil {
+				return sent, err
+			}
+			part = part[:n]
 		}
-	}
-	if !p.fixed.Load() {
-		if err := p.SetWriteDeadline(time.Now().Add(silence)); err != nil {
-			return 0, err
+		if !p.fixed.Load() {
+			if err := p.SetWriteDeadline(time.Now().Add(silence)); err != nil {
+				return sent, err
+			}
 		}
+		var n int
+		n, err = p.Conn.Write(part)
+		sent += n
+		p.sent.Add(int64(n))
 	}
-	n, err := p.Conn.Write(b)
-	p.sent.Add(int64(n))
-	return n, err
+	return sent, err
 }
 
 // gather has writes wait for each other, or no longer: then what waits is written.

@@ -29,7 +29,9 @@ type Endpoint struct {
 	// it likes. It closes the connection.
 	Offered func(ctx context.Context, c *Conn, m *wire.Offer)
 	// Asked is called like Offered, with a peer's question. It returns what the group is, or why the peer gets no answer.
-	Asked func(c *Conn, m *wire.Ask) (Source, error)
+	Asked func(c *Conn, m *wire.Ask) (History, error)
+	// MaxConns bounds the connections of a peer; 0: 256. Each group that is shipped takes one.
+	MaxConns int
 	// Reserved reports whether a name that a daemon with a token gives itself is spoken for; nil: none is.
 	Reserved func(name string) bool
 	// Refused counts connections that were not let in.
@@ -51,14 +53,14 @@ type Endpoint struct {
 const (
 	maxStrangers = 32
 	// maxParked bounds how many connections of a peer wait for an offer.
-	maxParked = 8
-	// maxConns bounds the connections of a peer.
-	maxConns = 256
+	maxParked       = 8
+	defaultMaxConns = 256
 )
 
 // Init makes the endpoint ready for use.
 func (e *Endpoint) Init() {
 	e.strangers = make(chan struct{}, maxStrangers)
+	e.MaxConns = cmp.Or(e.MaxConns, defaultMaxConns)
 	e.conns, e.parked, e.bell = map[*Conn]string{}, map[string][]*Conn{}, make(chan struct{})
 	e.Peers.mu.Lock()
 	defer e.Peers.mu.Unlock()
@@ -101,8 +103,8 @@ func (e *Endpoint) keep(c *Conn) error {
 	if shut {
 		err = net.ErrClosed
 	}
-	if n >= maxConns {
-		err = fmt.Errorf("peer %s has %d connections", c.Peer.Name, n)
+	if n >= e.MaxConns {
+		err = fmt.Errorf("peer %s has %d connections here, and no more are allowed: one for each group, and some (replication.most_groups)", c.Peer.Name, n)
 		err = errors.Join(err, c.Refuse(wire.ReasonBusy, err))
 	}
 	// It may have been revoked before it was noted.
@@ -195,13 +197,7 @@ func (e *Endpoint) admit(ctx context.Context, raw net.Conn) {
 // attend does what a peer has dialled for.
 func (e *Endpoint) attend(ctx context.Context, c *Conn) error {
 	switch c.Role {
-	case wire.RoleOffers:
-		m, err := c.Receive()
-		if err != nil {
-			return err
-		}
-		return e.offered(ctx, c, m)
-	case wire.RoleAsks:
+	case wire.RoleOffers, wire.RoleAsks:
 		m, err := c.Receive()
 		if err != nil {
 			return err
@@ -233,7 +229,7 @@ func (e *Endpoint) offered(ctx context.Context, c *Conn, m wire.Message) error {
 	case *wire.Refuse:
 		return &RefusedError{m.Reason, m.Text}
 	}
-	err := fmt.Errorf("a %v where an offer was expected", m.Type())
+	err := fmt.Errorf("got %v, expected an offer", m.Type())
 	return errors.Join(err, c.Refuse(wire.ReasonFailed, err))
 }
 

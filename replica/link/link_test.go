@@ -400,7 +400,45 @@ func TestElsewhere(t *testing.T) {
 	require.ErrorIs(t, stop(), context.Canceled)
 }
 
-// TestASlowFollower: its writer hears of it, and waits.
+// sixteenKiB is a limit that lets that much go at once.
+type sixteenKiB struct{ taken, calls int }
+
+func (l *sixteenKiB) Take(_ context.Context, n int) (int, error) {
+	n = min(n, 16<<10)
+	l.taken, l.calls = l.taken+n, l.calls+1
+	return n, nil
+}
+
+// TestALimitedConnection writes what the limit allows at once, however much was gathered, and everything in its order.
+func TestALimitedConnection(t *testing.T) {
+	ours, theirs := net.Pipe()
+	defer theirs.Close()
+	var limit sixteenKiB
+	p := newPaced(ours, &limit, t.Context())
+	want := bytes.Repeat([]byte("0123456789abcde"), 20000)
+	got := make([]byte, len(want))
+	read := make(chan error, 1)
+	go func() {
+		_, err := io.ReadFull(theirs, got)
+		read <- err
+	}()
+	require.NoError(t, p.gather(true))
+	for rest := want; len(rest) > 0; {
+		n := min(len(rest), 7001)
+		_, err := p.Write(rest[:n])
+		require.NoError(t, err)
+		rest = rest[n:]
+	}
+	require.NoError(t, p.gather(false))
+	require.NoError(t, <-read)
+	require.Equal(t, want, got)
+	require.Equal(t, len(want), limit.taken)
+	require.GreaterOrEqual(t, limit.calls, len(want)/(16<<10))
+	require.EqualValues(t, len(want), p.sent.Load())
+	require.NoError(t, p.Close())
+}
+
+// TestASlowFollower gets everything.
 func TestASlowFollower(t *testing.T) {
 	a, b := pairOf(t)
 	a.g.begin()
@@ -459,9 +497,10 @@ func TestHandingOver(t *testing.T) {
 	a.g.yields = nil
 	a.g.mu.Unlock()
 	a.g.write(50)
-	stop = a.shipping(t, "b")
-	eventually(t, func() bool { b.g.mu.Lock(); defer b.g.mu.Unlock(); return b.g.leads })
-	require.NoError(t, stop())
+	c, err := a.Open(t.Context(), "b", wire.RoleOffers)
+	require.NoError(t, err)
+	require.NoError(t, Ship(t.Context(), c, "web01", a.g, DefaultLevel), "it ends when the group was taken")
+	require.True(t, b.g.leads)
 	require.False(t, a.g.leads)
 	require.EqualValues(t, 150, b.g.head)
 	require.EqualValues(t, 2, a.g.seen.Epoch())
@@ -545,6 +584,7 @@ func TestRevocation(t *testing.T) {
 // TestManyConnections of one peer are bounded, and of those that wait for an offer the oldest goes.
 func TestManyConnections(t *testing.T) {
 	a, b := pairOf(t)
+	b.MaxConns = 20
 	ctx := t.Context()
 	var waiting []*Conn
 	for range maxParked + 3 {
@@ -555,22 +595,24 @@ func TestManyConnections(t *testing.T) {
 		defer c.Close()
 		waiting = append(waiting, c)
 		n := len(waiting)
-		eventually(t, func() bool { b.Endpoint.mu.Lock(); defer b.Endpoint.mu.Unlock(); return len(b.parked["a"]) == min(n, maxParked) })
+		eventually(t, func() bool {
+			b.Endpoint.mu.Lock()
+			defer b.Endpoint.mu.Unlock()
+			return len(b.parked["a"]) == min(n, maxParked)
+		})
 	}
 	for _, c := range waiting[:3] {
 		_, err := c.Receive()
 		require.Error(t, err)
 	}
 	refused := b.Refused.Load()
-	for range maxConns {
+	for range b.MaxConns {
 		c, err := a.Open(ctx, "b", wire.RoleOffers)
-		if err != nil {
-			break
-		}
+		require.NoError(t, err)
 		defer c.Close()
 	}
 	eventually(t, func() bool { return b.Refused.Load() > refused })
 	b.Endpoint.mu.Lock()
 	defer b.Endpoint.mu.Unlock()
-	require.LessOrEqual(t, len(b.conns), maxConns)
+	require.LessOrEqual(t, len(b.conns), b.MaxConns)
 }

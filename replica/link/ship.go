@@ -10,17 +10,22 @@ import (
 	"github.com/tidemark-cdp/tidemark/replica/wire"
 )
 
-// Source is a group that is shipped. Its methods are called one at a time, but for those of the Views and of a Feed.
-type Source interface {
-	// Local is what the daemon has of the group. Everything in it is durable.
-	Local() (replica.Local, error)
+// History is what a group holds, for those who ask.
+type History interface {
 	Feed(from record.LSN) (Feed, error)
 	// View is of a disk as of an LSN. Its reads may fail once the LSN has expired.
 	View(disk record.DiskID, at record.LSN) (View, error)
-	Beginning(at record.LSN) (record.Beginning, error)
-	Digest(lsn record.LSN) ([16]byte, error)
 	// Durable is the newest durable LSN.
 	Durable() record.LSN
+}
+
+// Source is a group that is shipped. Its methods are called one at a time, but for those of the Views and of a Feed.
+type Source interface {
+	History
+	// Local is what the daemon has of the group. Everything in it is durable.
+	Local() (replica.Local, error)
+	Beginning(at record.LSN) (record.Beginning, error)
+	Digest(lsn record.LSN) ([16]byte, error)
 	// Depose has the group follow, durably: there is a writer of a later epoch.
 	Depose(record.Reigns) error
 	// Yield has the group follow, durably, with nobody at its disks, and returns its head.
@@ -61,7 +66,7 @@ const (
 	runBytes = 1 << 20
 	// DefaultLevel of compression is the library's second: a third more time than the first, a tenth less bytes.
 	DefaultLevel = 2
-	// swing is for how many runs in a row compression must be too slow, or the link, before the level is changed.
+	// swing is for how many runs in a row, on balance, compression or the link must be the bottleneck before the level is changed.
 	swing = 8
 )
 
@@ -175,7 +180,7 @@ func (x *shipper) feeder() {
 		run, err := x.readRun(from)
 		if !x.post(func() {
 			if err != nil {
-				x.perform(x.s.Fail(fmt.Errorf("read what is to be shipped: %w", err)))
+				x.perform(x.s.Fail(fmt.Errorf("read what is to be shipped (a replica that needs what is damaged here can begin anew: tidemark replica accept --anew there): %w", err)))
 				return
 			}
 			x.adapt(len(run.Bytes) >= runBytes/2, waited)
@@ -202,8 +207,7 @@ func (x *shipper) readRun(from record.LSN) (run record.Run, err error) {
 	return run, err
 }
 
-// adapt changes the level of compression: with much to send, a link that waits for it is given less of it, and one that is waited
-// for more.
+// adapt changes the level of compression: with much to send, it rises while the link is the bottleneck, and falls while compression is.
 func (x *shipper) adapt(behind, waited bool) {
 	switch {
 	case behind && waited, !behind:

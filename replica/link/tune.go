@@ -30,7 +30,7 @@ func tune(c net.Conn) {
 		// Loss is not taken for congestion: the module may not be there.
 		_ = unix.SetsockoptString(s, unix.IPPROTO_TCP, unix.TCP_CONGESTION, congestion)
 		_ = unix.SetsockoptInt(s, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(silence.Milliseconds()))
-		// What is not sent yet waits here, where a later message can not pass it.
+		// More of what is not sent yet would hide that the link is the bottleneck from who compresses, or has more to say.
 		_ = unix.SetsockoptInt(s, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, 1<<20)
 		for _, o := range []struct{ force, plain int }{{unix.SO_SNDBUFFORCE, unix.SO_SNDBUF}, {unix.SO_RCVBUFFORCE, unix.SO_RCVBUF}} {
 			if unix.SetsockoptInt(s, unix.SOL_SOCKET, o.force, sockBuffer) == syscall.EPERM {

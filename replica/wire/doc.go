@@ -16,7 +16,7 @@
 //
 // # Format
 //
-// A stream is frames, their head specified above [Writer.Write]; the messages' payloads are specified at their types. Integers are
+// A stream is frames, their head specified above [Writer.Append]; the messages' payloads are specified at their types. Integers are
 // little-endian. A text or a list is preceded by its length; the last field of some messages takes up the rest of the
 // payload instead.
 //

@@ -21,8 +21,8 @@ const (
 	MaxFirst = 4 << 10
 
 	flagZstd = 1 << 0
-	// worthwhile is the shortest payload that is compressed, in bytes.
-	worthwhile = 512
+	// minCompressed is the shortest payload that is compressed, in bytes.
+	minCompressed = 512
 )
 
 // Writer frames messages.
@@ -94,7 +94,7 @@ func (w *Writer) Append(dst []byte, m Message) ([]byte, error) {
 	if raw > MaxPayload {
 		return dst[:start], fmt.Errorf("%v of %d bytes: at most %d can be sent", m.Type(), raw, MaxPayload)
 	}
-	if w.level > 0 && raw >= worthwhile {
+	if w.level > 0 && raw >= minCompressed {
 		dst = w.deflate(dst, start)
 	}
 	frame := dst[start:]

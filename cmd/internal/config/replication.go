@@ -19,7 +19,7 @@ type Replication struct {
 	Listen string `yaml:"listen"` // tcp:HOST:PORT for peers; empty: this daemon dials
 	Name   string `yaml:"name"`   // of this daemon, for peers; the host's by default
 	Dir    string `yaml:"dir"`    // where the disks of groups that come are kept; STATE_DIR/replicas by default
-	// MostGroups is how many groups a peer may send by its patterns; those that have no pattern among them are not counted.
+	// MostGroups is how many groups, about, a peer may send by its patterns; what is named to it comes on top.
 	MostGroups int `yaml:"most_groups"`
 	// Compression of what is sent, 0 (none) to 4 (most); 2 by default. It gives way to a link that waits for it.
 	Compression *int   `yaml:"compression"`
