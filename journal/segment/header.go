@@ -80,7 +80,8 @@ const (
 //	  …     …   for each reign: epoch (8), first LSN (8), id (16)
 //	  …     …   zeroes
 //
-// In version 2 there was one reign, from LSN 1 on and without an id, and neither definitions nor expiries among the originals. In
+// Version 3 came with reigns' ids, the flag, records of standing, and definitions and expiries among the originals. In version 2 there was
+// one reign, from LSN 1 on and without an id. In
 // version 1 disks had no added and removed LSN, and the log no amendments and definitions.
 //
 // Magic, version and length stand before the checksum so that a newer
