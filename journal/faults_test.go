@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -992,4 +994,28 @@ func TestATrimTakesTheRoomOfItsOriginals(t *testing.T) {
 	require.Equal(t, byte(3), r.live(19))
 	require.Equal(t, byte(0), r.live(5))
 	require.Equal(t, byte(0), r.live(300))
+}
+
+// TestABackingThatWasCutShort is not one of zeroes: what it held there is lost, and nothing else is shown in its stead.
+func TestABackingThatWasCutShort(t *testing.T) {
+	dir := t.TempDir()
+	backing := filepath.Join(dir, "vda.raw")
+	const size = 1 << 20
+	require.NoError(t, os.WriteFile(backing, bytes.Repeat([]byte{7}, size), 0o600))
+	s, err := Open(filepath.Join(dir, "state"), []GroupConfig{{Name: "g", Disks: []DiskConfig{{"vda", backing}}}}, Options{SegmentSize: 1 << 20})
+	require.NoError(t, err)
+	defer func() { require.NoError(t, s.Abandon()) }()
+	g := s.Groups()[0]
+	d := g.Disks()[0]
+	write := func(off int64) {
+		require.NoError(t, g.Append([]Op{{Kind: record.KindWrite, Disk: d, Ext: record.Extent{Off: off, Len: record.BlockSize}, Data: bytes.Repeat([]byte{9}, record.BlockSize)}}))
+		require.NoError(t, g.Sync())
+	}
+	write(0)
+	require.NoError(t, g.Apply())
+	write(200 * record.BlockSize)
+	require.NoError(t, os.Truncate(backing, 100*record.BlockSize))
+	require.Error(t, g.Apply())
+	state, _ := g.State()
+	require.Equal(t, "failed", state)
 }

@@ -66,7 +66,7 @@ type Receiver struct {
 	durable record.LSN // that was acknowledged last
 	table   *record.Run
 	begins  bool // what is seeded is the group
-	heard   bool // the writer has taken the position
+	heard   bool // the writer has taken the position: it has said something else since
 	asked   bool // for the group
 	// ready is where the writer has ended its reign, and taking that the caller's Taken is due.
 	ready  record.LSN
@@ -183,6 +183,9 @@ func (r *Receiver) Offer(m *wire.Offer, local Local) []Action {
 func (r *Receiver) Receive(m wire.Message) []Action {
 	streams := r.state == receiverAnswers && r.local.Known && !r.taking
 	seeds := r.state == receiverSeeds || r.state == receiverAdopts
+	if _, refused := m.(*wire.Refuse); !refused && r.state > receiverWaits {
+		r.heard = true
+	}
 	switch m := m.(type) {
 	case *wire.Refuse:
 		if r.state != receiverEnded {
@@ -190,7 +193,7 @@ func (r *Receiver) Receive(m wire.Message) []Action {
 		}
 	case *wire.Beat:
 		if r.state > receiverWaits && r.state != receiverEnded {
-			r.Head, r.At, r.heard = m.Head, m.Time, true
+			r.Head, r.At = m.Head, m.Time
 			return []Action{Send{r.ack()}}
 		}
 	case *wire.Records:

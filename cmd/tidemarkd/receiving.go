@@ -172,12 +172,19 @@ func (one *replicated) byHand() string {
 func (one *replicated) beginAnew(offer *wire.Offer) error {
 	one.changing.Lock()
 	defer one.changing.Unlock()
-	g, known := one.journal(), one.highest()
-	if one.consented() != consentAnew || g == nil || !g.Follows() {
+	if g := one.journal(); one.consented() != consentAnew || g == nil || !g.Follows() {
 		return nil
 	}
-	if theirs, ours := offer.Reigns[len(offer.Reigns)-1], known[len(known)-1]; theirs.Epoch == ours.Epoch && theirs != ours {
-		return nil // one of two that took one epoch, and not the one that was followed
+	g, local, err := one.local()
+	if err != nil {
+		return err
+	}
+	actions := replica.NewReceiver().Offer(offer, local)
+	if _, refused := actions[len(actions)-1].(replica.End); refused {
+		return nil // whoever it is, it is not followed
+	}
+	if common, err := g.Reigns().Common(g.Head(), offer.Reigns, offer.Head); err != nil || common < g.Head() {
+		return nil // what only this daemon has is kept apart first
 	}
 	one.log.Warn("the group begins anew, as was asked for: its history here ends")
 	return one.giveUp()
@@ -320,7 +327,8 @@ func (x *receiving) Elsewhere(record.DiskID) (all []io.ReaderAt) {
 func (x *receiving) openElsewhere() []*os.File {
 	all := []*os.File{}
 	for _, g := range x.one.r.store.Groups() {
-		if g.Name() == x.one.name || !x.one.r.group(g.Name()).isFrom(x.conn.Peer) {
+		// What was written here may not have got to the peer, whatever came from it since.
+		if n := x.one.r.group(g.Name()).known(); g.Name() == x.one.name || !n.isFrom(x.conn.Peer) || len(n.Own) > 0 {
 			continue
 		}
 		for _, d := range g.Disks() {

@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -187,6 +188,38 @@ func TestBegunAnew(t *testing.T) {
 	a.ok("mark", "web01", "three", "--wait-replica")
 	_, code := a.tidemark("replica", "accept", "web01", "--anew")
 	require.NotZero(t, code, "it is its own")
+}
+
+// TestStaleConsent: what was allowed of one writer's history is not allowed of what this daemon wrote since, and nobody else has.
+func TestStaleConsent(t *testing.T) {
+	const size = 8 << 20
+	a, b := hostsOf(t, size)
+	rng := mathrand.NewChaCha8([32]byte{21})
+	image := make([]byte, size)
+	scribble(t, a, rng, image, 200)
+	a.replicate("")
+	eventually(t, func() bool { return a.replica("web01", "hostb").State == "streaming" })
+	a.ok("mark", "web01", "one", "--wait-replica")
+	a.kill()
+	b.ok("replica", "accept", "web01", "--anew")
+	require.Contains(t, b.ok("status"), "that was asked for")
+	b.ok("failover", "web01")
+	scribble(t, b, rng, image, 100)
+	a.start()
+	eventually(t, func() bool {
+		g := a.group("web01")
+		return g.Role == "follows" && g.Head == b.group("web01").Head
+	})
+	a.kill()
+	scribble(t, b, rng, image, 100) // nobody else has these
+	b.ok("mark", "web01", "tail")
+	require.NoError(t, b.cmd.Process.Signal(syscall.SIGSTOP)) // b's network is cut
+	a.start()
+	a.ok("failover", "web01")
+	require.NoError(t, b.cmd.Process.Signal(syscall.SIGCONT))
+	eventually(t, func() bool { return len(b.scratches()) == 1 && a.replica("web01", "hostb").Acked == a.group("web01").Head })
+	require.True(t, bytes.Equal(image, imageOf(t, b, "scratch/"+b.scratches()[0].Name+"/vda", size)))
+	require.Contains(t, b.ok("points", "web01"), "one")
 }
 
 // TestSharedStorage: a guest's disk and its daemon's state stand where two hosts reach them. It moves with its whole history, and of two

@@ -29,6 +29,7 @@ func (one *replicated) depose(g *journal.Group, reigns record.Reigns, peer strin
 	}); err != nil {
 		return err
 	}
+	one.consent(consentNone) // it was of another writer, or of nobody's
 	if g == nil || g.Follows() {
 		return nil
 	}
@@ -65,6 +66,7 @@ func (one *replicated) lead(g *journal.Group) (record.Reigns, error) {
 	if err != nil {
 		return nil, err
 	}
+	one.consent(consentNone)
 	// Without the note, what is written from here on is not dropped by itself if another daemon takes the group over: no more than that.
 	if err := one.setNote(func(n *groupNote) {
 		n.Yielded, n.Acked, n.Own = "", nil, append(slices.Clip(n.Own), hex.EncodeToString(r.ID[:]))

@@ -388,6 +388,9 @@ func (a *applier) commit(fresh []int64) error {
 // original keeps what an extent holds, which begins behind the ones before it. *hole is up to where the backing was found to be one: to
 // read a block of it costs the kernel ten times as much as to ask.
 func (a *applier) original(ext record.Extent, hole *int64) error {
+	if err := a.backing.flushOnce(); err != nil {
+		return fmt.Errorf("sync backing %s of disk %s: %w", a.backing.path, a.d.Name, err)
+	}
 	if ext.Off >= *hole {
 		*hole = osfile.Hole(a.backing.File, ext.Off)
 	}

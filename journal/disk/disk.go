@@ -50,6 +50,18 @@ type Disk struct {
 type backing struct {
 	vfs.File
 	path string
+	// flushed says that what others wrote to the file before it was a disk is durable; Apply's.
+	flushed bool
+}
+
+// flushOnce makes what others wrote to the file durable: file systems have taken what was not for holes.
+func (b *backing) flushOnce() error {
+	if b.flushed {
+		return nil
+	}
+	err := b.SyncData()
+	b.flushed = err == nil
+	return err
 }
 
 // ErrDetached is wrapped by what needs the backing of a disk that has none.
@@ -65,7 +77,7 @@ func New(id record.DiskID, name string, size int64, added record.LSN, j Journal)
 
 // Attach gives the disk its open backing, which the disk owns from then on. The backing is what
 // the journal last left there.
-func (d *Disk) Attach(f vfs.File, path string) { d.backing.Store(&backing{f, path}) }
+func (d *Disk) Attach(f vfs.File, path string) { d.backing.Store(&backing{File: f, path: path}) }
 
 // Detach closes the backing. Everything is applied, and nobody uses the disk.
 func (d *Disk) Detach() error {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -45,7 +46,7 @@ type Conn struct {
 // move: reads are ahead, and writes are gathered where the writer says when they end.
 type paced struct {
 	net.Conn
-	in             *bufio.Reader // of socket; the reader's
+	in             *bufio.Reader // of socket, the reader's; nil: nothing is read ahead
 	fixed          atomic.Bool   // the deadline is set, and stays
 	received, sent atomic.Int64
 	limit          Limiter // nil: none
@@ -61,9 +62,15 @@ const gatherBytes = 128 << 10
 
 func newPaced(c net.Conn, limit Limiter, ctx context.Context) *paced {
 	p := &paced{Conn: c, limit: limit, ctx: ctx}
-	p.in = bufio.NewReaderSize(socket{p}, 2*gatherBytes)
 	p.fixed.Store(true)
 	return p
+}
+
+// ahead has reads be ahead from now on: much is to come.
+func (p *paced) ahead() {
+	if p.in == nil {
+		p.in = bufio.NewReaderSize(socket{p}, 2*gatherBytes)
+	}
 }
 
 // Limiter bounds a rate: Take returns how many bytes may be sent now, when that is one or more of n. The less at once, the less long
@@ -72,7 +79,15 @@ type Limiter interface {
 	Take(ctx context.Context, n int) (int, error)
 }
 
-func (p *paced) Read(b []byte) (int, error) { return p.in.Read(b) }
+func (p *paced) Read(b []byte) (int, error) {
+	if p.ctx.Err() != nil {
+		return 0, net.ErrClosed // what was read before it was is nobody's any more
+	}
+	if p.in == nil {
+		return socket{p}.Read(b)
+	}
+	return p.in.Read(b)
+}
 
 // socket is a paced connection's.
 type socket struct{ p *paced }
@@ -132,6 +147,9 @@ func (p *paced) writeLocked(b []byte) (sent int, err error) {
 		n, err = p.Conn.Write(part)
 		sent += n
 		p.sent.Add(int64(n))
+		if n > 0 && errors.Is(err, os.ErrDeadlineExceeded) && !p.fixed.Load() {
+			err = nil // some of it moved
+		}
 	}
 	return sent, err
 }

@@ -581,6 +581,77 @@ func TestRevocation(t *testing.T) {
 	require.Error(t, a.Await(t.Context(), "b", func() { t.Error("whoever is refused must not dial again at once") }))
 }
 
+// TestARevokedPeer is not obeyed in what was read of it ahead, and what a stranger sends is not.
+func TestARevokedPeer(t *testing.T) {
+	a, b := pairOf(t)
+	got := make(chan *Conn, 1)
+	b.Offered = func(ctx context.Context, c *Conn, _ *wire.Offer) {
+		c.tls.NetConn().(*paced).ahead()
+		got <- c
+		<-ctx.Done()
+	}
+	c, err := a.Open(t.Context(), "b", wire.RoleOffers)
+	require.NoError(t, err)
+	defer c.Close()
+	a.g.begin()
+	require.NoError(t, c.Send(&wire.Offer{Group: "g", Reigns: a.g.reigns}))
+	for range 3000 {
+		require.NoError(t, c.Send(&wire.Beat{Head: 1, Time: time.Now()}))
+	}
+	theirs := <-got
+	for range 200 {
+		_, err = theirs.Receive()
+		require.NoError(t, err)
+	}
+	require.NoError(t, b.Peers.Remove("a"))
+	n := 0
+	for ; err == nil; n++ {
+		_, err = theirs.Receive()
+	}
+	require.Less(t, n, 300)
+
+	ours, stranger := net.Pipe()
+	go func() { _, _ = stranger.Write(make([]byte, 200<<10)) }() // until it is closed
+	p := newPaced(ours, nil, t.Context())
+	_, err = p.Read(make([]byte, 5))
+	require.NoError(t, err)
+	require.EqualValues(t, 5, p.received.Load())
+	require.NoError(t, stranger.Close())
+}
+
+// slowConn takes a thousand bytes by each deadline.
+type slowConn struct {
+	net.Conn
+	got []byte
+}
+
+func (c *slowConn) SetWriteDeadline(time.Time) error { return nil }
+func (c *slowConn) Write(b []byte) (int, error) {
+	n := min(len(b), 1000)
+	if c.got = append(c.got, b[:n]...); n < len(b) {
+		return n, os.ErrDeadlineExceeded
+	}
+	return n, nil
+}
+
+// TestASlowLink is not given up while something moves.
+func TestASlowLink(t *testing.T) {
+	var c slowConn
+	p := newPaced(&c, nil, t.Context())
+	p.fixed.Store(false)
+	require.NoError(t, p.gather(true))
+	want := bytes.Repeat([]byte("0123456789"), 5000)
+	_, err := p.Write(want)
+	require.NoError(t, err)
+	require.NoError(t, p.gather(false))
+	require.Equal(t, want, c.got)
+	c.got = nil
+	p.fixed.Store(true)
+	n, err := p.Write(want)
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded, "a deadline that stays is one")
+	require.Equal(t, 1000, n)
+}
+
 // TestManyConnections of one peer are bounded, and of those that wait for an offer the oldest goes.
 func TestManyConnections(t *testing.T) {
 	a, b := pairOf(t)

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"os"
 	"syscall"
 
@@ -210,7 +209,7 @@ func identity(st *unix.Stat_t) ID {
 	return ID{dev: st.Dev, ino: st.Ino}
 }
 
-// Hole is where the hole ends that off is in, math.MaxInt64 if that is at the end; off if there is data, or may be. Other than Run it
+// Hole is where the hole ends that off is in, at the end of the file at most; off if there is data, or may be. Other than Run it
 // does not walk along data.
 func Hole(f vfs.File, off int64) (end int64) {
 	fd := f.Fd()
@@ -220,8 +219,9 @@ func Hole(f vfs.File, off int64) (end int64) {
 	data, err := unix.Seek(int(fd), off, unix.SEEK_DATA)
 	switch {
 	case err == unix.ENXIO:
-		return math.MaxInt64
-	case err != nil:
+		data, err = unix.Seek(int(fd), 0, unix.SEEK_END)
+	}
+	if err != nil || data < off {
 		return off // no such knowledge: block devices, some file systems
 	}
 	return data
