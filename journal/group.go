@@ -79,7 +79,7 @@ type Group struct {
 		oldest   time.Time  // when the first unapplied record was appended; zero: none
 		err      error      // sticky; wraps ErrFailed
 		closed   error      // why nothing is taken any more though the group has not failed; nil: it is
-		busy     bool       // the guest wrote much between the last two looks of applyDue
+		busyAt   time.Time  // when the guest had written much between two looks of applyDue, last
 		lastLook int64      // of bytes
 		lookedAt time.Time
 		underWay round

@@ -54,11 +54,14 @@ const (
 	maxWeight = 1 << 18
 	// applyAge is how long a record waits for the backing, so that overwrites
 	// of hot blocks meet in the overlay. While the guest writes busyBytes or more
-	// between two looks it waits longer, up to busyAge, and until two thirds of what
-	// may be unapplied are: a burst has the disk for itself.
-	applyAge  = 2 * time.Second
-	busyAge   = 30 * time.Second
-	busyBytes = 8 << 20
+	// between two looks, and busyHold after, it waits longer, up to busyAge, and until two thirds of what
+	// may be unapplied are: a burst has the disk for itself, and a stall does not end it. A group that
+	// follows is written at the pace of what its writer gets across, which is less where it applies meanwhile.
+	applyAge     = 2 * time.Second
+	busyAge      = 30 * time.Second
+	busyHold     = time.Second
+	busyBytes    = 8 << 20
+	busyFollower = 1 << 20
 	// checkpointBytes and checkpointAge bound what recovery replays, but for what
 	// is appended while a checkpoint is made.
 	checkpointBytes = 1 << 30

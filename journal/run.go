@@ -135,13 +135,15 @@ func (g *Group) applyDue(now time.Time) bool {
 	a := &g.append
 	written := a.bytes - a.lastLook
 	if now.Sub(a.lookedAt) >= tick {
-		a.busy = written >= busyBytes
+		if written >= busyBytes || g.Follows() && written >= busyFollower {
+			a.busyAt = now
+		}
 		a.lastLook, a.lookedAt = a.bytes, now
 		g.limitOwedLocked()
 	}
 	pending := g.unapplied.Load()
 	age := applyAge
-	if a.busy {
+	if now.Sub(a.busyAt) < busyHold {
 		age = busyAge
 	}
 	return pending > 0 && (g.muchUnappliedLocked() || now.Sub(a.oldest) >= age)
