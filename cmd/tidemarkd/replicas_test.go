@@ -217,7 +217,9 @@ func TestStaleConsent(t *testing.T) {
 	a.start()
 	a.ok("failover", "web01")
 	require.NoError(t, b.cmd.Process.Signal(syscall.SIGCONT))
-	eventually(t, func() bool { return len(b.scratches()) == 1 && a.replica("web01", "hostb").Acked == a.group("web01").Head })
+	eventually(t, func() bool {
+		return len(b.scratches()) == 1 && a.replica("web01", "hostb").Acked == a.group("web01").Head
+	})
 	require.True(t, bytes.Equal(image, imageOf(t, b, "scratch/"+b.scratches()[0].Name+"/vda", size)))
 	require.Contains(t, b.ok("points", "web01"), "one")
 }

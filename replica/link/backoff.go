@@ -39,7 +39,7 @@ func (b *Backoff) Wait(ctx context.Context) {
 	select {
 	case <-t.C:
 	case <-ctx.Done():
-	case <-b.e.routes.wait():
+	case <-b.e.network.wait():
 		b.Reset()
 		t.Reset(settle)
 		select {
@@ -111,7 +111,7 @@ func (e *Endpoint) watch(ctx context.Context) error {
 		}
 		if up && time.Since(rung) >= time.Second {
 			rung = time.Now()
-			e.routes.ring()
+			e.network.ring()
 		}
 	}
 	cancel() // the subscriptions end with it, and close their channels

@@ -32,14 +32,14 @@ type Conn struct {
 	Build string // of the peer, for people
 
 	tls *tls.Conn
+	net *paced // beneath it
 	in  *wire.Reader
 	out *wire.Writer
 
-	sending        sync.Mutex // held for what is written
-	once           sync.Once
-	onClose        func()
-	received, sent *atomic.Int64 // bytes, encrypted
-	cancel         context.CancelFunc
+	sending sync.Mutex // held for what is written
+	once    sync.Once
+	onClose func()
+	cancel  context.CancelFunc
 }
 
 // paced is a connection whose deadlines move on with every byte that does. A record of TLS is shorter than what a system call had better
@@ -162,16 +162,15 @@ func (p *paced) gather(on bool) error {
 	return p.flushLocked()
 }
 
-// write writes a frame.
-func (c *Conn) write(frame []byte) error {
+// writeFrame writes a frame, in as few system calls as it takes.
+func (c *Conn) writeFrame(frame []byte) error {
 	c.sending.Lock()
 	defer c.sending.Unlock()
-	p := c.tls.NetConn().(*paced)
-	if err := p.gather(true); err != nil {
+	if err := c.net.gather(true); err != nil {
 		return err
 	}
 	_, err := c.tls.Write(frame)
-	return errors.Join(err, p.gather(false))
+	return errors.Join(err, c.net.gather(false))
 }
 
 // Send sends a message now.
@@ -190,7 +189,7 @@ func (c *Conn) Close() error {
 	var err error
 	c.once.Do(func() {
 		c.cancel() // who waits for the limit is told
-		err = c.tls.NetConn().Close()
+		err = c.net.Close()
 		if c.onClose != nil {
 			c.onClose()
 		}
@@ -202,7 +201,7 @@ func (c *Conn) Close() error {
 func (c *Conn) Address() string { return c.tls.RemoteAddr().String() }
 
 // Bytes are how many came and went, encrypted.
-func (c *Conn) Bytes() (received, sent int64) { return c.received.Load(), c.sent.Load() }
+func (c *Conn) Bytes() (received, sent int64) { return c.net.received.Load(), c.net.sent.Load() }
 
 // RefusedError is what the peer says who ends a connection.
 type RefusedError struct {
@@ -217,7 +216,7 @@ func (e *RefusedError) Error() string { return fmt.Sprintf("the peer refused: %q
 func (e *Endpoint) introduce(ctx context.Context, raw net.Conn, role wire.Role, known func(tls.ConnectionState) (Peer, error)) (_ *Conn, err error) {
 	sending, cancel := context.WithCancel(context.Background())
 	p := newPaced(raw, e.Limit, sending)
-	c := &Conn{Role: role, received: &p.received, sent: &p.sent, cancel: cancel}
+	c := &Conn{Role: role, net: p, cancel: cancel}
 	defer func() {
 		if err != nil {
 			cancel()

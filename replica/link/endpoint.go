@@ -45,9 +45,9 @@ type Endpoint struct {
 	conns  map[*Conn]string   // by name of its peer, as it was known when it connected
 	parked map[string][]*Conn // by peer: who wait for an offer, the newest last
 	shut   bool               // nothing is kept any more
-	bell   chan struct{}      // closed and made anew when one is parked
 
-	routes bell // rung when the host's network changes
+	arrivals bell // rung when one is parked
+	network  bell // rung when the host's network changes
 }
 
 const (
@@ -61,7 +61,7 @@ const (
 func (e *Endpoint) Init() {
 	e.strangers = make(chan struct{}, maxStrangers)
 	e.MaxConns = cmp.Or(e.MaxConns, defaultMaxConns)
-	e.conns, e.parked, e.bell = map[*Conn]string{}, map[string][]*Conn{}, make(chan struct{})
+	e.conns, e.parked = map[*Conn]string{}, map[string][]*Conn{}
 	e.Peers.mu.Lock()
 	defer e.Peers.mu.Unlock()
 	e.Peers.dropped = e.drop
@@ -243,8 +243,7 @@ func (e *Endpoint) park(c *Conn) error {
 		all = all[1:]
 	}
 	e.parked[c.Peer.Name] = append(all, c)
-	close(e.bell)
-	e.bell = make(chan struct{})
+	e.arrivals.ring()
 	return nil
 }
 
@@ -259,8 +258,9 @@ func (e *Endpoint) Open(ctx context.Context, peer string, role wire.Role) (*Conn
 		if p.Address != "" {
 			return e.dial(ctx, p, role)
 		}
+		arrived := e.arrivals.wait()
 		e.mu.Lock()
-		bell, all := e.bell, e.parked[peer]
+		all := e.parked[peer]
 		if n := len(all); n > 0 {
 			c := all[n-1]
 			e.parked[peer] = all[:n-1]
@@ -269,7 +269,7 @@ func (e *Endpoint) Open(ctx context.Context, peer string, role wire.Role) (*Conn
 		}
 		e.mu.Unlock()
 		select {
-		case <-bell:
+		case <-arrived:
 		case <-ctx.Done():
 			return nil, fmt.Errorf("peer %s has not dialled, and its address is not known here: %w", peer, ctx.Err())
 		}
@@ -327,13 +327,12 @@ func (e *Endpoint) Await(ctx context.Context, peer string, taken func()) error {
 
 // patient has the next message come as late as it likes: that the peer is there is TCP's to find out until then.
 func (c *Conn) patient() error {
-	p := c.tls.NetConn().(*paced)
-	p.fixed.Store(true)
-	return p.SetReadDeadline(time.Time{})
+	c.net.fixed.Store(true)
+	return c.net.SetReadDeadline(time.Time{})
 }
 
 // impatient takes patient back.
-func (c *Conn) impatient() { c.tls.NetConn().(*paced).fixed.Store(false) }
+func (c *Conn) impatient() { c.net.fixed.Store(false) }
 
 // Shut ends all connections.
 func (e *Endpoint) Shut() {

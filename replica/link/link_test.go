@@ -586,7 +586,7 @@ func TestARevokedPeer(t *testing.T) {
 	a, b := pairOf(t)
 	got := make(chan *Conn, 1)
 	b.Offered = func(ctx context.Context, c *Conn, _ *wire.Offer) {
-		c.tls.NetConn().(*paced).ahead()
+		c.net.ahead()
 		got <- c
 		<-ctx.Done()
 	}

@@ -115,7 +115,7 @@ func (q *queue) send() {
 			<-q.wake
 			continue
 		}
-		err := q.c.write(frame)
+		err := q.c.writeFrame(frame)
 		q.sent(frame, err)
 		if err != nil {
 			q.lost(err)

@@ -44,7 +44,7 @@ type stream struct {
 // open makes the stream ready for its loop.
 func (s *stream) open(ctx context.Context, c *Conn, level int) (err error) {
 	s.ctx, s.cancel = context.WithCancel(ctx)
-	c.tls.NetConn().(*paced).ahead()
+	c.net.ahead()
 	s.c, s.in, s.events = c, make(chan wire.Message), make(chan func())
 	if s.q, err = newQueue(c, level, func(err error) { s.post(func() { s.lose(fmt.Errorf("to peer %s: %w", c.Peer.Name, err)) }) }); err != nil {
 		s.cancel()
