@@ -183,8 +183,9 @@ func (one *replicated) beginAnew(offer *wire.Offer) error {
 	if _, refused := actions[len(actions)-1].(replica.End); refused {
 		return nil // whoever it is, it is not followed
 	}
-	if common, err := g.Reigns().Common(g.Head(), offer.Reigns, offer.Head); err != nil || common < g.Head() {
-		return nil // what only this daemon has is kept apart first
+	common, err := g.Reigns().Common(g.Head(), offer.Reigns, offer.Head)
+	if err != nil || common < g.Head() && (one.wrote(g, common) || offer.Reigns.Epoch() > g.Reigns().Epoch()) && !one.unrewound {
+		return nil // a rewind keeps apart what this daemon wrote, and nobody else has
 	}
 	one.log.Warn("the group begins anew, as was asked for: its history here ends")
 	return one.giveUp()

@@ -44,7 +44,8 @@ type replicated struct {
 	log  *zap.Logger
 
 	// changing serialises what changes who writes the group, or whether it is here.
-	changing sync.Mutex
+	changing  sync.Mutex
+	unrewound bool // the last rewind failed; guarded by changing
 
 	mu    sync.Mutex // guards what follows
 	note  groupNote

@@ -48,8 +48,15 @@ func pairUp(t *testing.T, size int64, a, b *served, listen string) {
 	require.Contains(t, a.ok("replica", "join", listen, token), "hostb is a peer")
 }
 
-// replicate has hosta ship web01 to hostb.
+// replicate has hosta ship web01 to hostb, and returns when that has begun with it: what is marked from then on has its label there too.
 func (d *served) replicate(rest string) {
+	d.t.Helper()
+	d.ship(rest)
+	eventually(d.t, func() bool { return d.replica("web01", "hostb").State == "streaming" })
+}
+
+// ship has hosta begin to ship web01 to hostb.
+func (d *served) ship(rest string) {
 	d.t.Helper()
 	d.disk = "" // the file has it
 	d.configure(fmt.Sprintf("replication: {name: hosta}\ngroups: {web01: {disks: {vda: {backing: %s}}, replicas: [hostb]%s}}\n", d.path("vda.raw"), rest))
@@ -315,7 +322,7 @@ func TestABadLink(t *testing.T) {
 	rng := rand.NewChaCha8([32]byte{7})
 	image := make([]byte, size)
 	scribble(t, a, rng, image, 2000)
-	a.replicate("")
+	a.ship("")
 	points := map[string][]byte{}
 	for n := range 6 {
 		scribble(t, a, rng, image, 400)

@@ -49,8 +49,10 @@ func (x *receiving) Rewind(to record.LSN) error {
 	defer resume()
 	one.log.Warn("the group goes back to what it has in common with its writer", zap.Uint64("to", uint64(to)), zap.Uint64("from", uint64(x.g.Head())), zap.String("kept_as", branch))
 	if err := r.reloader.rewind(one.name, to); err != nil {
+		one.unrewound = true
 		return fmt.Errorf("go back to LSN %d, to follow the writer: %w", to, err)
 	}
+	one.unrewound = false
 	one.consent(consentNone)
 	return nil
 }
