@@ -177,7 +177,7 @@ func (r *reloader) keep(name string, now, want config.Group, did did) config.Gro
 		return now
 	}
 	r.keepers.remove(name)
-	if !did(r.keepers.put(name, next), "group %s: guests, markers and definitions as configured", name) {
+	if !did(r.keepers.put(name, next), "group %s: guests, markers, definitions and replicas as configured", name) {
 		return now
 	}
 	return next

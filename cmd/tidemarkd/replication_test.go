@@ -111,7 +111,7 @@ func eventually(t *testing.T, what func() bool, args ...any) {
 	require.Eventually(t, what, 60*time.Second, 20*time.Millisecond, args...)
 }
 
-// TestReplication: a group is seeded and shipped, read and mounted at its replica, taken over there, and the daemon that wrote it before
+// TestReplication: a group is seeded and shipped, read and restored at its replica, taken over there, and the daemon that wrote it before
 // is refused.
 func TestReplication(t *testing.T) {
 	const size = 64 << 20
@@ -130,6 +130,11 @@ func TestReplication(t *testing.T) {
 	require.True(t, bytes.Equal(atShipped, imageOf(t, b, "web01/vda@shipped", size)))
 	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda@later", size)))
 	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda", size)))
+	b.ok("restore", "web01/vda@shipped", "--to", b.path("restored.raw"))
+	require.True(t, bytes.Equal(atShipped, mustRead(t, b.path("restored.raw"))))
+	ro := b.dial("web01/vda")
+	require.Error(t, ro.WriteAt(make([]byte, 4096), 0, false), "nobody but its writer writes it")
+	require.NoError(t, ro.Close())
 	require.Contains(t, b.ok("points", "web01"), "later")
 	require.Contains(t, b.ok("verify", "web01"), "no damage")
 	g := b.group("web01")

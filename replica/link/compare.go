@@ -93,19 +93,27 @@ func (c *comparison) compareChunk(p *chunk) error {
 		return err
 	}
 	differ := false
+	var zero record.Extent // adjacent blocks that are to be zeroes
 	for i, b := p.from, all; i < p.end; i++ {
 		block := b[:min(record.BlockSize, len(b))]
 		b = b[len(block):]
 		switch {
 		case p.is(i, block):
 		case bytes.Equal(p.theirs(i), zeroes[:wire.SumSize]):
-			if err := c.backing.Zero(p.offset(i), int64(len(block))); err != nil {
-				return err
+			if zero.End() != p.offset(i) {
+				if err := c.clear(zero); err != nil {
+					return err
+				}
+				zero = record.Extent{Off: p.offset(i)}
 			}
+			zero.Len += int64(len(block))
 		default:
 			p.bits[i/8] |= 1 << (i % 8)
 			differ = true
 		}
+	}
+	if err := c.clear(zero); err != nil {
+		return err
 	}
 	for _, o := range c.elsewhere {
 		if !differ || !o.pays() {
@@ -116,6 +124,13 @@ func (c *comparison) compareChunk(p *chunk) error {
 		}
 	}
 	return nil
+}
+
+func (c *comparison) clear(ext record.Extent) error {
+	if ext.Len == 0 {
+		return nil
+	}
+	return c.backing.Zero(ext.Off, ext.Len)
 }
 
 // copyFrom copies those blocks that are wanted and stand in another place.
