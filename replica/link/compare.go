@@ -75,7 +75,7 @@ func (p *chunk) wanted(i int64) bool { return p.bits[i/8]&(1<<(i%8)) != 0 }
 // offset is where a block stands on its disk.
 func (p *chunk) offset(i int64) int64 { return (p.m.First + i) * record.BlockSize }
 
-// theirs is the sum that a block is to have, and is reports whether what it holds has it.
+// theirs is the sum that a block is to have; is reports whether what it holds has it.
 func (p *chunk) theirs(i int64) []byte { return p.m.Sums[i*wire.SumSize:][:wire.SumSize] }
 
 func (p *chunk) is(i int64, block []byte) bool {
@@ -83,7 +83,7 @@ func (p *chunk) is(i int64, block []byte) bool {
 	return bytes.Equal(p.sum, p.theirs(i))
 }
 
-// part compares blocks, and sets the bits of those that are wanted.
+// compareChunk compares blocks, makes those zeroes that are to be, and sets the bits of those that are wanted.
 func (c *comparison) compareChunk(p *chunk) error {
 	if c.buf == nil {
 		c.buf = make([]byte, sumBlocks*record.BlockSize)
