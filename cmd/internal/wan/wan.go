@@ -176,7 +176,10 @@ func (l *Link) Cut(down bool) { l.down.Store(down) }
 func (l *Link) Carried(end int) int64 { return l.carried[end].Load() }
 
 // Prefix is what runs a program at end 0 (A) or 1 (B).
-func (l *Link) Prefix(end int) []string { return []string{"ip", "netns", "exec", l.names[end]} }
+func (l *Link) Prefix(end int) []string {
+	// Not by ip netns exec, which copies all mounts: what is unmounted meanwhile would stay mounted there.
+	return []string{"nsenter", "--net=/run/netns/" + l.names[end]}
+}
 
 // Command runs a program at end 0 (A) or 1 (B).
 func (l *Link) Command(ctx context.Context, end int, name string, args ...string) *exec.Cmd {
