@@ -190,6 +190,28 @@ func TestBegunAnew(t *testing.T) {
 	require.NotZero(t, code, "it is its own")
 }
 
+// TestAcceptAnewOfNothing does no more than succeed: the epoch that is known of the group, and whom it came from, stay.
+func TestAcceptAnewOfNothing(t *testing.T) {
+	const size = 8 << 20
+	a, b := hostsOf(t, size)
+	a.replicate("")
+	a.ok("mark", "web01", "one", "--wait-replica")
+	a.stop()
+	b.stop() // as a seed that broke off leaves it
+	require.NoError(t, os.RemoveAll(b.path("state/groups/web01")))
+	require.NoError(t, os.Remove(b.path("state/promoted/web01.yaml")))
+	path := b.path("state/replication/groups/web01.json")
+	was := mustRead(t, path)
+	b.start()
+	b.ok("replica", "accept", "web01", "--anew")
+	require.Equal(t, was, mustRead(t, path))
+	_, code := b.tidemark("replica", "accept", "web0l", "--anew")
+	require.Equal(t, 4, code)
+	require.NoFileExists(t, b.path("state/replication/groups/web0l.json"))
+	a.start()
+	a.ok("mark", "web01", "two", "--wait-replica")
+}
+
 // TestStaleConsent: what was allowed of one writer's history is not allowed of what this daemon wrote since, and nobody else has.
 func TestStaleConsent(t *testing.T) {
 	const size = 8 << 20

@@ -210,26 +210,37 @@ func (c *control) accept(r *http.Request) (any, error) {
 		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
 	}
 	one := c.replication.group(r.PathValue("group"))
-	n, here := one.known(), c.store.Has(one.name)
-	switch g := one.journal(); {
-	case g != nil && !g.Follows():
-		return nil, fmt.Errorf("%w: group %s is this daemon's, in epoch %d", errBadRequest, one.name, g.Reigns().Epoch())
-	case !here && len(n.Seen)+len(n.From) == 0:
-		return nil, fmt.Errorf("group %s: %w", one.name, journal.ErrNotFound)
-	case q.Anew && here && !c.reloader.configured()[one.name].Received:
-		return nil, fmt.Errorf("%w: group %s did not come from another daemon to begin with: %s", errBadRequest, one.name, one.byHand())
+	if err := one.allow(q.Anew); err != nil {
+		return nil, err
 	}
-	if !here {
-		// Nothing is here: what a group of this name was told does not count for the next one.
-		if err := one.setNote(func(n *groupNote) { *n = groupNote{Version: groupNoteVersion} }); err != nil {
-			return nil, err
-		}
-		return api.Accepted{Group: one.name, Anew: q.Anew}, nil
-	}
-	one.consent(consentDrop)
 	if q.Anew {
-		one.consent(consentAnew)
 		one.end() // its writer offers it again
 	}
 	return api.Accepted{Group: one.name, Anew: q.Anew}, nil
+}
+
+// allow gives the consent to what may be dropped of the group. Who writes it does not change meanwhile: the consent would be to
+// something else.
+func (one *replicated) allow(anew bool) error {
+	one.changing.Lock()
+	defer one.changing.Unlock()
+	g, n, here := one.journal(), one.known(), one.r.store.Has(one.name)
+	switch {
+	case g != nil && !g.Follows():
+		return fmt.Errorf("%w: group %s is this daemon's, in epoch %d", errBadRequest, one.name, g.Reigns().Epoch())
+	case !here && len(n.Seen)+len(n.From) == 0:
+		return fmt.Errorf("group %s: %w", one.name, journal.ErrNotFound)
+	case !here && anew:
+		return nil // it begins anew whatever is said
+	case !here:
+		// What a group of this name was told does not count for the next one.
+		return one.setNote(func(n *groupNote) { *n = groupNote{Version: groupNoteVersion} })
+	case anew && !one.r.reloader.configured()[one.name].Received:
+		return fmt.Errorf("%w: group %s did not come from another daemon to begin with: %s", errBadRequest, one.name, one.byHand())
+	case anew:
+		one.consent(consentAnew)
+	default:
+		one.consent(consentDrop)
+	}
+	return nil
 }
