@@ -112,15 +112,19 @@ func (g *Group) appendUnaligned(op Op) error {
 // maxZeroes is how many bytes of a backing one record may make zeroes.
 const maxZeroes = 64 << 20
 
+// mostZeroes is how many it may at present.
+func (g *Group) mostZeroes() int64 {
+	g.append.Lock()
+	defer g.append.Unlock()
+	return min(max(g.append.mayOwe/16, record.BlockSize), maxZeroes)
+}
+
 // appendZeroes journals whole blocks of zeroes. A record of no bytes may cost an original for
 // each block of its range: it is cut into pieces that the journal has room for, one after the
 // other, and each is charged what it may cost. Where the backing has a hole it costs nothing.
 func (g *Group) appendZeroes(op Op) error {
 	for op.Ext.Len > 0 {
-		g.append.Lock()
-		most := min(max(g.append.mayOwe/16, record.BlockSize), maxZeroes)
-		g.append.Unlock()
-		n, cost := op.Disk.InBacking(op.Ext, most)
+		n, cost := op.Disk.InBacking(op.Ext, g.mostZeroes())
 		piece := Op{Kind: op.Kind, Disk: op.Disk, Ext: record.Extent{Off: op.Ext.Off, Len: n}, cost: cost}
 		if err := g.appendAligned([]Op{piece}); err != nil {
 			return err
@@ -300,7 +304,7 @@ func (g *Group) appendLocked(ops []Op) (int, error) {
 		off += a.headers[i].Size()
 		owed += max(a.headers[i].Size(), ops[i].cost)
 	}
-	g.advanceLocked(n, a.enc.Bytes, owed)
+	g.advanceLocked(a.next+record.LSN(n)-1, n, a.enc.Bytes, owed)
 	return n, nil
 }
 
@@ -337,6 +341,14 @@ func (g *Group) rollLocked(n int64) error {
 // newLogLocked begins a file of the log. No record in it will be older than its head says that it is.
 func (g *Group) newLogLocked(n int64) error {
 	h := g.header(g.append.next)
+	for _, gap := range g.gapsNow() {
+		switch gap.Until {
+		case record.MaxLSN:
+			h.Bridge, h.BridgeAfter = true, gap.After
+		case h.First - 1:
+			h.Bridged, h.GapAfter = true, gap.After
+		}
+	}
 	if err := g.append.log.Roll(h, n); err != nil {
 		return err
 	}
@@ -408,15 +420,15 @@ func (g *Group) newestLocked(t int64) {
 	g.lastTime.Store(t)
 }
 
-// advanceLocked makes n appended records the head. owed is what they may cost in originals.
-func (g *Group) advanceLocked(n int, bytes, owed int64) {
+// advanceLocked makes the last of n appended records the head. owed is what they may cost in originals.
+func (g *Group) advanceLocked(head record.LSN, n int, bytes, owed int64) {
 	a := &g.append
 	if a.oldest.IsZero() {
 		a.oldest = g.o.Now()
 	}
-	a.next += record.LSN(n)
+	a.next = head + 1
 	a.bytes += bytes
-	g.appended.Store(uint64(a.next - 1))
+	g.appended.Store(uint64(head))
 	g.moved.ring()
 	g.unapplied.Add(max(bytes, int64(n)*record.BlockSize))
 	g.owed.Add(owed)

@@ -173,7 +173,7 @@ func (g *Group) Original(d *disk.Disk, ext record.Extent, content []byte) error 
 // originLSN is the version that an original captured now stands for: the oldest
 // LSN that can fall to the backing.
 func (g *Group) originLSN(d *disk.Disk) record.LSN {
-	return max(g.Horizon(), d.KnownSince())
+	return max(g.expiredTo(), d.KnownSince())
 }
 
 // gatherBytes is how much of the originals is written together, in bytes.

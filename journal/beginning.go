@@ -31,7 +31,7 @@ func (g *Group) Beginning(at record.LSN) (b record.Beginning, err error) {
 	}
 	b.Disks, b.Reigns = files[i-1].Disks, g.reignsOf(files[i-1])
 	// No record is older than the head of its file.
-	for i--; i > 0 && files[i].First > at && files[i-1].First > g.Horizon(); i-- {
+	for i--; i > 0 && files[i].First > at && files[i-1].First > g.expiredTo(); i-- {
 	}
 	b.Time = files[i].Created
 	_, err = files[i].Scan(files[i].Start(), func(_ int64, h record.Header) error {
@@ -45,6 +45,15 @@ func (g *Group) Beginning(at record.LSN) (b record.Beginning, err error) {
 	})
 	if err != nil && !errors.Is(err, segment.ErrStop) {
 		return b, fmt.Errorf("find the time of LSN %d of group %s: %w", at, g.name, err)
+	}
+	markers, err := g.Markers()
+	if err != nil {
+		return b, err
+	}
+	for _, m := range markers {
+		if m.Pinned && m.LSN <= at {
+			b.Pinned = append(b.Pinned, m.LSN)
+		}
 	}
 	b.Definitions, err = g.Definitions(at)
 	return b, err

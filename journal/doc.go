@@ -15,8 +15,8 @@
 //   - P3, prefix: after a crash the history is a prefix of what was appended,
 //     not shorter than the last Sync. If a damaged record lies before what is known
 //     to have been durable, the group does not open for writing, and says where.
-//   - P4, any point: for every LSN from Horizon to Head, a view equals the disks
-//     as of that record.
+//   - P4, any point: for every LSN from Horizon to Newest, a view equals the disks
+//     as of that record. Older ones may be viewed, too, if there are gaps: see Group.Viewable.
 //   - P7: damage is an error where it is read.
 //   - A [Feed] reads the records that are durable, each once and in their order: what it has read is never more than
 //     what the next Open finds.
@@ -68,6 +68,8 @@
 // So is who writes, and under which reigns:
 //
 //	lead, follow, or receive of another reign: sync, new segment, sync    as before, or as after: what is older was durable first
+//	begin a bridge: sync, new segment that is one, sync                   as before, or a bridge of nothing, which is gone on with or rewound
+//	end it: last records, sync, new segment behind it, sync               a bridge that is to be ended still, or one that has
 //	begin in the middle: backings seeded (the caller's), definitions carried, sync, first segment, sync   no group: it is begun again
 //
 // A backing that was changed by others is journaled while the group opens:
@@ -85,7 +87,9 @@
 // # Limits
 //
 // A group that follows another daemon's takes no discontinuity: which blocks the journal never held, and others changed, it
-// can not know. Its own backings changed by others keep it from opening. Both must be begun again.
+// can not know. It has to be brought over it, see Group.BeginBridge. Its own backings changed by others keep it from opening: it must be begun again. Of a
+// gap, it has no markers; and what became in it of older ones it does not know, but that those are not pinned which the writer had to let go of. A
+// damaged record of a bridge is not repaired.
 //
 // Disks keep their size. A disk that left its group can be viewed when it is in it again only. History is
 // forgotten from its oldest end only.

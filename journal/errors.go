@@ -3,11 +3,11 @@ package journal
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"syscall"
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
-	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
 // The errors that callers tell apart.
@@ -51,15 +51,18 @@ var errHeld = errors.New("history that is to expire is held")
 
 // PointError says why a point can not be viewed, and what can be.
 type PointError struct {
-	Group   string
-	Point   string
-	Why     string
-	Horizon record.LSN
-	Head    record.LSN
+	Group    string
+	Point    string
+	Why      string
+	Viewable []Range
 }
 
 func (e *PointError) Error() string {
-	return fmt.Sprintf("point %q of group %s: %s (viewable: lsn:%d to lsn:%d)", e.Point, e.Group, e.Why, e.Horizon, e.Head)
+	var what []string
+	for _, r := range e.Viewable {
+		what = append(what, fmt.Sprintf("lsn:%d to lsn:%d", r.First, r.Last))
+	}
+	return fmt.Sprintf("point %q of group %s: %s (viewable: %s)", e.Point, e.Group, e.Why, strings.Join(what, ", "))
 }
 
 // Unwrap makes it an ErrNoPoint.

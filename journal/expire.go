@@ -150,7 +150,7 @@ func (g *Group) raiseHorizon(to record.LSN) error {
 			return fmt.Errorf("%w: marker LSN %d", errHeld, lsn)
 		}
 	}
-	g.horizon.Store(uint64(max(to, g.Horizon())))
+	g.horizon.Store(uint64(max(to, g.expiredTo())))
 	return nil
 }
 
@@ -172,7 +172,7 @@ func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File) (err error
 	}
 	g.apply.orig.Keep(g.o.keepExpire())
 	defer g.apply.orig.Keep(g.o.keepApply())
-	old := g.Horizon()
+	old := g.expiredTo()
 	if err := g.raiseHorizon(horizon); err != nil {
 		return err
 	}
@@ -378,6 +378,7 @@ func (e *expiry) finish(files []*segment.File) error {
 	}
 	g.append.Lock()
 	g.append.markers.expire(e.horizon)
+	g.passGaps()
 	g.pins.Lock()
 	maps.DeleteFunc(g.pins.markers, func(lsn record.LSN, _ bool) bool { return lsn <= e.horizon })
 	g.pins.Unlock()

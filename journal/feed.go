@@ -34,20 +34,24 @@ func syncDelay(took time.Duration) time.Duration {
 	return min(max(feedSyncFactor*took, feedSyncLeast), feedSyncMost)
 }
 
-// Feed begins to read at an LSN behind the horizon, which may be the next one that will be.
+// Feed begins to read at an LSN that has not expired, and is not in a gap: it ends there. It may be the next one that will be.
 // A *PointError says that the group has no such record.
 func (g *Group) Feed(from record.LSN) (*Feed, error) {
-	if from <= g.Horizon() {
+	if from <= g.expiredTo() || g.bridged(from, from) {
 		return nil, g.expired(from)
 	}
-	if head := g.Head(); from > head+1 {
-		return nil, &PointError{Group: g.name, Point: fmt.Sprintf("lsn:%d", from), Why: "it is newer than the head", Horizon: g.Horizon(), Head: head}
+	if from > g.Head()+1 {
+		return nil, g.noPoint(fmt.Sprintf("lsn:%d", from), "it is newer than the head")
 	}
 	return &Feed{g: g, next: from}, nil
 }
 
 func (g *Group) expired(lsn record.LSN) error {
-	return &PointError{Group: g.name, Point: fmt.Sprintf("lsn:%d", lsn), Why: "its record has expired", Horizon: g.Horizon(), Head: g.Head()}
+	why := "its record has expired"
+	if g.bridged(lsn, lsn) {
+		why = "its record never came here"
+	}
+	return g.noPoint(fmt.Sprintf("lsn:%d", lsn), why)
 }
 
 // Close ends the reading.
@@ -67,7 +71,7 @@ func (f *Feed) Next(ctx context.Context, most int) (record.Run, error) {
 	if err != nil {
 		return record.Run{}, err
 	}
-	if f.next <= f.g.Horizon() {
+	if f.next <= f.g.expiredTo() || f.g.bridged(f.next, f.next) {
 		return record.Run{}, f.g.expired(f.next)
 	}
 	for fresh := false; ; fresh = true {
@@ -91,7 +95,7 @@ func (f *Feed) Next(ctx context.Context, most int) (record.Run, error) {
 
 // Digest is that of the record of an LSN, which is durable when Digest returns; zeroes if the group has no such record, or a damaged one.
 func (g *Group) Digest(lsn record.LSN) (d [16]byte, err error) {
-	if lsn <= g.Horizon() || lsn > g.Head() {
+	if lsn <= g.expiredTo() || lsn > g.Head() || g.bridged(lsn, lsn) {
 		return d, nil
 	}
 	f, err := g.Feed(lsn)

@@ -31,8 +31,11 @@ type Group struct {
 	disks atomic.Pointer[members]
 	// standing changes with joining held and, but at open, g.append.
 	standing atomic.Pointer[standing]
-	// receiving serialises Receives.
+	// receiving serialises Receives, and what brings the group over a gap.
 	receiving sync.Mutex
+	bridge    *record.Beginning // what the bridge leads to that is made; nil: none, or none since the group was opened. Guarded by receiving
+	// gaps changes with g.append held, but at open.
+	gaps atomic.Pointer[[]Gap]
 	// joining serialises what adds and removes disks, and changes who writes.
 	joining sync.Mutex
 
@@ -98,10 +101,10 @@ type Group struct {
 	applied  atomic.Uint64
 	// checkpointed is the LSN up to which the backings hold the records durably.
 	checkpointed atomic.Uint64
-	horizon      atomic.Uint64
-	unapplied    atomic.Int64 // bytes of records, each counted as a block at least
-	owed         atomic.Int64 // bytes of originals that applying may cost, at most
-	recordTime   atomic.Int64 // of the newest record, Unix nanoseconds; set with g.append held
+	horizon      atomic.Uint64 // see expiredTo
+	unapplied    atomic.Int64  // bytes of records, each counted as a block at least
+	owed         atomic.Int64  // bytes of originals that applying may cost, at most
+	recordTime   atomic.Int64  // of the newest record, Unix nanoseconds; set with g.append held
 	// lastTime is what no record will be older than: the newest one's, or that of the head of a segment behind it, if this
 	// daemon writes the group.
 	lastTime atomic.Int64
@@ -111,7 +114,7 @@ type Group struct {
 	pins struct {
 		sync.Mutex
 		holds   map[*Hold]record.LSN // what others have yet to read
-		views   map[record.LSN]int   // open views by LSN
+		views   map[record.LSN]int   // by LSN: open views, and what else needs the history from there on
 		markers map[record.LSN]bool  // pinned ones
 		users   map[*disk.Disk]int   // who has a disk open, as it is or as it was; -1: it is leaving
 	}
@@ -151,9 +154,6 @@ func (g *Group) Durable() record.LSN { return record.LSN(g.durable.Load()) }
 
 // Applied is the LSN up to which the backings hold the records.
 func (g *Group) Applied() record.LSN { return record.LSN(g.applied.Load()) }
-
-// Horizon is the oldest LSN that can be viewed.
-func (g *Group) Horizon() record.LSN { return record.LSN(g.horizon.Load()) }
 
 // JournalBytes is what the group's segments take up.
 func (g *Group) JournalBytes() int64 { return g.set.Size() }
@@ -256,7 +256,7 @@ func (g *Group) header(first record.LSN) segment.Header {
 		created = max(created, g.o.Now().UnixNano()) // the clock of its records is another's
 	}
 	return segment.Header{
-		Group: g.id, First: first, Horizon: g.Horizon(), Applied: record.LSN(g.checkpointed.Load()),
+		Group: g.id, First: first, Horizon: g.expiredTo(), Applied: record.LSN(g.checkpointed.Load()),
 		Created: created, Name: g.name, Disks: g.disks.Load().table, Reigns: s.reigns, Follows: s.follows,
 	}
 }

@@ -208,8 +208,8 @@ func (g *Group) amend(label string, change func(*record.Marker) (remove bool, er
 	err = g.admittedNote(func() error {
 		a := &g.append
 		lsn, ok := a.markers.labels[label]
-		if !ok || lsn <= g.Horizon() {
-			return &PointError{Group: g.name, Point: label, Why: "no marker has this label", Horizon: g.Horizon(), Head: g.Head()}
+		if !ok || lsn <= g.expiredTo() {
+			return g.noPoint(label, "no marker has this label")
 		}
 		i, _ := a.markers.find(lsn)
 		was := a.markers.all[i]
@@ -222,7 +222,7 @@ func (g *Group) amend(label string, change func(*record.Marker) (remove bool, er
 		am.Marker = m
 		pinned := was.Pinned && !was.Pending
 		if m.Pinned && !pinned && !g.pinMarker(lsn) {
-			return &PointError{Group: g.name, Point: label, Why: "its history has expired", Horizon: g.Horizon(), Head: g.Head()}
+			return g.noPoint(label, "its history has expired")
 		}
 		h, err := g.appendNoteLocked(record.KindAmend, 0, 0, func(record.LSN, time.Time) []byte { return am.Append(nil) })
 		if err != nil {
@@ -246,11 +246,11 @@ func (g *Group) amend(label string, change func(*record.Marker) (remove bool, er
 	return m, g.syncTo(done)
 }
 
-// Markers lists the group's markers behind the horizon by ascending LSN, but for those
+// Markers lists the group's markers that have not expired by ascending LSN, but for those
 // of a cut that is under way. All are durable.
 func (g *Group) Markers() ([]record.Marker, error) {
 	g.append.Lock()
-	all := slices.DeleteFunc(slices.Clone(g.append.markers.all), func(m record.Marker) bool { return m.Pending || m.LSN <= g.Horizon() })
+	all := slices.DeleteFunc(slices.Clone(g.append.markers.all), func(m record.Marker) bool { return m.Pending || m.LSN <= g.expiredTo() })
 	head := g.Head() // an amendment may be the last record
 	g.append.Unlock()
 	if len(all) == 0 {
@@ -259,12 +259,12 @@ func (g *Group) Markers() ([]record.Marker, error) {
 	return all, g.syncTo(head)
 }
 
-// LastMarker is the newest marker behind the horizon, which may not be durable yet; ok is false if there is none.
+// LastMarker is the newest marker that has not expired, which may not be durable yet; ok is false if there is none.
 func (g *Group) LastMarker() (m record.Marker, ok bool) {
 	g.append.Lock()
 	defer g.append.Unlock()
 	all := g.append.markers.all
-	for i := len(all) - 1; i >= 0 && all[i].LSN > g.Horizon(); i-- {
+	for i := len(all) - 1; i >= 0 && all[i].LSN > g.expiredTo(); i-- {
 		if !all[i].Pending {
 			return all[i], true
 		}
@@ -278,7 +278,7 @@ func (g *Group) LastMarker() (m record.Marker, ok bool) {
 func (g *Group) pinMarker(lsn record.LSN) bool {
 	g.pins.Lock()
 	defer g.pins.Unlock()
-	if lsn <= g.Horizon() {
+	if lsn <= g.expiredTo() {
 		return false
 	}
 	g.pins.markers[lsn] = true

@@ -42,11 +42,23 @@ func TestModel(t *testing.T) {
 		runModel(t, *modelSeed)
 		return
 	}
-	for seed := range uint64(*modelSeeds) {
-		t.Run(fmt.Sprint(seed+1), func(t *testing.T) {
-			t.Parallel()
-			runModel(t, seed+1)
-		})
+	var mu sync.Mutex // guards what follows
+	reached := map[string]int{}
+	t.Run("seeds", func(t *testing.T) {
+		for seed := range uint64(*modelSeeds) {
+			t.Run(fmt.Sprint(seed+1), func(t *testing.T) {
+				t.Parallel()
+				here := runModel(t, seed+1)
+				mu.Lock()
+				defer mu.Unlock()
+				for what, n := range here {
+					reached[what] += n
+				}
+			})
+		}
+	})
+	for _, what := range []string{"crossed", "stopped", "gone back", "crashed on the way", "crashed at the end"} {
+		require.Positive(t, reached[what], "no seed came to: %s", what)
 	}
 }
 
@@ -80,6 +92,7 @@ type model struct {
 	removing int                // the disk that a RemoveDisk may have left half way, or -1
 
 	follower *follower // another daemon's copy of the group, or nil
+	reached  map[string]int
 
 	mu      sync.Mutex // the injector runs in Pebble's goroutines too
 	flushed record.LSN
@@ -108,8 +121,8 @@ type heldView struct {
 // Kinds of crash: how much of what was not synced survives.
 var survivals = []int{0, 30, 70, 100}
 
-func runModel(t *testing.T, seed uint64) {
-	m := &model{t: t, rng: rand.New(rand.NewPCG(seed, 1)), out: map[int]bool{}, addedAt: map[int]record.LSN{}, since: map[int]record.LSN{}, removing: -1, log: zap.NewNop()}
+func runModel(t *testing.T, seed uint64) (reached map[string]int) {
+	m := &model{t: t, rng: rand.New(rand.NewPCG(seed, 1)), out: map[int]bool{}, addedAt: map[int]record.LSN{}, since: map[int]record.LSN{}, removing: -1, log: zap.NewNop(), reached: map[string]int{}}
 	if *modelSeed != 0 {
 		m.log = zaptest.NewLogger(t)
 	}
@@ -127,7 +140,7 @@ func runModel(t *testing.T, seed uint64) {
 	for range *modelSteps {
 		m.step()
 		if t.Failed() {
-			return
+			return nil
 		}
 	}
 	m.closeViews()
@@ -137,6 +150,7 @@ func runModel(t *testing.T, seed uint64) {
 	m.checkBackings()
 	require.NoError(t, m.store.Close())
 	m.dropFollower()
+	return m.reached
 }
 
 func (m *model) makeBacking(i int, size int64) {
@@ -390,17 +404,22 @@ func (m *model) noted(e event) {
 
 // markers are what the group's markers must be now.
 func (m *model) markers() map[record.LSN]record.Marker {
-	all := m.markersAt(record.MaxLSN)
-	maps.DeleteFunc(all, func(lsn record.LSN, _ record.Marker) bool { return lsn <= m.g.Horizon() })
+	all := markersOf(m.events, record.MaxLSN)
+	maps.DeleteFunc(all, func(lsn record.LSN, _ record.Marker) bool { return lsn <= m.g.expiredTo() })
 	return all
 }
 
-// markersAt is what records up to an LSN say of markers.
-func (m *model) markersAt(lsn record.LSN) map[record.LSN]record.Marker {
+// markersOf is what records up to an LSN say of markers.
+func markersOf(events []event, lsn record.LSN) map[record.LSN]record.Marker {
 	all := map[record.LSN]record.Marker{}
-	for _, e := range m.events {
-		if e.mark != nil && e.lsn <= lsn {
-			e.mark(all)
+	for _, e := range events {
+		if e.mark == nil || e.lsn > lsn {
+			continue
+		}
+		e.mark(all)
+		if mk, ok := all[e.lsn]; ok {
+			// One that had its label was deleted, if only in a gap.
+			maps.DeleteFunc(all, func(lsn record.LSN, old record.Marker) bool { return lsn < e.lsn && old.Label == mk.Label })
 		}
 	}
 	return all
@@ -543,7 +562,7 @@ func (m *model) checkNotes() {
 		lsn, err := m.g.Resolve(record.Point{Form: record.FormLabel, Label: mk.Label})
 		require.NoError(m.t, err)
 		require.Equal(m.t, mk.LSN, lsn)
-		require.True(m.t, !mk.Pinned || m.g.Horizon() < mk.LSN)
+		require.True(m.t, !mk.Pinned || m.g.expiredTo() < mk.LSN)
 	}
 	at := m.anyLSN()
 	defs, err := m.g.Definitions(at)
@@ -671,10 +690,18 @@ func (m *model) image(d int, lsn record.LSN) []byte {
 // anyLSN is one of the window.
 func (m *model) anyLSN() record.LSN {
 	h := m.g.Horizon()
+	require.LessOrEqual(m.t, int(h), len(m.changes))
 	return h + record.LSN(m.rng.Uint64N(uint64(len(m.changes))-uint64(h)+1))
 }
 
-func (m *model) checkView() { m.checkViewOf(m.anyDisk(), m.anyLSN()) }
+func (m *model) checkView() {
+	lsn := m.anyLSN()
+	if some := m.g.Viewable(); len(some) > 1 && m.rng.IntN(2) == 0 {
+		r := some[m.rng.IntN(len(some)-1)]
+		lsn = r.First + record.LSN(m.rng.Uint64N(uint64(r.Last-r.First)+1))
+	}
+	m.checkViewOf(m.anyDisk(), lsn)
+}
 
 func (m *model) checkViewOf(d int, lsn record.LSN) {
 	if m.out[d] {

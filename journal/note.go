@@ -31,6 +31,6 @@ func (g *Group) appendNoteLocked(kind record.Kind, flags uint8, disk record.Disk
 	}
 	a.pend.times = append(a.pend.times, index.TimeMark{Time: h.Time, LSN: h.LSN, File: a.log.Current().Number, Off: uint32(off)})
 	g.newestLocked(h.Time)
-	g.advanceLocked(1, a.enc.Bytes, 0)
+	g.advanceLocked(a.next, 1, a.enc.Bytes, 0)
 	return h, nil
 }

@@ -11,22 +11,16 @@ import (
 // Resolve finds the LSN that a point names. What cannot be viewed is a
 // *PointError, which is an ErrNoPoint: never a near enough LSN in its stead.
 func (g *Group) Resolve(p record.Point) (record.LSN, error) {
-	head := g.Head()
-	refuse := func(why string) (record.LSN, error) {
-		return 0, &PointError{Group: g.name, Point: p.String(), Why: why, Horizon: g.Horizon(), Head: head}
-	}
+	refuse := func(why string) (record.LSN, error) { return 0, g.noPoint(p.String(), why) }
 	switch p.Form {
 	case record.FormLSN:
-		if p.LSN > head {
-			return refuse("it is newer than the head")
-		}
-		if p.LSN < g.Horizon() {
-			return refuse("it is older than the horizon")
+		if !g.viewable(p.LSN) {
+			return 0, g.notViewable(p.LSN)
 		}
 		return p.LSN, nil
 	case record.FormLatest:
 		if p.Consistency == 0 {
-			return head, nil
+			return g.Newest(), nil
 		}
 		return g.latestMarker(p, refuse)
 	case record.FormLabel:
@@ -41,7 +35,7 @@ func (g *Group) Resolve(p record.Point) (record.LSN, error) {
 		if pending {
 			return refuse("it is being taken")
 		}
-		if lsn <= g.Horizon() {
+		if lsn <= g.expiredTo() {
 			return refuse("its history has expired")
 		}
 		return lsn, nil
@@ -75,12 +69,9 @@ func (g *Group) latestMarker(p record.Point, refuse func(string) (record.LSN, er
 // resolveTime finds the last record at or before a time: the time table leads
 // near it, the log has the rest of the way.
 func (g *Group) resolveTime(t int64, refuse func(string) (record.LSN, error)) (record.LSN, error) {
-	horizon := g.Horizon()
-	if err := g.pin(horizon); err != nil {
-		return 0, err
-	}
+	horizon := g.pinAll()
 	defer g.unpin(horizon)
-	head := g.Head()
+	head := g.Newest()
 	last := g.lastTime.Load()
 	held, release := g.set.Hold(segment.Log)
 	defer release()
@@ -90,6 +81,9 @@ func (g *Group) resolveTime(t int64, refuse func(string) (record.LSN, error)) (r
 	}
 	if len(files) == 0 || t < files[0].Created {
 		return refuse("it is older than the horizon")
+	}
+	if _, open := g.Bridging(); open && t > last {
+		return refuse("the records of that time have not come here")
 	}
 	if t >= last {
 		return head, nil
@@ -101,7 +95,7 @@ func (g *Group) resolveTime(t int64, refuse func(string) (record.LSN, error)) (r
 	if err != nil {
 		return 0, err
 	}
-	from, lsn := files[0].Start(), g.Horizon()
+	from, lsn := files[0].Start(), horizon
 	if ok && m.LSN > lsn {
 		from, lsn = int64(m.Off), m.LSN
 		files = slices.DeleteFunc(files, func(f *segment.File) bool { return f.Number < m.File })
@@ -117,6 +111,9 @@ func (g *Group) resolveTime(t int64, refuse func(string) (record.LSN, error)) (r
 	})
 	if err != nil {
 		return 0, fmt.Errorf("find the record of a time: %w", err)
+	}
+	if !g.viewable(lsn) {
+		return refuse("the records of that time never came here")
 	}
 	return lsn, nil
 }

@@ -36,7 +36,7 @@ func (r *recovery) dropStale() error {
 					return err
 				}
 				at := place{e.Disk, e.Unit.Index}
-				if overwrote(&picks[0], &h, g.Horizon()) {
+				if overwrote(&picks[0], &h, g.expiredTo()) {
 					live[at] = true
 					continue
 				}

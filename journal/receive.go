@@ -12,7 +12,7 @@ import (
 	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
-// received is a record of another daemon's.
+// received is a record of another daemon's, or of a bridge, which is this one's own.
 type received struct {
 	record.Header
 	payload []byte
@@ -84,6 +84,9 @@ func (g *Group) accept(run record.Run) ([]received, *standing, error) {
 		return nil, nil, fmt.Errorf("the group is this daemon's, in epoch %d: have it follow first", g.Reigns().Epoch())
 	}
 	head := g.Head()
+	if after, open := g.Bridging(); open {
+		return nil, nil, fmt.Errorf("it is being brought over a gap behind LSN %d: have that end, or rewind it", after)
+	}
 	if run.First != head+1 || run.Last < run.First {
 		return nil, nil, fmt.Errorf("%w: LSN %d is the next", record.ErrCorrupt, head+1)
 	}
@@ -173,7 +176,7 @@ func (g *Group) checkReceived(rec *received, next record.LSN, last int64) error 
 	case rec.Time < last:
 		return fmt.Errorf("%w: LSN %d is older than the record before it", record.ErrCorrupt, rec.LSN)
 	case rec.Flags&record.FlagDiscontinuity != 0:
-		return fmt.Errorf("LSN %d, of disk %d: %w: the group must be seeded again", rec.LSN, rec.Disk, ErrDiscontinuity)
+		return fmt.Errorf("LSN %d, of disk %d: %w: the group can be brought over it only", rec.LSN, rec.Disk, ErrDiscontinuity)
 	case rec.Kind.Note():
 		return checkNote(&rec.Header, rec.payload)
 	case rec.Kind == record.KindOriginal, rec.Kind == record.KindHole, rec.Kind == record.KindExpired:
@@ -263,7 +266,7 @@ func (g *Group) receiveSomeLocked(recs []received, room int) error {
 		}
 		off += rec.Size()
 	}
-	g.advanceLocked(len(recs), a.enc.Bytes, owed)
+	g.advanceLocked(recs[len(recs)-1].LSN, len(recs), a.enc.Bytes, owed)
 	return nil
 }
 
@@ -284,6 +287,9 @@ func (g *Group) adopt(c DiskConfig, t record.Disk) error {
 	if !g.Follows() {
 		return errors.New("the group is this daemon's: add the disk")
 	}
+	if after, open := g.Bridging(); open {
+		return fmt.Errorf("the group is being brought over a gap behind LSN %d", after)
+	}
 	if c.Name != t.Name {
 		return fmt.Errorf("its backing is given under the name %s", c.Name)
 	}
@@ -296,7 +302,7 @@ func (g *Group) adopt(c DiskConfig, t record.Disk) error {
 		return fmt.Errorf("it is not in the writer's group: %w", errors.Join(err, ErrDetached))
 	} else if has := m.entry(known); has.Name != t.Name || has.Size != t.Size {
 		return fmt.Errorf("%w: disk %d is %q of %d bytes here", ErrDiverged, t.ID, has.Name, has.Size)
-	} else if known.Attached() || has.Removed == 0 || has.Removed > g.Horizon() {
+	} else if known.Attached() || has.Removed == 0 || has.Removed > g.expiredTo() {
 		return errors.New("it is in the group, or its history is: it can not be given another backing")
 	}
 	d := disk.New(t.ID, t.Name, t.Size, t.Added, g)

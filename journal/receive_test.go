@@ -281,7 +281,7 @@ func TestAFollowersBackingThatWasChanged(t *testing.T) {
 	p.to.open()
 	_, err := p.to.g.State()
 	require.ErrorIs(t, err, ErrFailed)
-	require.ErrorContains(t, err, "seeded again")
+	require.ErrorIs(t, err, ErrDiscontinuity)
 	require.EqualValues(t, 1, p.to.g.Head())
 }
 

@@ -302,12 +302,13 @@ func (r *recovery) state() (err error) {
 		return err
 	}
 	g.horizon.Store(max(g.horizon.Load(), uint64(horizon)))
-	for len(r.logs) > 1 && r.logs[1].First-1 <= g.Horizon() {
+	for len(r.logs) > 1 && r.logs[1].First-1 <= g.expiredTo() {
 		r.logs = r.logs[1:]
 	}
-	r.applied = max(r.applied, g.Horizon()) // nothing else expires
+	r.applied = max(r.applied, g.expiredTo()) // nothing else expires
 	reigns := g.Reigns()
 	r.durable = max(r.mark.LSN, r.applied, reigns[len(reigns)-1].First-1) // see rollWith
+	r.findGaps()
 	g.index.mark = r.mark
 	for _, d := range g.disks.Load().all {
 		err := g.ix.Captured(d.ID, func(page int64, bits []byte) error {
@@ -484,7 +485,7 @@ func (r *recovery) believe(f *segment.File, off int64, h record.Header, buf []by
 
 // original makes the index entries of a replayed original.
 func (r *recovery) original(f *segment.File, off int64, h record.Header) []index.Entry {
-	if h.Flags&record.FlagCarried != 0 && h.Durable > r.g.Horizon() {
+	if h.Flags&record.FlagCarried != 0 && h.Durable > r.g.expiredTo() {
 		return nil // of an expiry that the crash cut off
 	}
 	return appendOriginal(nil, &h, f.Number, off)
@@ -492,7 +493,7 @@ func (r *recovery) original(f *segment.File, off int64, h record.Header) []index
 
 // carriedDefinition takes up a definition that an expiry carried over, unless it is not the last one.
 func (r *recovery) carriedDefinition(f *segment.File, off int64, h *record.Header) error {
-	if h.Durable != r.g.Horizon() {
+	if h.Durable != r.g.expiredTo() {
 		return nil
 	}
 	return r.note(f, off, h)
@@ -536,11 +537,11 @@ func (r *recovery) log() error {
 		logs = logs[1:]
 	}
 	r.last = logs[0].First - 1
-	q := replayQueue{r: r}
+	q := replayQueue{r: r, prev: r.last}
 	at, atOff := logs[0], logs[0].Start()
 	err := scanBeside(logs, func(rec queued) error {
 		h := &rec.h
-		if h.LSN != r.last+1 {
+		if !rec.file.Succeeds(r.last, h) {
 			return fmt.Errorf("%w: LSN %d follows LSN %d", record.ErrCorrupt, h.LSN, r.last)
 		}
 		r.last, r.durable = h.LSN, max(r.durable, h.Durable)
@@ -568,11 +569,11 @@ func (r *recovery) log() error {
 
 // start makes the group ready to be written.
 func (g *Group) start(r *recovery) error {
-	last := max(r.last, g.Horizon())
+	last := max(r.last, g.expiredTo())
 	if len(r.logs) > 0 {
 		g.membersAt(last, r.added)
 	}
-	g.append.markers.expire(g.Horizon())
+	g.append.markers.expire(g.expiredTo())
 	for _, m := range g.append.markers.all {
 		if m.Pinned && !m.Pending {
 			g.pins.markers[m.LSN] = true // of those that the index had
@@ -638,7 +639,7 @@ func (g *Group) dropEmpty(last record.LSN) error {
 	var empty []*segment.File
 	files := g.set.Files(segment.Log)
 	for i, f := range files[:len(files)-1] {
-		if f.First > last || f.First <= g.Horizon() && files[i+1].First-1 <= g.Horizon() {
+		if f.First > last || f.First <= g.expiredTo() && files[i+1].First-1 <= g.expiredTo() {
 			empty = append(empty, f)
 		}
 	}

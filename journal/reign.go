@@ -55,6 +55,9 @@ func (g *Group) Lead(epoch uint64) (record.Reign, error) {
 	case len(was.reigns) >= record.MaxReigns:
 		return record.Reign{}, fmt.Errorf("group %s has had %d reigns, and can have no more: begin another group", g.name, len(was.reigns))
 	}
+	if after, open := g.Bridging(); open {
+		return record.Reign{}, fmt.Errorf("group %s is being brought over a gap behind LSN %d, and its disks are a mix: rewind it to there first", g.name, after)
+	}
 	var r record.Reign
 	err := g.stand(func() (*standing, error) {
 		var err error

@@ -15,6 +15,9 @@ import (
 //
 // ErrDiverged says that the two journals are not the same that far. A *PointError, that the group has no such records.
 func (g *Group) Repair(run record.Run) (mended int, err error) {
+	if g.bridged(run.First, run.Last) {
+		return 0, fmt.Errorf("LSN %d to %d of group %s are, or have some, of a gap: what stands there was made here, and no other daemon has it; to have the disks as they are from the other one, tidemark replica accept --anew", run.First, run.Last, g.name)
+	}
 	common, err := g.Reigns().Common(g.Durable(), run.Reigns, run.Last)
 	if err != nil {
 		return 0, fmt.Errorf("%w: %w", ErrDiverged, err)
@@ -22,7 +25,7 @@ func (g *Group) Repair(run record.Run) (mended int, err error) {
 	if common < run.Last {
 		return 0, fmt.Errorf("%w: they have LSN %d in common, and LSN %d is to be repaired", ErrDiverged, common, run.Last)
 	}
-	if run.First <= g.Horizon() {
+	if run.First <= g.expiredTo() {
 		return 0, g.expired(run.First)
 	}
 	files, release := g.set.Hold(segment.Log)

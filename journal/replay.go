@@ -72,6 +72,7 @@ func (a *arena) clone(b []byte) []byte {
 type replayQueue struct {
 	r    *recovery
 	recs []queued
+	prev record.LSN // of the last one that was replayed, or of none
 }
 
 type queued struct {
@@ -102,17 +103,28 @@ func (q *replayQueue) add(rec queued) error {
 
 func (q *replayQueue) replay(rec *queued) error {
 	g := q.r.g
+	if err := q.commit(rec.h.LSN); err != nil {
+		return err
+	}
 	if err := q.r.replay(g.disk(rec.h.Disk), rec.file, rec.off, &rec.h); err != nil {
 		return err
 	}
-	// All of the log, if the index is made anew, is too much for one batch.
-	if p := g.append.pend; q.r.fresh && !g.o.ReadOnly && len(p.entries) >= indexBatch && rec.h.LSN <= q.r.durable {
-		p.last = rec.h.LSN
-		g.append.pend = &pending{}
-		_, err := g.commitPending([]*pending{p})
-		return err
-	}
+	q.prev = rec.h.LSN
 	return nil
+}
+
+// commit commits what was replayed, if that is much: all of the log, if the index is made anew, is too much for one batch. next is the LSN of the
+// record that comes: the index has all of those that share one, or none.
+func (q *replayQueue) commit(next record.LSN) error {
+	g := q.r.g
+	p := g.append.pend
+	if !q.r.fresh || g.o.ReadOnly || len(p.entries) < indexBatch || next == q.prev || next > q.r.durable {
+		return nil
+	}
+	p.last = q.prev
+	g.append.pend = &pending{}
+	_, err := g.commitPending([]*pending{p})
+	return err
 }
 
 // finish replays the tail up to its first torn record.
@@ -125,20 +137,27 @@ func (q *replayQueue) finish() (err error) {
 			}
 		}
 	}()
-	for i := range q.recs {
-		rec := &q.recs[i]
-		if rec.h.LSN > q.r.durable {
+	for i := 0; i < len(q.recs); {
+		// All that stand under one LSN, or none.
+		j := i
+		for ; j < len(q.recs) && q.recs[j].h.LSN == q.recs[i].h.LSN; j++ {
+			rec := &q.recs[j]
+			if rec.h.LSN <= q.r.durable {
+				continue
+			}
 			buf, err = q.r.believe(rec.file, rec.off, rec.h, buf)
 			if errors.Is(err, record.ErrCorrupt) {
-				q.r.last = rec.h.LSN - 1
+				q.r.last = q.prev // of a bridge, the LSN before may be far
 				return nil
 			}
 			if err != nil {
 				return err
 			}
 		}
-		if err := q.replay(rec); err != nil {
-			return err
+		for ; i < j; i++ {
+			if err := q.replay(&q.recs[i]); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -222,6 +241,12 @@ func (g *Group) learnLocked(h *record.Header, payload []byte) error {
 		m, err := record.DecodeMarker(h.LSN, h.Time, payload)
 		if err != nil {
 			return err
+		}
+		if old, ok := a.markers.labels[m.Label]; ok && old != m.LSN {
+			// It was deleted, by a record that stood in a gap.
+			g.unpinMarker(old)
+			was, _ := a.markers.remove(old)
+			a.pend.markers = append(a.pend.markers, index.MarkerChange{Marker: was, Deleted: true})
 		}
 		a.markers.set(m)
 		a.pend.markers = append(a.pend.markers, index.MarkerChange{Marker: m})

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"math/bits"
+	"slices"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"go.uber.org/zap"
@@ -101,8 +102,8 @@ func (g *Group) canRewind(to record.LSN) error {
 	switch {
 	case !g.Follows():
 		return fmt.Errorf("the group is this daemon's, in epoch %d: have it follow first", g.Reigns().Epoch())
-	case to < g.Horizon() || to > g.Head():
-		return &PointError{Group: g.name, Point: fmt.Sprintf("lsn:%d", to), Why: "it can not be rewound to", Horizon: g.Horizon(), Head: g.Head()}
+	case !g.viewable(to):
+		return g.noPoint(fmt.Sprintf("lsn:%d", to), "it can not be rewound to")
 	}
 	m := g.disks.Load()
 	for i, t := range m.table {
@@ -131,17 +132,12 @@ func (g *Group) readyToRewind(to record.LSN) error {
 		return err
 	}
 	need := int64(0)
-	for _, f := range g.set.Files(segment.Originals) {
-		tail := false
-		if _, err := f.Scan(f.Start(), func(_ int64, h record.Header) error {
-			tail = tail || ofTail(&h, to)
-			return nil
-		}); err != nil {
-			return fmt.Errorf("originals: %w", err)
-		}
-		if tail {
-			need += f.Alloc() + f.Alloc()/32 // a header for each block
-		}
+	err := g.eachStaying(to, func(_ *segment.File, _ int64, h record.Header) error {
+		need += h.Size()
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("originals: %w", err)
 	}
 	if _, _, err := g.changedBehind(to); err != nil {
 		return err
@@ -202,6 +198,8 @@ func (g *Group) beginAt(to record.LSN) (file uint32, err error) {
 	g.append.next = to + 1
 	g.checkpointed.Store(uint64(to))
 	g.standing.Store(&standing{b.Reigns, true})
+	before := slices.DeleteFunc(g.Gaps(), func(gap Gap) bool { return gap.Until > to })
+	g.gaps.Store(&before)
 	g.lastTime.Store(b.Time)
 	err = g.newLogLocked(0)
 	g.append.Unlock()
@@ -263,47 +261,32 @@ func hasTail(f *segment.File, to record.LSN) (has bool, err error) {
 func (g *Group) keepOriginals(to record.LSN) error {
 	g.apply.Lock()
 	defer g.apply.Unlock()
-	files := g.set.Files(segment.Originals)
 	if err := g.apply.orig.Roll(g.header(to), 0); err != nil {
 		return err
 	}
-	reader, err := g.ix.FreshReader()
+	newest := g.apply.orig.Current()
+	var buf []byte
+	err := g.eachStaying(to, func(f *segment.File, at int64, h record.Header) error {
+		if f == newest {
+			return nil
+		}
+		if len(buf) < h.Payload {
+			buf = make([]byte, h.Payload)
+		}
+		content := buf[:h.Payload]
+		if err := f.ReadAt(content, at, false); err != nil {
+			return err
+		}
+		if h.Kind == record.KindHole {
+			content = nil
+		}
+		return g.keep(h, content)
+	})
 	if err != nil {
 		return err
 	}
-	defer reader.Close()
-	var buf []byte
-	for _, f := range files {
-		tail, err := hasTail(f, to)
-		if err != nil {
-			return err
-		}
-		if !tail {
-			continue
-		}
-		_, err = f.Scan(f.Start(), func(off int64, h record.Header) error {
-			stays := !ofTail(&h, to)
-			if !stays && (h.Kind == record.KindExpired || h.Kind == record.KindDefine || h.Flags&record.FlagCarried != 0 && h.Durable > to) {
-				return nil
-			}
-			if len(buf) < h.Payload {
-				buf = make([]byte, h.Payload)
-			}
-			content := buf[:h.Payload]
-			if err := f.ReadAt(content, off+int64(h.EncodedSize()), false); err != nil {
-				return err
-			}
-			if stays {
-				return g.keep(h, content)
-			}
-			return g.keepStaying(reader, h, content, to)
-		})
-		if err != nil {
-			return err
-		}
-	}
 	// The index is made again, and with it the horizon, which nothing else may say.
-	if h := g.Horizon(); h > 0 {
+	if h := g.expiredTo(); h > 0 {
 		if err := g.keep(record.Header{Kind: record.KindExpired, Flags: record.FlagCarried, LSN: h + 1, Durable: h}, nil); err != nil {
 			return err
 		}
@@ -312,8 +295,43 @@ func (g *Group) keepOriginals(to record.LSN) error {
 	return err
 }
 
-// keepStaying keeps those blocks of an original that a record of the window, up to an LSN, has overwritten.
-func (g *Group) keepStaying(reader *index.Reader, h record.Header, content []byte, to record.LSN) error {
+// eachStaying calls fn with what stays of those files of originals that have any of what stands behind an LSN: how each is to be kept, and
+// where its content stands.
+func (g *Group) eachStaying(to record.LSN, fn func(f *segment.File, at int64, h record.Header) error) error {
+	reader, err := g.ix.FreshReader()
+	if err != nil {
+		return err
+	}
+	defer reader.Close()
+	for _, f := range g.set.Files(segment.Originals) {
+		tail, err := hasTail(f, to)
+		if err != nil {
+			return err
+		}
+		if !tail {
+			continue
+		}
+		_, err = f.Scan(f.Start(), func(off int64, h record.Header) error {
+			at := off + int64(h.EncodedSize())
+			switch {
+			case !ofTail(&h, to):
+				return fn(f, at, h)
+			case h.Kind == record.KindExpired, h.Kind == record.KindDefine, h.Flags&record.FlagCarried != 0 && h.Durable > to:
+				return nil
+			}
+			return g.blocksStaying(reader, h, to, func(i int, h record.Header) error {
+				return fn(f, at+int64(i)*record.BlockSize, h)
+			})
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// blocksStaying calls fn with those blocks of an original that a record of the window, up to an LSN, has overwritten.
+func (g *Group) blocksStaying(reader *index.Reader, h record.Header, to record.LSN, fn func(i int, h record.Header) error) error {
 	var pick [1]index.Pick
 	d := g.disk(h.Disk)
 	first := h.Extent.Off / record.BlockSize
@@ -322,17 +340,16 @@ func (g *Group) keepStaying(reader *index.Reader, h record.Header, content []byt
 		if err := reader.Find(h.Disk, block, to, pick[:]); err != nil {
 			return err
 		}
-		if !overwrote(&pick[0], &h, g.Horizon()) {
+		if !overwrote(&pick[0], &h, g.expiredTo()) {
 			continue
 		}
 		one := h
 		one.LSN = to
 		one.Extent = record.Extent{Off: block * record.BlockSize, Len: int64(d.BlockLen(block))}
-		var part []byte
 		if h.Kind == record.KindOriginal {
-			part, one.Sums = content[i*record.BlockSize:][:one.Extent.Len], h.Sums[4*i:4*i+4]
+			one.Payload, one.Sums = int(one.Extent.Len), h.Sums[4*i:4*i+4]
 		}
-		if err := g.keep(one, part); err != nil {
+		if err := fn(i, one); err != nil {
 			return err
 		}
 	}

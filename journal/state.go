@@ -11,7 +11,7 @@ import (
 // Names of a group's state in the index. An LSN is 8 bytes, little-endian.
 const (
 	stateApplied = "applied" // LSN: the backings hold every record up to it, durably
-	stateHorizon = "horizon" // LSN: the oldest that can be viewed
+	stateHorizon = "horizon" // LSN up to which history has expired
 	stateRebuild = "rebuild" // not empty while the index is made again from the segments
 )
 

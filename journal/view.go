@@ -24,7 +24,7 @@ type View struct {
 	closed  sync.Once
 }
 
-// View opens a disk as of an LSN between Horizon and Head. It reads nothing of
+// View opens a disk as of an LSN that is Viewable. It reads nothing of
 // the disk.
 func (g *Group) View(d *disk.Disk, lsn record.LSN) (*View, error) { return g.view(d, lsn, false) }
 
@@ -34,7 +34,7 @@ func (g *Group) PassingView(d *disk.Disk, lsn record.LSN) (*View, error) { retur
 
 func (g *Group) view(d *disk.Disk, lsn record.LSN, passing bool) (*View, error) {
 	if lsn < d.Added {
-		return nil, &PointError{Group: g.name, Point: fmt.Sprintf("lsn:%d", lsn), Why: fmt.Sprintf("disk %s came to the group at LSN %d", d.Name, d.Added), Horizon: g.Horizon(), Head: g.Head()}
+		return nil, g.noPoint(fmt.Sprintf("lsn:%d", lsn), fmt.Sprintf("disk %s came to the group at LSN %d", d.Name, d.Added))
 	}
 	release, err := g.Use(d)
 	if err != nil {
@@ -58,7 +58,7 @@ func (g *Group) view(d *disk.Disk, lsn record.LSN, passing bool) (*View, error) 
 // passed is an error if what a read has found may be what an expiry left. An expiry raises the horizon before it forgets
 // anything, so that it is asked after the read.
 func (v *View) passed() error {
-	if v.passing && v.lsn < v.g.Horizon() {
+	if v.passing && v.lsn < v.g.expiredTo() {
 		return v.g.expired(v.lsn)
 	}
 	return nil
@@ -71,7 +71,7 @@ func (v *View) Older(p record.Point) (*View, error) {
 		return nil, err
 	}
 	if lsn > v.lsn {
-		return nil, &PointError{Group: v.g.name, Point: p.String(), Why: fmt.Sprintf("it is LSN %d, newer than the LSN %d that is compared with it", lsn, v.lsn), Horizon: v.g.Horizon(), Head: v.g.Head()}
+		return nil, v.g.noPoint(p.String(), fmt.Sprintf("it is LSN %d, newer than the LSN %d that is compared with it", lsn, v.lsn))
 	}
 	return v.g.View(v.d, lsn)
 }
@@ -80,15 +80,20 @@ func (v *View) Older(p record.Point) (*View, error) {
 func (g *Group) pin(lsn record.LSN) error {
 	g.pins.Lock()
 	defer g.pins.Unlock()
-	if head := g.Head(); lsn < g.Horizon() || lsn > head {
-		why := "it is older than the horizon"
-		if lsn > head {
-			why = "it is newer than the head"
-		}
-		return &PointError{Group: g.name, Point: fmt.Sprintf("lsn:%d", lsn), Why: why, Horizon: g.Horizon(), Head: head}
+	if !g.viewable(lsn) {
+		return g.notViewable(lsn)
 	}
 	g.pins.views[lsn]++
 	return nil
+}
+
+// pinAll keeps all of the history that the group has. It returns up to where that had expired.
+func (g *Group) pinAll() (expired record.LSN) {
+	g.pins.Lock()
+	defer g.pins.Unlock()
+	expired = g.expiredTo()
+	g.pins.views[expired]++
+	return expired
 }
 
 func (g *Group) unpin(lsn record.LSN) {

@@ -13,6 +13,7 @@ type Beginning struct {
 	Reigns      Reigns
 	Disks       []Disk       // every disk that the group had had by then
 	Definitions []Definition // in force at At
+	Pinned      []LSN        // markers up to At that are pinned, ascending
 }
 
 // Check is an error if no group can begin so.
@@ -23,8 +24,8 @@ func (b *Beginning) Check() error {
 	if last := b.Reigns[len(b.Reigns)-1]; last.First > b.At+1 {
 		return fmt.Errorf("%w: the reign of epoch %d begins at LSN %d, behind LSN %d", ErrCorrupt, last.Epoch, last.First, b.At)
 	}
-	if b.At > MaxLSN/2 {
-		return fmt.Errorf("%w: no group has come to LSN %d", ErrCorrupt, b.At)
+	if b.At > MaxLSN/2 || !slices.IsSorted(b.Pinned) || len(b.Pinned) > 0 && b.Pinned[len(b.Pinned)-1] > b.At {
+		return fmt.Errorf("%w: no group has come to LSN %d with pins of LSN %v", ErrCorrupt, b.At, b.Pinned)
 	}
 	for _, d := range b.Definitions {
 		if d.Gone || d.Since == 0 || d.Since > b.At || len(d.Content) > MaxDefinition {

@@ -2,7 +2,7 @@
 // reading, and the recovery of a torn tail.
 //
 // A group's directory holds two kinds of files. The log holds the group's
-// records by LSN, each LSN once, without gaps. The originals hold what blocks
+// records by LSN, each LSN once, without gaps, but for bridges: see Header.Bridge. The originals hold what blocks
 // held before their first journaled overwrite, and blocks carried over when a
 // log file was dropped; they are local to this host and take no LSN.
 //

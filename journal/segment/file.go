@@ -111,6 +111,12 @@ func ScanLog(files []*File, from int64, fn func(f *File, off int64, h record.Hea
 	return nil
 }
 
+// Succeeds reports whether a record of the file may come behind that of an LSN: as the next; of a bridge, as one more of those that share that LSN,
+// or, a KindStanding, with a leap to where the gap ends.
+func (f *File) Succeeds(last record.LSN, h *record.Header) bool {
+	return h.LSN == last+1 || f.Bridge && (h.LSN == last && last >= f.First || h.LSN > last && last >= f.First-1 && h.Kind == record.KindStanding)
+}
+
 // window reads a file in large pieces for a scan.
 type window struct {
 	f    *File

@@ -41,6 +41,13 @@ type Header struct {
 	Disks   []record.Disk // the group's disks when the file was begun
 	Reigns  record.Reigns // and its reigns
 	Follows bool          // its records are another daemon's, under their LSNs
+	// Bridge says that its records lead over a gap: over LSNs that the group never had, from After on. They are not the writer's.
+	// Several may have one LSN. Those of the last have that at which the gap ends, a KindStanding first.
+	Bridge      bool
+	BridgeAfter record.LSN // of a Bridge: the last before its gap
+	// Bridged says that it begins right behind a gap: without it, the bridge before it is not done.
+	Bridged  bool
+	GapAfter record.LSN // if it is Bridged: the last before that gap
 }
 
 const (
@@ -53,6 +60,8 @@ const (
 	reignBytes     = 8 + 8 + 16
 
 	flagFollows = 1 << 0
+	flagBridge  = 1 << 1
+	flagBridged = 1 << 2
 )
 
 // encode makes the head of a file, a multiple of 4096 bytes:
@@ -73,14 +82,16 @@ const (
 //	 64     8   created, Unix nanoseconds
 //	 72     8   applied LSN
 //	 80     1   length of the group's name
-//	 81     1   flags: 1, the records are another daemon's
+//	 81     1   flags: 1, the records are another daemon's; 2, a bridge; 4, the first behind one
 //	 82     2   number of reigns, then 4 zeroes
 //	 88     …   group's name; then for each disk: id (4), size (8), added LSN (8),
 //	            removed LSN (8), length of its name (1), name
 //	  …     …   for each reign: epoch (8), first LSN (8), id (16)
+//	  …     8   of a bridge: the last LSN before its gap
+//	  …     8   of the first behind a bridge: the last LSN before the gap
 //	  …     …   zeroes
 //
-// Version 3 came with reigns' ids, the flag, records of standing, and definitions and expiries among the originals. In version 2 there was
+// Version 3 came with reigns' ids, the flags, records of standing, and definitions and expiries among the originals. In version 2 there was
 // one reign, from LSN 1 on and without an id. In
 // version 1 disks had no added and removed LSN, and the log no amendments and definitions.
 //
@@ -103,7 +114,13 @@ func (h *Header) encode() []byte {
 	le.PutUint64(b[72:], uint64(h.Applied))
 	b[80] = byte(len(h.Name))
 	if h.Follows {
-		b[81] = flagFollows
+		b[81] |= flagFollows
+	}
+	if h.Bridge {
+		b[81] |= flagBridge
+	}
+	if h.Bridged {
+		b[81] |= flagBridged
 	}
 	le.PutUint16(b[82:], uint16(len(h.Reigns)))
 	b = append(b, h.Name...)
@@ -119,6 +136,12 @@ func (h *Header) encode() []byte {
 		b = le.AppendUint64(b, r.Epoch)
 		b = le.AppendUint64(b, uint64(r.First))
 		b = append(b, r.ID[:]...)
+	}
+	if h.Bridge {
+		b = le.AppendUint64(b, uint64(h.BridgeAfter))
+	}
+	if h.Bridged {
+		b = le.AppendUint64(b, uint64(h.GapAfter))
 	}
 	b = append(b, make([]byte, (headerUnit-len(b)%headerUnit)%headerUnit)...)
 	le.PutUint32(b[12:], uint32(len(b)))
@@ -163,6 +186,8 @@ func DecodeHeader(b []byte) (Header, error) {
 		Group:   le.Uint32(b[32:]),
 		First:   record.LSN(le.Uint64(b[40:])),
 		Follows: b[81]&flagFollows != 0,
+		Bridge:  b[81]&flagBridge != 0,
+		Bridged: b[81]&flagBridged != 0,
 		Horizon: record.LSN(le.Uint64(b[56:])),
 		Created: int64(le.Uint64(b[64:])),
 		Applied: record.LSN(le.Uint64(b[72:])),
@@ -180,12 +205,36 @@ func DecodeHeader(b []byte) (Header, error) {
 	if err != nil {
 		return h, err
 	}
+	if unknown := b[81] &^ (flagFollows | flagBridge | flagBridged); unknown != 0 {
+		return h, fmt.Errorf("segment header: %w: it has flags %#x, and what they make of its records is not known; use a newer program", ErrVersion, unknown)
+	}
 	if le.Uint32(b[8:]) < 3 {
 		h.Reigns = record.Reigns{{Epoch: max(le.Uint64(b[48:]), 1), First: 1}}
 		return h, nil
 	}
-	h.Reigns, err = decodeReigns(rest, int(le.Uint16(b[82:])))
-	return h, err
+	reigns := int(le.Uint16(b[82:]))
+	if h.Reigns, err = decodeReigns(rest, reigns); err != nil {
+		return h, err
+	}
+	return h, h.decodeGaps(rest[reigns*reignBytes:])
+}
+
+func (h *Header) decodeGaps(b []byte) error {
+	for _, of := range []struct {
+		has  bool
+		last *record.LSN // before it
+	}{{h.Bridge, &h.BridgeAfter}, {h.Bridged, &h.GapAfter}} {
+		if !of.has {
+			continue
+		}
+		if len(b) < 8 {
+			return fmt.Errorf("%w: segment header: cut short before its gaps", record.ErrCorrupt)
+		}
+		if *of.last, b = record.LSN(binary.LittleEndian.Uint64(b)), b[8:]; *of.last >= h.First {
+			return fmt.Errorf("%w: segment header: a gap behind LSN %d, and records from LSN %d on", record.ErrCorrupt, *of.last, h.First)
+		}
+	}
+	return nil
 }
 
 func decodeReigns(b []byte, n int) (record.Reigns, error) {

@@ -2,6 +2,7 @@ package segment
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"syscall"
 	"testing"
@@ -54,7 +55,22 @@ func TestHeaderOfAFile(t *testing.T) {
 	got, err := DecodeHeader(h.encode())
 	require.NoError(t, err)
 	require.Equal(t, h, got)
+	for _, gaps := range []Header{{Bridge: true, BridgeAfter: 8}, {Bridged: true, GapAfter: 7}, {Bridge: true, BridgeAfter: 8, Bridged: true, GapAfter: 0}} {
+		of := h
+		of.Bridge, of.BridgeAfter, of.Bridged, of.GapAfter = gaps.Bridge, gaps.BridgeAfter, gaps.Bridged, gaps.GapAfter
+		got, err := DecodeHeader(of.encode())
+		require.NoError(t, err)
+		require.Equal(t, of, got)
+		of.BridgeAfter, of.GapAfter = 9, 9
+		_, err = DecodeHeader(of.encode())
+		require.ErrorIs(t, err, record.ErrCorrupt)
+	}
 	b := h.encode()
+	b[81] |= 8
+	binary.LittleEndian.PutUint32(b[16:], record.Checksum(b[20:]))
+	_, err = DecodeHeader(b)
+	require.ErrorIs(t, err, ErrVersion)
+	b = h.encode()
 	b[8] = 4
 	_, err = DecodeHeader(b)
 	require.ErrorIs(t, err, ErrVersion)

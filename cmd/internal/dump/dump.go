@@ -47,8 +47,8 @@ func visit(print func(kind, text string, v any) error, f Options) journal.Visit 
 	var v journal.Visit
 	if f.Segments || f.Records {
 		v.Segment = func(path string, h segment.Header) error {
-			return print("segment", fmt.Sprintf("%s: %v number %d, first LSN %d, horizon %d, applied %d, begun %s, disks %v",
-				path, h.Kind, h.Number, h.First, h.Horizon, h.Applied, when(h.Created), h.Disks), segmentOf(path, h))
+			return print("segment", fmt.Sprintf("%s: %v number %d, first LSN %d, horizon %d, applied %d, begun %s, disks %v%s",
+				path, h.Kind, h.Number, h.First, h.Horizon, h.Applied, when(h.Created), h.Disks, gapsOf(h)), segmentOf(path, h))
 		}
 	}
 	if f.Records {
@@ -87,6 +87,9 @@ type (
 		Applied record.LSN `json:"applied"`
 		Created string     `json:"created"`
 		Disks   []fileDisk `json:"disks"`
+
+		BridgeAfter *record.LSN `json:"bridge_after,omitempty"`
+		GapAfter    *record.LSN `json:"gap_after,omitempty"`
 	}
 	fileDisk struct {
 		ID   record.DiskID `json:"id"`
@@ -138,6 +141,17 @@ type (
 	}
 )
 
+// gapsOf is what the head of a file says of gaps.
+func gapsOf(h segment.Header) (text string) {
+	if h.Bridge {
+		text += fmt.Sprintf(", a bridge over a gap after LSN %d", h.BridgeAfter)
+	}
+	if h.Bridged {
+		text += fmt.Sprintf(", the first behind a gap after LSN %d", h.GapAfter)
+	}
+	return text
+}
+
 func segmentOf(path string, h segment.Header) file {
 	f := file{
 		Path: path, Kind: h.Kind.String(), Number: h.Number, First: h.First, Epoch: h.Reigns.Epoch(),
@@ -145,6 +159,12 @@ func segmentOf(path string, h segment.Header) file {
 	}
 	for _, d := range h.Disks {
 		f.Disks = append(f.Disks, fileDisk(d))
+	}
+	if h.Bridge {
+		f.BridgeAfter = &h.BridgeAfter
+	}
+	if h.Bridged {
+		f.GapAfter = &h.GapAfter
 	}
 	return f
 }
