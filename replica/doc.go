@@ -18,8 +18,8 @@
 //  2. begin a new Sender or Receiver for every stream, with what is true of the group when its other streams have ended and
 //     everything in it is durable; end them all when it leads, follows, rewinds or begins anew;
 //  3. have one Receiver for a group, the newest;
-//  4. bound the time that it waits for a message, and what a peer may do: a Receiver knows no rights. Whether a Begin over a group that is here, or a Rewind,
-//     may be done is the caller's to say;
+//  4. bound the time that it waits for a message, and what a peer may do: a Receiver knows no rights. Whether a Rewind may be done is the
+//     caller's to say;
 //  5. ask for nothing after an [End].
 //
 // # A stream
@@ -35,15 +35,15 @@
 //	Ready                     →   the last record was sent, and no more are taken
 //	                          ←   Taken
 //
-// A follower that has nothing, or is behind the writer's horizon, is first given a Begin, the content of each disk as an Adopt's is, and a
-// last Seeded. One that has records that the writer has not is refused: it has to rewind.
+// A follower that has nothing, is behind the writer's horizon, or can not take the next records, is first given a Begin, the content of each disk
+// as an Adopt's is, and a last Seeded. One that has a history keeps it, with a gap behind it: nothing is dropped, and nobody need be asked. One that has records that the writer has not is refused: it has
+// to rewind.
 //
 // Everything here is for one goroutine at a time.
 //
 // # Limits
 //
 //   - Reigns and disks travel with records alone: a disk that came is not at the follower before there is one (journal.Group.Proclaim).
-//   - A disk that left and came again, a backing that was changed by others, or a damaged record at the writer keep a follower where it
-//     is until it begins anew. One that is behind the horizon loses what history it has.
+//   - A disk that left and came again, or a damaged record at the writer, keep a follower where it is until it begins anew.
 //   - While a disk that came is seeded, records wait.
 package replica

@@ -36,7 +36,7 @@ func TestNetwork(t *testing.T) {
 			n.settle()
 		})
 	}
-	for _, what := range []string{"appended", "acked", "begun", "adopted", "rewound", "deposed", "gave up", "refused as unrelated", "diverged", "out of turn", "crashed", "handed over", "fenced"} {
+	for _, what := range []string{"appended", "acked", "begun", "bridged", "adopted", "rewound", "deposed", "gave up", "refused as unrelated", "diverged", "out of turn", "crashed", "handed over", "fenced"} {
 		require.Positive(t, reached[what], "no seed came to: %s", what)
 	}
 }
@@ -53,12 +53,13 @@ type daemon struct {
 	seen    record.Reigns // durable
 	disks   []record.Disk
 	life    int // how often it crashed, rewound or began anew
+	stuck   bool
 }
 
 func (d *daemon) head() record.LSN { return record.LSN(len(d.records)) }
 
 func (d *daemon) local() Local {
-	return Local{Known: d.known, Leads: d.leads, Head: d.durable, Horizon: d.horizon, Reigns: d.reigns, Disks: d.disks, Digest: d.digest(d.durable), Seen: d.seen}
+	return Local{Known: d.known, Leads: d.leads, Head: d.durable, Horizon: d.horizon, Reigns: d.reigns, Disks: d.disks, Digest: d.digest(d.durable), Seen: d.seen, Stuck: d.stuck}
 }
 
 func (d *daemon) digest(lsn record.LSN) (b [16]byte) {
@@ -82,7 +83,7 @@ type stream struct {
 	next         record.LSN
 	seeding      []record.Disk // whose Answer is due
 	seedAt       record.LSN
-	seed         Begin // what the receiver's end begins with
+	seed         record.Beginning // what the receiver's end begins with, or goes on with
 	content      map[record.DiskID][]uint64
 	adopts       record.Disk
 	halfOpen     bool // what the receiver says is lost
@@ -147,6 +148,7 @@ func (n *network) step() {
 		n.crash(n.any())
 	case k < 95:
 		if d := n.any(); d.known && d.durable > d.horizon {
+			d.stuck = !d.leads && n.rng.IntN(4) == 0
 			d.horizon += record.LSN(1 + n.rng.IntN(int(d.durable-d.horizon)))
 		}
 	case k < 96:
@@ -423,7 +425,13 @@ func (n *network) receiver(st *stream, actions []Action) {
 			n.append(d, a.Run)
 			st.appended = d.head()
 		case Begin:
-			st.seed = a
+			require.False(n.t, d.known)
+			st.seed = a.Beginning
+		case Bridge:
+			require.True(n.t, d.known)
+			require.Greater(n.t, a.At, d.head())
+			require.True(n.t, d.stuck || d.head() < st.from.horizon || st.fromL != st.from.life)
+			st.seed = a.Beginning
 		case Adopt:
 			st.adopts = a.Disk
 		case Compare:
@@ -451,8 +459,9 @@ func (n *network) receiver(st *stream, actions []Action) {
 			n.receiver(st, st.r.Taken(d.reigns))
 			n.reached["handed over"]++
 		case Rewind:
-			if a.To < d.horizon { // which has moved since the stream began
-				*d = daemon{id: d.id, life: d.life + 1, seen: d.seen}
+			if a.To < d.horizon {
+				*d = daemon{id: d.id, life: d.life + 1, seen: d.seen} // its operator gives up what it has
+				n.reached["gave up"]++
 				continue
 			}
 			d.records, d.leads = d.records[:a.To], false
@@ -464,10 +473,6 @@ func (n *network) receiver(st *stream, actions []Action) {
 		case End:
 			st.rEnds = true
 			n.ended(a.Err)
-			if errors.Is(a.Err, ErrBeginAnew) {
-				*d = daemon{id: d.id, life: d.life + 1, seen: d.seen} // its operator gives up what it has
-				n.reached["gave up"]++
-			}
 		default:
 			n.t.Fatalf("a receiver asks for %T", a)
 		}
@@ -502,15 +507,20 @@ func (n *network) finish(st *stream, a Finish) {
 		n.receiver(st, st.r.Finished())
 		return
 	}
-	b := st.seed.Beginning
+	b := st.seed
 	require.False(n.t, d.leads)
-	d.known, d.reigns, d.disks, d.horizon = true, b.Reigns, b.Disks, b.At
+	if d.known {
+		b.Disks = slices.DeleteFunc(slices.Clone(b.Disks), func(k record.Disk) bool { return !slices.Contains(d.disks, k) })
+		n.reached["bridged"]++
+	} else {
+		n.reached["begun"]++
+	}
+	d.known, d.reigns, d.disks, d.horizon, d.stuck = true, b.Reigns, b.Disks, b.At, false
 	for _, k := range b.Disks {
 		require.Len(n.t, st.content[k.ID], int(b.At))
 		d.records = st.content[k.ID]
 	}
 	d.durable, st.appended = b.At, b.At
-	n.reached["begun"]++
 	n.receiver(st, st.r.Finished())
 }
 

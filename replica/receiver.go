@@ -12,12 +12,12 @@ import (
 type (
 	// Append asks for a run to be appended to the group. When it is durable, Durable is to be called.
 	Append struct{ record.Run }
-	// Begin asks for a group to be begun, in the stead of what there is of it: for backings of its disks, which Compare and Put then
-	// fill, and for the group itself at Finish.
-	//
-	// It comes over a group that is known only if that is behind the writer's horizon: what is there has to be kept or given up
-	// before, and its backings not used.
+	// Begin asks for a group to be begun: for backings of its disks, which Compare and Put then fill, and for the group itself at Finish.
 	Begin struct{ record.Beginning }
+	// Bridge asks for the group to be brought from its head, over a gap, to where the writer's history is what a beginning says: its
+	// disks become what they were there by Compare and Put, and at Finish it goes on from there. What it has stays. Disks that
+	// are not there yet are adopted later.
+	Bridge struct{ record.Beginning }
 	// Compare asks for the sums of blocks to be compared with what the disk's backing has, for those of zeroes to be
 	// made so, and for Want to be called with the others that differ.
 	Compare struct{ *wire.Sums }
@@ -28,7 +28,7 @@ type (
 	// Finish says that a disk's backing was sent, or, of no disk, all of them: they are to be made durable, and the disk
 	// or the group begun with them, durably. Finished is to be called then.
 	Finish struct{ Disk record.DiskID }
-	// Rewind says to what LSN the group would have to go back to follow this writer: whether it may is for people, or their policy, to
+	// Rewind says to what LSN the group would have to go back, at least, to follow this writer: whether it may is for people, or their policy, to
 	// say, and whether its history goes back that far still is to be looked at. An End follows.
 	Rewind struct{ To record.LSN }
 	// Take asks for a reign to be begun, durably, of a higher epoch than any that is known, and for Taken to be called then: the writer
@@ -38,6 +38,7 @@ type (
 
 func (Append) action()  {}
 func (Begin) action()   {}
+func (Bridge) action()  {}
 func (Compare) action() {}
 func (Put) action()     {}
 func (Adopt) action()   {}
@@ -176,7 +177,7 @@ func (r *Receiver) Offer(m *wire.Offer, local Local) []Action {
 		return r.end(append([]Action{Depose{m.Reigns}}, refuse(wire.ReasonBusy, nil, err)...))
 	}
 	r.next, r.durable = local.Head+1, local.Head
-	return append(note, Send{&wire.Position{Known: true, Head: local.Head, Digest: local.Digest, Reigns: local.Reigns, Disks: local.Disks}})
+	return append(note, Send{&wire.Position{Known: true, Stuck: local.Stuck, Head: local.Head, Digest: local.Digest, Reigns: local.Reigns, Disks: local.Disks}})
 }
 
 // Receive takes a message of the writer's that is not an offer.
@@ -253,8 +254,6 @@ func (r *Receiver) refused(m *wire.Refuse) []Action {
 	switch {
 	case cerr != nil || to >= r.local.Head:
 		return []Action{End{err}}
-	case to < r.local.Horizon:
-		return []Action{End{fmt.Errorf("%w: to LSN %d, and its horizon is LSN %d: %w", ErrBeginAnew, to, r.local.Horizon, err)}}
 	}
 	return []Action{Rewind{to}, End{err}}
 }
@@ -333,7 +332,8 @@ func (r *Receiver) Taken(reigns record.Reigns) []Action {
 }
 
 func (r *Receiver) begin(m *wire.Begin) []Action {
-	behind := r.next == r.local.Head+1 && r.local.Head < r.offer.Horizon
+	// No record has come on this stream, and those behind what is here can not.
+	behind := r.next == r.local.Head+1 && r.local.Head < m.At && (r.local.Head < r.offer.Horizon || r.local.Stuck)
 	switch {
 	case r.local.Known && !behind:
 		return outOfTurn("a beginning, of a group that has come to LSN %d here, with records from LSN %d on there", r.next-1, r.offer.Horizon+1)
@@ -342,13 +342,22 @@ func (r *Receiver) begin(m *wire.Begin) []Action {
 	}
 	r.state, r.begins, r.disks = receiverSeeds, true, map[record.DiskID]*content{}
 	for _, d := range m.Disks {
-		if d.Removed == 0 {
+		if d.Removed == 0 && (!r.local.Known || r.has(d.ID)) {
 			r.disks[d.ID] = &content{size: d.Size}
 		}
 	}
 	r.next, r.durable = m.At+1, 0
 	r.table = &record.Run{Disks: slices.Clone(m.Disks), Reigns: slices.Clone(m.Reigns)}
+	if r.local.Known {
+		return []Action{Bridge{m.Beginning}}
+	}
+	r.local.Disks = slices.DeleteFunc(slices.Clone(m.Disks), func(d record.Disk) bool { return d.Removed != 0 })
 	return []Action{Begin{m.Beginning}}
+}
+
+// has reports whether a disk's content is here.
+func (r *Receiver) has(id record.DiskID) bool {
+	return slices.ContainsFunc(r.local.Disks, func(d record.Disk) bool { return d.ID == id })
 }
 
 func (r *Receiver) adopt(m *wire.Adopt) []Action {

@@ -20,6 +20,8 @@ type Local struct {
 	// Seen are those of the highest epoch that it was told of, if that is higher than Reigns'.
 	Seen  record.Reigns
 	Disks []record.Disk // those whose content it has
+	// Stuck says that a follower can not take the records behind Head, or is being brought over a gap there already: it needs a Bridge.
+	Stuck bool
 }
 
 const (
@@ -74,8 +76,6 @@ var (
 	ErrDeposed = errors.New("another daemon writes the group in a later epoch")
 	// ErrDiverged is wrapped if the follower has records that the writer has not.
 	ErrDiverged = errors.New("the journals have diverged: the follower must rewind")
-	// ErrBeginAnew is wrapped if it must rewind, and its own history does not go back that far.
-	ErrBeginAnew = errors.New("the follower can not rewind as far, and must begin anew")
 	// ErrForked is wrapped if the follower has other records of a reign than the writer: one of the two lost what it had said was durable, or
 	// was restored from a copy.
 	ErrForked = errors.New("the follower has other records of the same writer's reign")

@@ -27,7 +27,7 @@ type (
 	// Yield asks for the group to follow, durably, with no guest at its disks, and for Yielded to be called then; or, if that can not be,
 	// for Fail.
 	Yield struct{}
-	// Anew says that the follower has nothing, or nothing that counts: it is given what the group begins with.
+	// Anew says that the follower has nothing, or nothing from which on it can be sent records: it is given what the group begins with.
 	Anew struct{}
 	// Acked says that the follower has everything up to an LSN durably. The records behind it are what it has yet to get.
 	Acked struct{ Durable record.LSN }
@@ -67,6 +67,7 @@ type Sender struct {
 	waiting *record.Run
 	table   *record.Run // whose table the follower was sent last
 	begin   bool        // what is seeded is a group, not a disk
+	bridges bool        // the group is at the follower, which is brought over a gap
 	// unconfirmed says that the follower has not said that it has begun with the group.
 	unconfirmed bool
 	digest      [16]byte // that the follower has at sent
@@ -196,11 +197,13 @@ func (s *Sender) position(m *wire.Position) []Action {
 	case common < m.Head:
 		err = fmt.Errorf("%w: the follower has LSN %d, and both have LSN %d in common", ErrDiverged, m.Head, common)
 		return refuse(wire.ReasonDiverged, s.local.Reigns, err)
-	case common < s.local.Horizon:
-		return s.beginAnew()
 	}
 	for _, d := range m.Disks {
 		s.theirs[d.ID] = true
+	}
+	if common < s.local.Horizon || m.Stuck && common < s.local.Head {
+		s.bridges = true
+		return s.beginAnew()
 	}
 	s.sent, s.acked = common, common
 	if s.digest = m.Digest; s.digest != [16]byte{} {
@@ -239,7 +242,7 @@ func (s *Sender) Begin(b record.Beginning) []Action {
 	s.state, s.begin, s.unconfirmed, s.sent, s.acked = senderSeeds, true, true, b.At, 0
 	s.table = &record.Run{Disks: b.Disks, Reigns: b.Reigns}
 	for _, d := range b.Disks {
-		if d.Removed == 0 {
+		if d.Removed == 0 && (!s.bridges || s.theirs[d.ID]) { // one that came in a gap is adopted behind it
 			s.coming = append(s.coming, d)
 		}
 	}

@@ -158,3 +158,62 @@ func TestStrangersLearnNothing(t *testing.T) {
 	s.Start()
 	require.Empty(t, s.Receive(&wire.Position{Known: true, Head: 5, Reigns: other})[0].(Send).Message.(*wire.Refuse).Reigns)
 }
+
+// TestBridge: a follower is brought over a gap if records can not do it, and else not.
+func TestBridge(t *testing.T) {
+	disks := []record.Disk{{ID: 1, Name: "a", Size: record.BlockSize}, {ID: 2, Name: "b", Size: record.BlockSize}}
+	for name, c := range map[string]struct {
+		head    record.LSN
+		stuck   bool
+		bridges bool
+	}{"behind the horizon": {3, false, true}, "at the horizon": {4, false, false}, "it can not take the next one": {5, true, true}, "there is no next one": {8, true, false}} {
+		t.Run(name, func(t *testing.T) {
+			s := NewSender("g", Local{Known: true, Leads: true, Head: 8, Horizon: 4, Reigns: first})
+			s.Start()
+			got := s.Receive(&wire.Position{Known: true, Stuck: c.stuck, Head: c.head, Reigns: first, Disks: disks[:1]})
+			if !c.bridges {
+				require.Equal(t, []Action{Acked{c.head}, Feed{c.head + 1}}, got)
+				return
+			}
+			require.Equal(t, []Action{Anew{}, Seed{At: 8, Begin: true}}, got)
+			b := record.Beginning{At: 8, Reigns: first, Disks: disks}
+			require.Equal(t, []Action{Send{&wire.Begin{Beginning: b}}, Seed{At: 8, Disks: disks[:1]}}, s.Begin(b), "the other one is adopted behind it")
+			require.Equal(t, []Action{Send{&wire.Seeded{}}, Feed{9}}, s.Seeded())
+			got = s.Run(record.Run{First: 9, Last: 9, Disks: disks, Reigns: first})
+			require.Equal(t, Send{&wire.Adopt{At: 8, Disk: disks[1]}}, got[0])
+		})
+	}
+	offer := &wire.Offer{Group: "g", Head: 8, Horizon: 4, Reigns: first}
+	for name, c := range map[string]struct {
+		local Local
+		at    record.LSN
+		run   bool
+		taken bool
+	}{
+		"behind the horizon":   {Local{Head: 3}, 8, false, true},
+		"stuck":                {Local{Head: 5, Stuck: true}, 8, false, true},
+		"not behind it":        {Local{Head: 4}, 8, false, false},
+		"to where it is":       {Local{Head: 5, Stuck: true}, 5, false, false},
+		"behind a record":      {Local{Head: 5, Stuck: true}, 8, true, false},
+		"before the horizon":   {Local{Head: 2}, 3, false, false},
+		"beyond what there is": {Local{Head: 3}, 9, false, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c.local.Known, c.local.Reigns, c.local.Disks = true, first, disks[:1]
+			r := NewReceiver()
+			position := r.Offer(offer, c.local)[0].(Send).Message.(*wire.Position)
+			require.Equal(t, c.local.Stuck, position.Stuck)
+			if c.run {
+				r.Receive(&wire.Records{Table: true, Run: record.Run{First: c.local.Head + 1, Last: c.local.Head + 1, Disks: disks[:1], Reigns: first}})
+			}
+			b := record.Beginning{At: c.at, Reigns: first, Disks: disks}
+			got := r.Receive(&wire.Begin{Beginning: b})
+			if !c.taken {
+				require.ErrorIs(t, ended(t, got), ErrProtocol)
+				return
+			}
+			require.Equal(t, []Action{Bridge{b}}, got)
+			require.ErrorIs(t, ended(t, r.Receive(&wire.Sums{Disk: 2, Sums: make([]byte, wire.SumSize)})), ErrProtocol, "it is not here")
+		})
+	}
+}

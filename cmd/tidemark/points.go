@@ -15,7 +15,7 @@ func (a *app) points() *cobra.Command {
 	var f api.Filter
 	cmd := &cobra.Command{
 		Use:   "points GROUP",
-		Short: "List a group's markers and the window in which every LSN can be viewed",
+		Short: "List a group's markers and the windows in which every LSN can be viewed",
 		Example: `  tidemark points web01 --consistency application --since -24h
   tidemark points web01 --label 'nightly-*' --by scheduler`,
 		Args:              args(cobra.ExactArgs(1)),
@@ -37,6 +37,9 @@ func (a *app) points() *cobra.Command {
 func printPoints(cmd *cobra.Command, p api.Points) error {
 	w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
 	fmt.Fprintf(w, "every LSN from %d (horizon) to %d (head); durable to %d\n", p.Horizon, p.Head, p.Durable)
+	for _, r := range p.Earlier {
+		fmt.Fprintf(w, "every LSN from %d to %d, before a gap\n", r.First, r.Last)
+	}
 	fmt.Fprintln(w, "LSN\tTIME\tCONSISTENCY\tBY\tLABEL\t")
 	for _, m := range p.Markers {
 		label, more := m.Label, m.Description

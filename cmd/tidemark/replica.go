@@ -119,8 +119,7 @@ func (a *app) accept() *cobra.Command {
 		Use:   "accept GROUP",
 		Short: "Allow the writer of a group, once, to have history dropped here",
 		Long: `A daemon that writes a group can add to its history here, and take nothing away. Where it can not go on otherwise, the status says so: the
-group here is behind what the writer still has, and must begin anew; or it must go back behind what another daemon had written. This
-allows it, once, until the daemon stops.
+group here must go back behind what another daemon had written. This allows it, once, until the daemon stops.
 
 With --anew, the group begins anew when its writer offers it next, whatever the reason: what its history holds here is dropped then, and only what differs
 of the disks is sent.`,
@@ -131,7 +130,7 @@ of the disks is sent.`,
 			if got.Anew {
 				return say(cmd, "%s begins anew when its writer offers it next", got.Group)
 			}
-			return say(cmd, "the writer of %s may have it begin anew, or go back, once", got.Group)
+			return say(cmd, "the writer of %s may have it go back, once", got.Group)
 		}),
 	}
 	cmd.Flags().BoolVar(&q.Anew, "anew", false, "drop what is here of the group, and have its writer seed it again")

@@ -165,6 +165,10 @@ func (l *live) begin() (end func(), err error) {
 		l.busy.RUnlock()
 		return nil, errCut
 	}
+	if after, open := l.g.Bridging(); open {
+		l.busy.RUnlock()
+		return nil, fmt.Errorf("group %s is being brought over a gap, and disk %s is a mix until it is: read it as of lsn:%d: %w", l.g.Name(), l.d.Name, after, syscall.EIO)
+	}
 	return l.busy.RUnlock, nil
 }
 

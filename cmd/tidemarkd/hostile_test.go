@@ -117,11 +117,18 @@ func TestAWriterInOtherHands(t *testing.T) {
 	begin := &wire.Begin{Beginning: record.Beginning{At: head + 1, Time: 1, Reigns: reigns, Disks: []record.Disk{{ID: 1, Name: "vda", Size: size}}}}
 	anew := &wire.Offer{Group: "web01", Head: head + 1, Horizon: head + 1, Reigns: reigns}
 
+	// It makes the disk zeroes behind a gap, and goes away in the midst of it.
 	c, got := offerTo(t, e, "hostb", anew)
 	require.IsType(t, &wire.Position{}, got)
 	require.NoError(t, c.Send(begin))
-	require.Contains(t, until(t, c).Text, "tidemark replica accept")
-	require.Contains(t, b.ok("status"), "it would begin anew")
+	require.NoError(t, c.Send(&wire.Sums{Disk: 1, Sums: make([]byte, size/4096*wire.SumSize)}))
+	for _, want := got.(*wire.Want); !want; _, want = got.(*wire.Want) {
+		got, err = c.Receive()
+		require.NoError(t, err)
+	}
+	require.NoError(t, c.Close())
+	require.Contains(t, b.ok("status"), "is the newest that can be viewed")
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda@latest", size)))
 
 	c, got = offerTo(t, e, "hostb", &wire.Offer{Group: "web01", Head: head + 10, Reigns: reigns.With(record.Reign{Epoch: 2, First: head - 50, ID: [16]byte{9}})})
 	require.IsType(t, &wire.Position{}, got)
@@ -134,6 +141,19 @@ func TestAWriterInOtherHands(t *testing.T) {
 	require.IsType(t, &wire.Refuse{}, got)
 
 	b.ok("replica", "accept", "web01")
+	c, got = offerTo(t, e, "hostb", &wire.Offer{Group: "web01", Head: head + 10, Reigns: reigns.With(record.Reign{Epoch: 2, First: head - 50, ID: [16]byte{9}})})
+	require.IsType(t, &wire.Position{}, got)
+	require.NoError(t, c.Send(&wire.Refuse{Reason: wire.ReasonDiverged}))
+	eventually(t, func() bool { // it is closed meanwhile
+		s, err := b.api().Status(t.Context())
+		return err == nil && len(s.Groups) == 1 && s.Groups[0].Head == uint64(head-51)
+	})
+	require.NoError(t, c.Close())
+	head -= 51
+	begin.At, anew.Head, anew.Horizon = head+1, head+1, head+1
+	b.ok("unexport", b.scratches()[0].Name)
+
+	b.ok("replica", "accept", "web01", "--anew")
 	reigns = reigns.With(record.Reign{Epoch: 3, First: head + 1, ID: [16]byte{8}})
 	anew.Reigns, begin.Reigns = reigns, reigns
 	c, got = offerTo(t, e, "hostb", anew)

@@ -158,7 +158,12 @@ func (c *control) points(r *http.Request) (any, error) {
 		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
 	}
 	p := api.Points{
-		Group: g.Name(), Horizon: uint64(g.Horizon()), Durable: uint64(g.Durable()), Head: uint64(g.Head()), Markers: []api.Marker{},
+		Group: g.Name(), Horizon: uint64(g.Horizon()), Durable: uint64(min(g.Durable(), g.Newest())), Head: uint64(g.Newest()), Markers: []api.Marker{},
+	}
+	for _, r := range g.Viewable() {
+		if r.First < g.Horizon() {
+			p.Earlier = append(p.Earlier, api.Range{First: uint64(r.First), Last: uint64(r.Last)})
+		}
 	}
 	markers, err := g.Markers()
 	for _, m := range markers {

@@ -28,7 +28,10 @@ import (
 
 func (d *served) configure(yaml string) {
 	d.t.Helper()
-	yaml = "journal: {segment: 16MiB, reserve: 16MiB}\n" + strings.ReplaceAll(yaml, "%DIR", d.dir)
+	if !strings.Contains(yaml, "journal:") {
+		yaml = "journal: {segment: 16MiB, reserve: 16MiB}\n" + yaml
+	}
+	yaml = strings.ReplaceAll(yaml, "%DIR", d.dir)
 	require.NoError(d.t, os.WriteFile(d.path("tidemark.yaml"), []byte(yaml), 0o600))
 }
 

@@ -98,7 +98,7 @@ func replicaDesc(name, help string) *prometheus.Desc {
 var (
 	replicaLag       = replicaDesc("tidemark_replica_lag_seconds", "The age of what the replica has of the group.")
 	replicaLagBytes  = replicaDesc("tidemark_replica_lag_bytes", "Bytes of records that the replica has not, since the daemon started.")
-	replicaAcked     = replicaDesc("tidemark_replica_acked_lsn", "The LSN up to which the replica has everything, durably.")
+	replicaAcked     = replicaDesc("tidemark_replica_acked_lsn", "The LSN up to which the replica has come, durably.")
 	replicaConnected = replicaDesc("tidemark_replica_connected", "1 if the replica is connected.")
 	replicaSent      = replicaDesc("tidemark_replica_sent_bytes", "Bytes that were sent to the replica on the present connection.")
 	groupEpoch       = desc("tidemark_group_epoch", "The epoch of the group.")
@@ -143,10 +143,16 @@ var groupGauges = []struct {
 	desc *prometheus.Desc
 	read func(*journal.Group) float64
 }{
-	{desc("tidemark_group_head_lsn", "The newest LSN."), func(g *journal.Group) float64 { return float64(g.Head()) }},
+	{desc("tidemark_group_head_lsn", "The newest LSN; of a group that is being brought over a gap, how far that is."), func(g *journal.Group) float64 { return float64(g.Head()) }},
 	{desc("tidemark_group_durable_lsn", "The LSN up to which the journal survives the host."), func(g *journal.Group) float64 { return float64(g.Durable()) }},
 	{desc("tidemark_group_applied_lsn", "The LSN up to which the backings hold the records."), func(g *journal.Group) float64 { return float64(g.Applied()) }},
-	{desc("tidemark_group_horizon_lsn", "The oldest LSN that can be viewed."), func(g *journal.Group) float64 { return float64(g.Horizon()) }},
+	{desc("tidemark_group_horizon_lsn", "The LSN where the continuous window begins."), func(g *journal.Group) float64 { return float64(g.Horizon()) }},
+	{desc("tidemark_group_bridging", "1 while the group is being brought over a gap: what was before is the newest that can be viewed."), func(g *journal.Group) float64 {
+		if _, open := g.Bridging(); open {
+			return 1
+		}
+		return 0
+	}},
 	{desc("tidemark_group_journal_bytes", "What the group's segments take up."), func(g *journal.Group) float64 { return float64(g.JournalBytes()) }},
 	{desc("tidemark_group_unapplied_bytes", "How far the backings are behind."), func(g *journal.Group) float64 { return float64(g.Unapplied()) }},
 	{desc("tidemark_group_active", "1 if the group takes writes."), func(g *journal.Group) float64 {

@@ -34,7 +34,8 @@ type receiving struct {
 
 	g      *journal.Group // nil: it is not here yet
 	begins *record.Beginning
-	coming record.Disk // that is adopted
+	bridge *bridgeWriter // nil: the group is not brought over a gap on this stream
+	coming record.Disk   // that is adopted
 	opened map[record.DiskID]*rawBacking
 	// elsewhere are other groups' disks, which may hold blocks of those that come.
 	elsewhere []*os.File
@@ -91,6 +92,7 @@ func (one *replicated) receive(ctx context.Context, c *link.Conn, offer *wire.Of
 	if err := one.beginAnew(offer); err != nil {
 		return errors.Join(err, c.Refuse(wire.ReasonFailed, err), c.Close())
 	}
+	one.beforeGapIfNeedless(offer)
 	one.log.Info("a peer offers the group", zap.String("peer", x.peer), zap.Uint64("head", uint64(offer.Head)), zap.Uint64("epoch", offer.Reigns.Epoch()))
 	err := link.Follow(ctx, c, offer, x)
 	x.mu.Lock()
@@ -143,8 +145,12 @@ func (x *receiving) Local() (l replica.Local, err error) {
 }
 
 func (x *receiving) Receive(run record.Run) error {
-	if err := x.g.Receive(run); errors.Is(err, journal.ErrDetached) || errors.Is(err, journal.ErrDiscontinuity) {
-		return fmt.Errorf("%w: tidemark replica accept --anew %s drops what is here, and has it seeded again", err, x.one.name)
+	if err := x.g.Receive(run); errors.Is(err, journal.ErrDiscontinuity) {
+		reigns := x.g.Reigns()
+		x.one.setStuck(place{x.g.Head(), reigns[len(reigns)-1]})
+		return fmt.Errorf("%w: it is, when the writer offers the group next", err)
+	} else if errors.Is(err, journal.ErrDetached) {
+		return fmt.Errorf("%w: %s", err, x.one.seededAgain())
 	} else if err != nil {
 		return err
 	}
@@ -183,8 +189,8 @@ func (one *replicated) beginAnew(offer *wire.Offer) error {
 	if _, refused := actions[len(actions)-1].(replica.End); refused {
 		return nil // whoever it is, it is not followed
 	}
-	common, err := g.Reigns().Common(g.Head(), offer.Reigns, offer.Head)
-	if err != nil || common < g.Head() && (one.wrote(g, common) || offer.Reigns.Epoch() > g.Reigns().Epoch()) && !one.unrewound {
+	common, err := g.Reigns().Common(local.Head, offer.Reigns, offer.Head)
+	if err != nil || common < local.Head && (one.wrote(g, common) || offer.Reigns.Epoch() > g.Reigns().Epoch()) && !one.unrewound {
 		return nil // a rewind keeps apart what this daemon wrote, and nobody else has
 	}
 	one.log.Warn("the group begins anew, as was asked for: its history here ends")
@@ -213,27 +219,13 @@ func (one *replicated) consented() consent {
 	return one.consents
 }
 
-// Begin makes the disks' backings, over what there is of them. A group that is here already is behind the writer's horizon, and given
-// up, if that was allowed here.
+// Begin makes the disks' backings, over what there is of them.
 func (x *receiving) Begin(b record.Beginning) error {
 	one := x.one
 	one.changing.Lock()
 	defer one.changing.Unlock()
 	if err := one.still(x.g); err != nil {
 		return err
-	}
-	if x.g != nil {
-		if !one.r.reloader.configured()[one.name].Received {
-			return fmt.Errorf("group %s has come to LSN %d here, and its writer has nothing before LSN %d any more. It was this daemon's to begin with: %s", one.name, x.g.Head(), b.At, one.byHand())
-		}
-		if one.consented() == consentNone {
-			return fmt.Errorf("group %s has come to LSN %d here, and its writer has nothing before LSN %d any more: it would begin anew, and its history here end: %w", one.name, x.g.Head(), b.At, errNoConsent)
-		}
-		one.log.Warn("the group's journal here is behind what the writer still has: it begins anew, and its history here ends", zap.Uint64("head", uint64(x.g.Head())), zap.Uint64("at", uint64(b.At)))
-		if err := one.giveUp(); err != nil {
-			return err
-		}
-		x.g = nil
 	}
 	x.begins = &b
 	var err error
@@ -306,6 +298,14 @@ func (x *receiving) Adopt(d record.Disk) error {
 }
 
 func (x *receiving) Backing(id record.DiskID) (link.Backing, error) {
+	if x.bridge != nil {
+		for _, d := range x.g.Disks() {
+			if d.ID == id {
+				return bridgeDisk{x.bridge, d}, nil
+			}
+		}
+		return nil, fmt.Errorf("disk %d: %w", id, journal.ErrDetached)
+	}
 	b := x.opened[id]
 	if b == nil {
 		return nil, fmt.Errorf("disk %d does not come", id)
@@ -352,6 +352,9 @@ func (x *receiving) Finish(id record.DiskID) error {
 	defer x.one.changing.Unlock()
 	if err := x.one.still(x.g); err != nil {
 		return err
+	}
+	if x.bridge != nil {
+		return x.endBridge()
 	}
 	for _, b := range x.opened {
 		if err := errors.Join(b.f.Sync(), syncDir(filepath.Dir(b.f.Name()))); err != nil {

@@ -153,9 +153,8 @@ func TestWithoutAWrite(t *testing.T) {
 	})
 }
 
-// TestBegunAnew: what a follower can not be brought to by records, it is seeded with again if who runs it says so, and not before its writer
-// is there.
-func TestBegunAnew(t *testing.T) {
+// TestADiscontinuity: a follower is brought over what somebody else wrote to a backing of the writer's, and keeps the history that it has.
+func TestADiscontinuity(t *testing.T) {
 	const size = 16 << 20
 	a, b := hostsOf(t, size)
 	rng := mathrand.NewChaCha8([32]byte{15})
@@ -172,9 +171,40 @@ func TestBegunAnew(t *testing.T) {
 		image[off] = 7
 	}
 	require.NoError(t, f.Close())
+	was := imageOf(t, b, "web01/vda@one", size)
 	a.start()
-	eventually(t, func() bool { return strings.Contains(b.ok("status"), "tidemark replica accept --anew web01") })
-	require.Contains(t, b.ok("points", "web01"), "one")
+	eventually(t, func() bool { return strings.Contains(b.ok("points", "web01"), "before a gap") })
+	a.ok("mark", "web01", "two", "--wait-replica")
+	require.Contains(t, a.ok("replica", "compare", "web01", "--at", "two"), "the same")
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda", size)))
+	require.True(t, bytes.Equal(was, imageOf(t, b, "web01/vda@one", size)))
+	require.Contains(t, b.ok("points", "web01"), "before a gap")
+	require.Less(t, b.group("web01").Source.ReceivedBytes, int64(3<<20), "only what differs was sent")
+
+	// That it was, is no reason to be so again.
+	b.ok("replica", "accept", "web01", "--anew")
+	eventually(t, func() bool {
+		out, code := b.tidemark("points", "web01")
+		return code == 0 && !strings.Contains(out, "before a gap")
+	})
+	for _, label := range []string{"three", "four"} {
+		b.stop()
+		a.ok("mark", "web01", label)
+		b.start()
+		a.ok("mark", "web01", "behind-"+label, "--wait-replica")
+		require.Contains(t, b.ok("points", "web01"), label)
+	}
+	require.NotContains(t, b.ok("points", "web01"), "before a gap")
+}
+
+// TestBegunAnew: a follower is seeded again if who runs it says so, and not before its writer is there.
+func TestBegunAnew(t *testing.T) {
+	const size = 16 << 20
+	a, b := hostsOf(t, size)
+	image := make([]byte, size)
+	scribble(t, a, mathrand.NewChaCha8([32]byte{15}), image, 2000)
+	a.replicate("")
+	a.ok("mark", "web01", "one", "--wait-replica")
 	a.kill()
 	b.ok("replica", "accept", "web01", "--anew")
 	require.Contains(t, b.ok("points", "web01"), "one", "nothing is dropped for nobody")
@@ -182,6 +212,7 @@ func TestBegunAnew(t *testing.T) {
 	a.ok("mark", "web01", "two", "--wait-replica")
 	require.Contains(t, a.ok("replica", "compare", "web01", "--at", "two"), "the same")
 	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda", size)))
+	require.NotContains(t, b.ok("points", "web01"), "one")
 	require.Less(t, b.group("web01").Source.ReceivedBytes, int64(3<<20), "only what differs was sent")
 	b.stop()
 	b.start()
@@ -455,4 +486,75 @@ groups:
 	require.Less(t, rate, 1.3*limit)
 	require.Greater(t, rate, 0.25*limit, "it is not the limit of other hours")
 	require.Equal(t, b.group("web01").Head, a.group("web01").Head)
+}
+
+// TestByConfiguration: peers are known by the fingerprints that the configuration has; one group comes to a block device, and another one to a directory of the
+// operator's, and is mounted there.
+func TestByConfiguration(t *testing.T) {
+	needRoot(t)
+	need(t, "losetup", "mkfs.ext4", "debugfs")
+	const size = 16 << 20
+	a, b := &served{t: t, dir: t.TempDir()}, &served{t: t, dir: t.TempDir()}
+	listen := freePort(t)
+	key := func(d *served, conf string) string {
+		d.configure("replication: {" + conf + "}\n")
+		d.start()
+		defer d.stop()
+		p, err := d.api().Peers(t.Context())
+		require.NoError(t, err)
+		return p.Fingerprint
+	}
+	keyA, keyB := key(a, "name: hosta"), key(b, "name: hostb")
+	b.raw("device.raw", size)
+	out, err := exec.Command("losetup", "--show", "-f", b.path("device.raw")).Output()
+	require.NoError(t, err)
+	device := strings.TrimSpace(string(out))
+	t.Cleanup(func() {
+		_ = b.cmd.Process.Kill()
+		_ = b.cmd.Wait()
+		tool(t, "losetup", "-d", device)
+	})
+	b.configure(fmt.Sprintf("replication: {name: hostb, listen: 'tcp:%s', dir: %%DIR/elsewhere, peers: {hosta: {fingerprint: %s, may_send: [web01, files]}}}\ngroups: {web01: {received: true, disks: {vda: {backing: %s}}}}\n", listen, keyA, device))
+	b.start()
+	a.raw("vda.raw", size)
+	a.raw("vdb.raw", size)
+	tool(t, "mkfs.ext4", "-q", a.path("vdb.raw"))
+	require.NoError(t, os.WriteFile(a.path("motd"), []byte("shipped\n"), 0o600))
+	tool(t, "debugfs", "-w", "-R", "write "+a.path("motd")+" motd", a.path("vdb.raw"))
+	a.configure(fmt.Sprintf("replication: {name: hosta, peers: {hostb: {address: '%s', fingerprint: %s, may_send: []}}}\ngroups: {web01: {disks: {vda: {backing: %%DIR/vda.raw}}, replicas: [hostb]}, files: {disks: {vda: {backing: %%DIR/vdb.raw}}, replicas: [hostb]}}\n", listen, keyB))
+	a.start()
+	for _, group := range []string{"web01", "files"} {
+		eventually(t, func() bool { return a.replica(group, "hostb").State == "streaming" })
+		a.ok("mark", group, "none", "--wait-replica")
+	}
+	image := make([]byte, size)
+	scribble(t, a, mathrand.NewChaCha8([32]byte{33}), image, 300)
+	a.ok("mark", "web01", "one", "--wait-replica")
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda@one", size)))
+	mnt := b.path("mnt")
+	require.NoError(t, os.Mkdir(mnt, 0o755))
+	cmd, said := b.mount(mnt, "files@none", mnt, "--kernel")
+	require.Equal(t, "shipped\n", read(t, mnt+"/vda/files/motd"), said.String())
+	tool(t, "umount", mnt)
+	require.NoError(t, cmd.Wait(), said.String())
+	b.stop()
+	require.True(t, bytes.Equal(image, mustRead(t, device)))
+	require.FileExists(t, b.path("elsewhere/files/vda.raw"))
+	require.NoDirExists(t, b.path("elsewhere/web01"))
+}
+
+// TestATokenEndsWithItsDaemon.
+func TestATokenEndsWithItsDaemon(t *testing.T) {
+	a, b := &served{t: t, dir: t.TempDir()}, &served{t: t, dir: t.TempDir()}
+	listen := freePort(t)
+	b.configure(fmt.Sprintf("replication: {listen: 'tcp:%s', name: hostb}\n", listen))
+	b.start()
+	token := strings.Split(strings.TrimSpace(b.ok("replica", "invite")), "\n")[0]
+	b.stop()
+	b.start()
+	a.configure("replication: {name: hosta}\n")
+	a.start()
+	_, code := a.tidemark("replica", "join", listen, token)
+	require.NotZero(t, code)
+	require.NotContains(t, b.ok("replica", "list"), "hosta")
 }

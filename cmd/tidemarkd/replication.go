@@ -45,7 +45,7 @@ type replicated struct {
 
 	// changing serialises what changes who writes the group, or whether it is here.
 	changing  sync.Mutex
-	unrewound bool // the last rewind failed; guarded by changing
+	unrewound bool // the last rewind that the writer asked for came to nothing; guarded by changing
 
 	mu    sync.Mutex // guards what follows
 	note  groupNote
@@ -57,14 +57,23 @@ type replicated struct {
 	consents consent
 	asks     chan struct{} // closed when the writer is to be asked for the group
 	why      error         // the last stream on which it came has ended
+	stuck    place         // the record behind it could not be taken; the next one says so again, after a restart
 }
+
+// place is how far a group had come, in whose reign.
+type place struct {
+	head  record.LSN
+	reign record.Reign
+}
+
+func placeOf(l replica.Local) place { return place{l.Head, l.Reigns[len(l.Reigns)-1]} }
 
 // consent is what who runs this daemon allows to be dropped of a group, once, of what this daemon did not write itself.
 type consent int
 
 const (
 	consentNone consent = iota
-	consentDrop         // what its writer can not have it keep
+	consentDrop         // what its writer can not have it keep of what others wrote
 	consentAnew         // all of it, when its writer offers it next
 )
 
@@ -158,6 +167,11 @@ func (one *replicated) local() (*journal.Group, replica.Local, error) {
 		return nil, l, err
 	}
 	l.Known, l.Leads, l.Head, l.Horizon, l.Reigns, l.Disks = true, !g.Follows(), g.Durable(), g.Horizon(), g.Reigns(), g.Table()
+	after, open := g.Bridging()
+	if open {
+		l.Head = after
+	}
+	l.Stuck = open || one.isStuck(placeOf(l))
 	var err error
 	l.Digest, err = g.Digest(l.Head)
 	return g, l, err

@@ -12,7 +12,7 @@ import (
 	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
-// await returns when every replica of a group has everything up to an LSN, or says which have not by the time that ctx ends.
+// await returns when every replica of a group has the record of an LSN, or says which do not by the time that ctx ends, or never will, as it lies in a gap there.
 func (r *replication) await(ctx context.Context, group string, lsn record.LSN) (late []string, err error) {
 	one := r.group(group)
 	conf := r.reloader.configured()[group]
@@ -41,6 +41,9 @@ func (r *replication) status(g *journal.Group, a *api.Group) {
 	}
 	if n.Yielded != "" && g.Follows() {
 		a.Problems = append(a.Problems, fmt.Sprintf("it was handed over to %s, and whether that has taken it is not known: if it has not, tidemark failover %s here, where everything is", n.Yielded, g.Name()))
+	}
+	if after, open := g.Bridging(); open {
+		a.Problems = append(a.Problems, fmt.Sprintf("the records behind LSN %d can not be had, or taken: it is being brought to where its writer is, and until then that LSN is the newest that can be viewed", after))
 	}
 	a.Replicas = one.shipped()
 	rpo := r.reloader.configured()[g.Name()].RPO

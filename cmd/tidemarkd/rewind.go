@@ -25,8 +25,15 @@ func (x *receiving) Rewind(to record.LSN) error {
 	one.changing.Lock()
 	defer one.changing.Unlock()
 	r := one.r
-	if err := one.still(x.g); err != nil {
+	err := one.still(x.g)
+	if err != nil {
 		return err
+	}
+	common := to
+	to, ok := x.g.NewestUpTo(common) // it may lie in a gap
+	if !ok {
+		one.unrewound = true
+		return fmt.Errorf("group %s has LSN %d in common with its writer, and its history here does not go back that far any more: %s", one.name, common, one.seededAgain())
 	}
 	if !one.wrote(x.g, to) && one.consented() == consentNone {
 		return fmt.Errorf("group %s has come to LSN %d here, its writer has LSN %d of that, and not all of the rest was written here: %w", one.name, x.g.Head(), to, errNoConsent)
@@ -34,22 +41,19 @@ func (x *receiving) Rewind(to record.LSN) error {
 	if err := r.exports.scratches.above(one.name, to); err != nil {
 		return err
 	}
-	if err := r.exports.seal(one.name, "it is being rewound", true); err != nil {
+	one.unrewound = true // until it is
+	if x.g, err = one.beforeGap(x.g); err != nil {
 		return err
 	}
-	defer r.exports.unseal(one.name)
-	branch, err := r.exports.scratches.branch(x.g, to, r.conf.Name)
+	err = one.goBack(to, func() error {
+		branch, err := r.exports.scratches.branch(x.g, to, r.conf.Name)
+		if err != nil {
+			return fmt.Errorf("keep what was written here behind LSN %d: %w", to, err)
+		}
+		one.log.Warn("the group goes back to what it has in common with its writer", zap.Uint64("to", uint64(to)), zap.Uint64("from", uint64(x.g.Head())), zap.String("kept_as", branch))
+		return nil
+	})
 	if err != nil {
-		return fmt.Errorf("keep what was written here behind LSN %d: %w", to, err)
-	}
-	resume, err := r.exports.scratches.suspend(one.name)
-	if err != nil {
-		return err
-	}
-	defer resume()
-	one.log.Warn("the group goes back to what it has in common with its writer", zap.Uint64("to", uint64(to)), zap.Uint64("from", uint64(x.g.Head())), zap.String("kept_as", branch))
-	if err := r.reloader.rewind(one.name, to); err != nil {
-		one.unrewound = true
 		return fmt.Errorf("go back to LSN %d, to follow the writer: %w", to, err)
 	}
 	one.unrewound = false

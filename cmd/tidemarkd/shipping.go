@@ -31,9 +31,11 @@ type shipping struct {
 	connected bool
 	streams   bool // beyond seeding
 	acked     record.LSN
+	beginning bool       // it is given what it begins with, or goes on with behind a gap
+	skipped   record.LSN // where that was, last, since the daemon started: markers up to there may not be at the replica
 	lag       *replica.Lag
 	progress  link.Progress
-	began     time.Time // of the seeding
+	seeding   time.Time // since when it is being seeded
 	err       error     // why the last stream ended
 	conn      *link.Conn
 	bell      chan struct{} // closed and made anew when acked rises
@@ -114,14 +116,15 @@ func (s *shipping) look() record.LSN {
 	return s.acked
 }
 
-// await returns when the replica has everything up to an LSN, or ctx ends.
+// await returns when the replica has the record of an LSN, or ctx ends; or when it is sent no more: what the replica began with, or was brought
+// over a gap to, is behind it.
 func (s *shipping) await(ctx context.Context, lsn record.LSN) bool {
 	for {
 		s.mu.Lock()
-		acked, bell := s.acked, s.bell
+		acked, skipped, bell := s.acked, s.skipped, s.bell
 		s.mu.Unlock()
 		if acked >= lsn {
-			return true
+			return lsn > skipped
 		}
 		select {
 		case <-bell:
@@ -144,7 +147,7 @@ func (s *shipping) status() api.Replica {
 		a.State = "streaming"
 	case s.connected && s.progress.All > 0 && !s.progress.Done:
 		a.State = "seeding"
-		a.Seeding = seeding(s.progress, s.began)
+		a.Seeding = seeding(s.progress, s.seeding)
 	case s.connected:
 		a.State = "connected"
 	}
@@ -231,13 +234,16 @@ func (o source) Anew() {
 	o.s.mu.Lock()
 	defer o.s.mu.Unlock()
 	horizon := o.g.Horizon()
-	o.s.acked, o.s.streams, o.s.lag = 0, false, replica.NewLag(0, 0, o.s.since)
+	o.s.acked, o.s.streams, o.s.beginning, o.s.lag = 0, false, true, replica.NewLag(0, 0, o.s.since)
 	o.s.hold.Move(horizon + 1)
 }
 
 func (o source) Acked(lsn record.LSN) {
 	o.s.mu.Lock()
 	defer o.s.mu.Unlock()
+	if o.s.beginning {
+		o.s.skipped, o.s.beginning = lsn, false
+	}
 	o.s.acked, o.s.streams = lsn, true
 	o.s.lag.Acked(lsn)
 	close(o.s.bell)
@@ -249,7 +255,7 @@ func (o source) Seeding(p link.Progress) {
 	o.s.mu.Lock()
 	defer o.s.mu.Unlock()
 	if o.s.progress.All == 0 || o.s.progress.Done || p.Compared < o.s.progress.Compared {
-		o.s.began = time.Now()
+		o.s.seeding = time.Now()
 	}
 	o.s.progress = p
 }

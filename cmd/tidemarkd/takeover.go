@@ -62,6 +62,10 @@ func (one *replicated) lead(g *journal.Group) (record.Reigns, error) {
 	if one.journal() != g {
 		return nil, fmt.Errorf("group %s was closed meanwhile", one.name)
 	}
+	g, err := one.beforeGap(g)
+	if err != nil {
+		return nil, err
+	}
 	r, err := g.Lead(max(g.Reigns().Epoch(), one.seen().Epoch()) + 1)
 	if err != nil {
 		return nil, err
@@ -127,9 +131,12 @@ func (c *control) failover(r *http.Request) (any, error) {
 	if q.Point == "" {
 		return a, nil
 	}
-	done, err := c.rollbacks.rollback(r.Context(), g, api.RollbackRequest{Point: q.Point}, peer(r))
+	var done api.RolledBack
+	if g, err = c.store.Group(g.Name()); err == nil { // it may be another one
+		done, err = c.rollbacks.rollback(r.Context(), g, api.RollbackRequest{Point: q.Point}, peer(r))
+	}
 	if err != nil {
-		return nil, fmt.Errorf("this daemon writes group %s from LSN %d on, in epoch %d, and it could not be taken back to %s: tidemark rollback tries again: %w", g.Name(), a.LSN, a.Epoch, q.Point, err)
+		return nil, fmt.Errorf("this daemon writes group %s from LSN %d on, in epoch %d, and it could not be taken back to %s: tidemark rollback tries again: %w", a.Group, a.LSN, a.Epoch, q.Point, err)
 	}
 	a.RolledBack = &done
 	return a, nil
@@ -178,21 +185,26 @@ func (c *control) failback(r *http.Request) (any, error) {
 	case <-x.done:
 	case <-ctx.Done():
 	}
-	if g.Follows() {
+	// The group may be another one: it was rewound meanwhile.
+	follows := func() bool {
+		now := one.journal()
+		return now == nil || now.Follows()
+	}
+	if follows() {
 		// What was asked for is not to come later, on whatever stream.
 		one.mu.Lock()
 		one.asks = make(chan struct{})
 		one.mu.Unlock()
 		one.end()
 	}
-	if g.Follows() {
+	if follows() {
 		why := errors.Join(ctx.Err(), x.why())
 		if why == nil {
 			why = errors.New("the stream ended before it was")
 		}
 		return nil, fmt.Errorf("group %s was not handed over by %s: %w", g.Name(), x.peer, why)
 	}
-	reigns := g.Reigns()
+	reigns := one.highest()
 	last := reigns[len(reigns)-1]
 	return api.FailedOver{Group: g.Name(), Epoch: last.Epoch, LSN: uint64(last.First - 1), Seconds: time.Since(began).Seconds()}, nil
 }

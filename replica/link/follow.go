@@ -19,14 +19,16 @@ type Target interface {
 	Receive(record.Run) error
 	// Sync makes what was received durable, and returns up to where.
 	Sync() (record.LSN, error)
-	// Begin and Adopt prepare the backings of disks that come, Backing is one of them.
+	// Begin and Adopt prepare the backings of disks that come, Backing is one of them. Bridge does those of the disks that are here, as they are:
+	// what is written to them is journaled.
 	Begin(record.Beginning) error
+	Bridge(record.Beginning) error
 	Adopt(record.Disk) error
 	Backing(record.DiskID) (Backing, error)
 	// Elsewhere is what is here beside a disk that comes and may hold the same blocks at the same offsets. It is asked for once a disk,
 	// and read while that comes. What is read may change meanwhile.
 	Elsewhere(record.DiskID) []io.ReaderAt
-	// Finish makes the disk that was adopted one of the group, or, with 0, begins the group, durably.
+	// Finish makes the disk that was adopted one of the group, or, with 0, begins the group, or ends the bridge, durably.
 	Finish(record.DiskID) error
 	// Note and Depose are durable when they return, see replica.Note.
 	Note(record.Reigns) error
@@ -41,7 +43,7 @@ type Target interface {
 	Handover() <-chan struct{}
 }
 
-// Backing is what a disk that comes is written to.
+// Backing is what a disk that comes, or is brought over a gap, is written to: each block once at most, and not read after that.
 type Backing interface {
 	// ReadAt and WriteAt are within the disk's size.
 	ReadAt(p []byte, off int64) (int, error)
@@ -113,7 +115,9 @@ func (x *follower) work(a replica.Action) (func() error, func() []replica.Action
 	case replica.Append:
 		return func() error { return x.t.Receive(a.Run) }, x.sync
 	case replica.Begin:
-		return func() error { return x.begin(a) }, nil
+		return func() error { return x.begin(a.Beginning, x.t.Begin) }, nil
+	case replica.Bridge:
+		return func() error { return x.begin(a.Beginning, x.t.Bridge) }, nil
 	case replica.Adopt:
 		return func() error {
 			x.sizes[a.Disk.ID] = a.Disk.Size
@@ -169,11 +173,11 @@ func (x *follower) sync() []replica.Action {
 	return nil
 }
 
-func (x *follower) begin(a replica.Begin) error {
-	for _, d := range a.Disks {
+func (x *follower) begin(b record.Beginning, prepare func(record.Beginning) error) error {
+	for _, d := range b.Disks {
 		x.sizes[d.ID] = d.Size
 	}
-	return x.t.Begin(a.Beginning)
+	return prepare(b)
 }
 
 // put writes blocks that were wanted.

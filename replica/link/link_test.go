@@ -114,6 +114,7 @@ type memory struct {
 	wrote     int64 // bytes of blocks that were written to begin with
 	elsewhere []io.ReaderAt
 	rewound   []record.LSN
+	bridges   int
 }
 
 const memBlocks = 3*sumBlocks + 5
@@ -263,6 +264,10 @@ func (m *memory) Begin(b record.Beginning) error {
 	}
 	return nil
 }
+func (m *memory) Bridge(b record.Beginning) error {
+	m.bridges++
+	return m.Begin(b)
+}
 func (m *memory) Adopt(record.Disk) error                { return errors.New("no disk comes here") }
 func (m *memory) Backing(record.DiskID) (Backing, error) { return m, nil }
 func (m *memory) Elsewhere(record.DiskID) []io.ReaderAt  { return m.elsewhere }
@@ -374,6 +379,19 @@ func TestShip(t *testing.T) {
 	eventually(t, a.g.hasAcked(26010))
 	a.same(t, b)
 	require.EqualValues(t, 10*record.BlockSize, b.g.wrote, "only what differs was sent")
+	require.ErrorIs(t, stop(), context.Canceled)
+
+	// One that has it, and can not be sent the next records.
+	require.Zero(t, b.g.bridges)
+	a.g.write(20)
+	a.g.mu.Lock()
+	a.g.horizon, b.g.wrote = a.g.head, 0
+	a.g.mu.Unlock()
+	stop = a.shipping(t, "b")
+	eventually(t, a.g.hasAcked(26030))
+	a.same(t, b)
+	require.Equal(t, 1, b.g.bridges)
+	require.EqualValues(t, 20*record.BlockSize, b.g.wrote)
 	require.ErrorIs(t, stop(), context.Canceled)
 }
 

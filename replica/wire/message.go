@@ -211,7 +211,7 @@ func (m *Refuse) read(r *reader) {
 // Offer is the writer's: the group that the stream is of, and how far it goes. Head (8), horizon (8), name, reigns.
 type Offer struct {
 	Group         string
-	Head, Horizon record.LSN // what is durable, and what can be viewed
+	Head, Horizon record.LSN // what is durable, and where the continuous window begins
 	Reigns        record.Reigns
 }
 
@@ -234,9 +234,10 @@ func (m *Offer) read(r *reader) {
 	}
 }
 
-// Position is the follower's answer: what it has of the group. Known (1), head (8), digest (16), reigns, disks.
+// Position is the follower's answer: what it has of the group. Known (1), stuck (1), head (8), digest (16), reigns, disks.
 type Position struct {
 	Known  bool       // it has a journal of the group
+	Stuck  bool       // it can not take the records behind Head
 	Head   record.LSN // that is durable there
 	Digest [16]byte   // of the record at Head, see record.Header.Digest; zeroes: it has none
 	Reigns record.Reigns
@@ -247,7 +248,7 @@ type Position struct {
 func (*Position) Type() Type { return TypePosition }
 
 func (m *Position) append(b []byte) []byte {
-	b = le.AppendUint64(append(b, flagByte(m.Known)), uint64(m.Head))
+	b = le.AppendUint64(append(b, flagByte(m.Known), flagByte(m.Stuck)), uint64(m.Head))
 	return appendDisks(appendReigns(append(b, m.Digest[:]...), m.Reigns), m.Disks)
 }
 
@@ -259,7 +260,7 @@ func flagByte(v bool) byte {
 }
 
 func (m *Position) read(r *reader) {
-	m.Known, m.Head, m.Digest, m.Reigns, m.Disks = r.flag("known"), r.lsn("head"), r.id("digest"), r.reigns(), r.disks()
+	m.Known, m.Stuck, m.Head, m.Digest, m.Reigns, m.Disks = r.flag("known"), r.flag("stuck"), r.lsn("head"), r.id("digest"), r.reigns(), r.disks()
 	if m.Known && r.err == nil && len(m.Reigns) == 0 {
 		r.fail("a journal has had reigns, and here is none")
 	}
@@ -326,7 +327,7 @@ func (m *Beat) read(r *reader) {
 	m.Head, m.Time = r.lsn("head"), time.Unix(0, int64(r.u64("time"))).UTC()
 }
 
-// Begin has the follower begin with the group anew: LSN (8), time (8, Unix nanoseconds), reigns, disks, definitions. The
+// Begin has a follower that has nothing begin with the group, and another one go on with it behind a gap: LSN (8), time (8, Unix nanoseconds), number of pins (4), their LSNs (8 each), reigns, disks, definitions. The
 // content of its disks follows, each to its Seeded, and a Seeded of them all.
 type Begin struct{ record.Beginning }
 
@@ -336,6 +337,10 @@ func (*Begin) Type() Type { return TypeBegin }
 func (m *Begin) append(b []byte) []byte {
 	b = le.AppendUint64(b, uint64(m.At))
 	b = le.AppendUint64(b, uint64(m.Time))
+	b = le.AppendUint32(b, uint32(len(m.Pinned)))
+	for _, lsn := range m.Pinned {
+		b = le.AppendUint64(b, uint64(lsn))
+	}
 	b = appendDisks(appendReigns(b, m.Reigns), m.Disks)
 	b = le.AppendUint16(b, uint16(len(m.Definitions)))
 	for i := range m.Definitions {
@@ -347,6 +352,9 @@ func (m *Begin) append(b []byte) []byte {
 
 func (m *Begin) read(r *reader) {
 	m.At, m.Time = r.lsn("LSN"), int64(r.u64("time"))
+	for n := r.u32("pins"); n > 0 && r.err == nil; n-- {
+		m.Pinned = append(m.Pinned, r.lsn("pin"))
+	}
 	m.Reigns, m.Disks = r.reigns(), r.disks()
 	for n := r.u16("definitions"); n > 0 && r.err == nil; n-- {
 		d, err := record.DecodeDefinition(m.At, r.take(int(r.u32("a definition's length")), "a definition"))

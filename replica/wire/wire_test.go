@@ -140,15 +140,16 @@ func TestAPeerThatLies(t *testing.T) {
 		"a flag that is neither":  {frame(TypePosition, 0, append([]byte{2}, make([]byte, 12)...)), "neither"},
 		"too long":                {frame(TypeAck, 0, make([]byte, 10)), "behind the last field"},
 		"too short":               {frame(TypeAck, 0, make([]byte, 7)), "cut short"},
-		"more reigns than bytes":  {frame(TypePosition, 0, append(make([]byte, 9), 255, 255)), "cut short"},
-		"more disks than bytes":   {frame(TypeBegin, 0, append(make([]byte, 18), 255, 255)), "cut short"},
-		"reigns out of order":     {frame(TypePosition, 0, appendReigns(make([]byte, 25), record.Reigns{reigns[1], reigns[0]})), "reign"},
+		"more reigns than bytes":  {frame(TypePosition, 0, append(make([]byte, 26), 255, 255)), "cut short"},
+		"more disks than bytes":   {frame(TypeBegin, 0, append(make([]byte, 22), 255, 255)), "cut short"},
+		"more pins than bytes":    {frame(TypeBegin, 0, append(make([]byte, 16), 255, 255, 255, 255)), "cut short"},
+		"reigns out of order":     {frame(TypePosition, 0, appendReigns(make([]byte, 26), record.Reigns{reigns[1], reigns[0]})), "reign"},
 		"a name that is a path":   {frame(TypeOffer, 0, appendReigns(appendText(make([]byte, 16), "../x"), reigns)), "not allowed"},
 		"a name that is no UTF-8": {frame(TypeHello, 0, appendText(appendText(make([]byte, 21), "\xff"), "")), "UTF-8"},
-		"a beginning of no reign": {frame(TypeBegin, 0, make([]byte, 22)), "reigns"},
+		"a beginning of no reign": {frame(TypeBegin, 0, make([]byte, 26)), "reigns"},
 		"a block on no disk":      {frame(TypeWant, 0, bytes.Repeat([]byte{255}, 12)), "on no disk"},
 		"a part of a sum":         {frame(TypeSums, 0, make([]byte, 4+8+32+SumSize+1)), "sums"},
-		"a definition beyond all": {frame(TypeBegin, 0, append(le.AppendUint16(appendDisks(appendReigns(make([]byte, 16), reigns), nil), 1), 255, 255, 255, 255)), "cut short"},
+		"a definition beyond all": {frame(TypeBegin, 0, append(le.AppendUint16(appendDisks(appendReigns(make([]byte, 20), reigns), nil), 1), 255, 255, 255, 255)), "cut short"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newReader(t, bytes.NewReader(c.b))

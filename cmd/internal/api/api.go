@@ -252,7 +252,7 @@ type JoinRequest struct {
 
 // AcceptRequest is the body of POST /v1/groups/GROUP/accept.
 type AcceptRequest struct {
-	Anew bool `json:"anew,omitempty"` // it begins anew when its writer offers it next, whether or not the writer asks for that
+	Anew bool `json:"anew,omitempty"` // it is dropped here, and seeded, when its writer offers it next
 }
 
 // Accepted is the answer to it.
@@ -313,7 +313,7 @@ type Marker struct {
 	Frozen      float64   `json:"frozen_seconds"` // how long guests stood still for it
 	Note        string    `json:"note,omitempty"` // why less was reached than was asked for
 	Pinned      bool      `json:"pinned"`
-	// Late are the replicas that had not got it in time.
+	// Late are the replicas that had not got it in time, or do not get it, as it lies in a gap of what they have.
 	Late []string `json:"late,omitempty"`
 	// Problems, of a marker just taken, are what the operator must see to.
 	Problems []string `json:"problems,omitempty"`
@@ -380,7 +380,14 @@ type Points struct {
 	Horizon uint64   `json:"horizon"`
 	Durable uint64   `json:"durable"`
 	Head    uint64   `json:"head"`
+	Earlier []Range  `json:"earlier,omitempty"` // what can be viewed beyond gaps, before the horizon
 	Markers []Marker `json:"markers"`
+}
+
+// Range is the LSNs from First to Last.
+type Range struct {
+	First uint64 `json:"first"`
+	Last  uint64 `json:"last"`
 }
 
 // Resolved is the answer to GET /v1/groups/GROUP/resolve?point=POINT.

@@ -84,6 +84,7 @@ func (s *sink) Begin(b record.Beginning) error {
 	return nil
 }
 
+func (s *sink) Bridge(record.Beginning) error               { return errors.New("a sink has no history") }
 func (s *sink) Adopt(record.Disk) error                     { return nil }
 func (s *sink) Backing(record.DiskID) (link.Backing, error) { return nothing{}, nil }
 func (s *sink) Elsewhere(record.DiskID) []io.ReaderAt       { return nil }

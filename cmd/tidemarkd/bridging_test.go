@@ -1,0 +1,121 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// fallBehind has hosta's web01 shipped to hostb up to the marker "one", and go on without it until its writer has the next records no more. It
+// returns what the disk was then, and what it is.
+func fallBehind(t *testing.T, a, b *served, rng *rand.ChaCha8, size int64) (one, image []byte) {
+	t.Helper()
+	conf := "replication: {name: hosta, limit: 4MiB}\njournal: {limit: 8MiB, segment: 2MiB}\ngroups: {web01: {disks: {vda: {backing: %%DIR/vda.raw}}, replicas: [%s]}}\n"
+	image = make([]byte, size)
+	scribble(t, a, rng, image, 1000)
+	a.replicate("")
+	a.ok("mark", "web01", "one", "--wait-replica")
+	one = bytes.Clone(image)
+	a.stop()
+	a.configure(fmt.Sprintf(conf, ""))
+	a.start()
+	acked := b.group("web01").Head
+	for a.group("web01").Horizon <= acked {
+		scribble(t, a, rng, image, 1000)
+	}
+	a.ok("mark", "web01", "lost")
+	scribble(t, a, rng, image, 100)
+	a.stop()
+	a.configure(fmt.Sprintf(conf, "hostb"))
+	return one, image
+}
+
+// TestBehindTheHorizon: a replica that its writer has the next records for no more is brought to where the writer is, over a gap, by what differs alone, and keeps
+// the history that it has, whoever is killed meanwhile.
+func TestBehindTheHorizon(t *testing.T) {
+	const size = 32 << 20
+	a, b := hostsOf(t, size)
+	rng := rand.NewChaCha8([32]byte{31})
+	one, image := fallBehind(t, a, b, rng, size)
+	head := b.group("web01").Head
+	a.start()
+	open := func() bool { return strings.Contains(b.ok("status"), "is the newest that can be viewed") }
+	eventually(t, open)
+	c := b.dial("web01/vda")
+	require.Error(t, c.ReadAt(make([]byte, 4096), 0), "it is a mix")
+	require.NoError(t, c.Close())
+	for _, d := range []struct{ end, begin func() }{{b.kill, b.start}, {a.kill, a.start}, {b.stop, b.start}} {
+		eventually(t, func() bool { return b.group("web01").Head > head })
+		head = b.group("web01").Head
+		require.True(t, bytes.Equal(one, imageOf(t, b, "web01/vda@latest", size)))
+		require.True(t, open())
+		d.end()
+		d.begin()
+	}
+	b.kill()
+	waits := make(chan int, 1)
+	go func() {
+		_, code := a.tidemark("mark", "web01", "on-the-way", "--wait-replica=50s")
+		waits <- code
+	}()
+	eventually(t, func() bool { return strings.Contains(a.ok("points", "web01"), "on-the-way") })
+	b.start()
+	require.Equal(t, 10, <-waits, "it lies in the gap")
+	eventually(t, func() bool { return a.replica("web01", "hostb").State == "streaming" })
+	a.ok("mark", "web01", "two", "--wait-replica")
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda", size)))
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda@two", size)))
+	require.True(t, bytes.Equal(one, imageOf(t, b, "web01/vda@one", size)))
+	require.Contains(t, a.ok("replica", "compare", "web01", "--at", "two"), "the same")
+	require.Contains(t, b.ok("verify", "web01"), "no damage")
+	points := b.ok("points", "web01")
+	require.Contains(t, points, "before a gap")
+	require.NotContains(t, points, "lost")
+	out, code := b.tidemark("restore", fmt.Sprintf("web01/vda@lsn:%d", head+1), "--to", b.path("gap.raw"))
+	require.NotZero(t, code)
+	require.Contains(t, out, "its record never came here")
+
+	// And is the writer, from any of it.
+	a.kill()
+	b.ok("failover", "web01", "--to", "one")
+	require.True(t, bytes.Equal(one, imageOf(t, b, "web01/vda", size)))
+	a.start()
+	eventually(t, func() bool {
+		g := a.group("web01")
+		return g.Role == "follows" && g.Head == b.group("web01").Head
+	})
+	require.True(t, bytes.Equal(one, imageOf(t, a, "web01/vda", size)))
+	require.True(t, bytes.Equal(image, imageOf(t, a, "web01/vda@two", size)))
+}
+
+// TestFailoverInAGap: what can be failed over to is what was there before.
+func TestFailoverInAGap(t *testing.T) {
+	const size = 32 << 20
+	a, b := hostsOf(t, size)
+	rng := rand.NewChaCha8([32]byte{32})
+	one, _ := fallBehind(t, a, b, rng, size)
+	head := b.group("web01").Head
+	a.start()
+	eventually(t, func() bool { return b.group("web01").Head > head })
+	a.kill()
+	held := b.dial("web01/vda@one")
+	out, code := b.tidemark("failover", "web01")
+	require.NotZero(t, code)
+	require.Contains(t, out, "disk is in use")
+	require.NoError(t, held.Close())
+	b.ok("test-failover", "web01", "--name", "try")
+	require.True(t, bytes.Equal(one, imageOf(t, b, "scratch/try/vda", size)))
+	require.Contains(t, b.ok("failover", "web01"), fmt.Sprintf("from LSN %d on, in epoch 2", head+1))
+	require.True(t, bytes.Equal(one, imageOf(t, b, "web01/vda", size)))
+	require.True(t, bytes.Equal(one, imageOf(t, b, "scratch/try/vda", size)))
+	scribble(t, b, rng, one, 100)
+	b.ok("mark", "web01", "taken-over")
+	b.stop()
+	b.start()
+	require.True(t, bytes.Equal(one, imageOf(t, b, "web01/vda@taken-over", size)))
+	require.Contains(t, b.ok("verify", "web01"), "no damage")
+}
