@@ -11,6 +11,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
@@ -175,7 +176,7 @@ func (g *Group) pinBeforeGap() {
 }
 
 // behindGap is the group's standing, and its disks, behind a gap, or an error if it can not come to be what a beginning says. Disks that are not
-// here yet come later, see Adopt.
+// here yet come with the bridge's end, or later, see Adopt.
 func (g *Group) behindGap(b record.Beginning) (*standing, *members, error) {
 	if err := b.Check(); err != nil {
 		return nil, nil, err
@@ -344,19 +345,20 @@ func (g *Group) BridgeRoom() uint64 {
 }
 
 // EndBridge says that, with the last operations, as Bridge takes them, the disks are what they were where the bridge leads to. The group goes on from
-// there. It is durable when EndBridge returns, with all of the bridge before it.
-func (g *Group) EndBridge(last []Op) error {
+// there, with those disks that came to it in the gap whose backings are given: they must hold, durably, what the disks held there. It is durable when EndBridge
+// returns, with all of the bridge before it.
+func (g *Group) EndBridge(last []Op, came []DiskConfig) error {
 	g.receiving.Lock()
 	defer g.receiving.Unlock()
 	g.joining.Lock()
 	defer g.joining.Unlock()
-	if err := g.endBridge(last); err != nil {
+	if err := g.endBridge(last, came); err != nil {
 		return fmt.Errorf("bring group %s over a gap: %w", g.name, err)
 	}
 	return nil
 }
 
-func (g *Group) endBridge(last []Op) error {
+func (g *Group) endBridge(last []Op, came []DiskConfig) (err error) {
 	after, open := g.Bridging()
 	if !open || g.bridge == nil {
 		return errors.New("none was begun")
@@ -392,6 +394,20 @@ func (g *Group) endBridge(last []Op) error {
 	if err != nil {
 		return err
 	}
+	newcomers, err := g.openNewcomers(&b, came)
+	defer func() {
+		for _, d := range newcomers {
+			if err != nil {
+				err = errors.Join(err, g.detach(d))
+			}
+		}
+	}()
+	if err != nil {
+		return err
+	}
+	for _, d := range newcomers {
+		m = m.with(d, record.Disk{ID: d.ID, Name: d.Name, Size: d.Size, Added: d.Added})
+	}
 	err = g.rollWith(true, func() (undo func(), err error) {
 		gaps, standing, disks := g.gaps.Load(), g.standing.Load(), g.disks.Load()
 		over := g.Gaps()
@@ -412,6 +428,29 @@ func (g *Group) endBridge(last []Op) error {
 	g.bridge = nil
 	g.log.Info("the group was brought over a gap", zap.Uint64("after", uint64(after)), zap.Uint64("to", uint64(b.At)))
 	return nil
+}
+
+// openNewcomers opens the backings of disks that came in a gap; those that it returns are open, whatever its error.
+func (g *Group) openNewcomers(b *record.Beginning, came []DiskConfig) (all []*disk.Disk, err error) {
+	table := slices.Clone(g.disks.Load().table)
+	for _, c := range came {
+		i := slices.IndexFunc(b.Disks, func(t record.Disk) bool { return t.Name == c.Name && t.Removed == 0 && g.disk(t.ID) == nil })
+		if i < 0 {
+			return all, fmt.Errorf("disk %s did not come in the gap", c.Name)
+		}
+		t := b.Disks[i]
+		t.Added = b.At
+		table = append(table, t)
+		if err := record.CheckDisks(table, b.At); err != nil {
+			return all, fmt.Errorf("disk %s: %w", c.Name, err)
+		}
+		d := disk.New(t.ID, t.Name, t.Size, t.Added, g)
+		if _, err := g.open(c, d); err != nil {
+			return all, err
+		}
+		all = append(all, d)
+	}
+	return all, nil
 }
 
 // bridgeNotesLocked are the last records of a bridge: one that says where it leads to, the definitions that are others there, and that

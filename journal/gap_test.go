@@ -102,7 +102,7 @@ func (m *model) cross() bool {
 	f.synced = max(f.synced, after)
 	m.note("the follower is to get from %d to %d", after, at)
 	last, whole := m.bridge(f, b)
-	whole = whole && m.endBridge(f, b, last)
+	whole = whole && m.endBridge(f, b, last, m.newcomers(f, b))
 	g := f.g
 	if whole {
 		m.reached["crossed"]++
@@ -125,10 +125,23 @@ func (m *model) cross() bool {
 	return true
 }
 
+// newcomers are some of the disks that came to the group in a gap.
+func (m *model) newcomers(f *follower, b record.Beginning) (came []DiskConfig) {
+	for _, t := range b.Disks {
+		d := int(t.Name[1] - '0')
+		if t.Removed == 0 && f.g.disk(t.ID) == nil && !m.out[d] && m.rng.IntN(3) > 0 {
+			m.reached["came in a gap"]++
+			came = append(came, m.seed(d, b.At))
+		}
+	}
+	return came
+}
+
 // endBridge ends it, with a crash at some step or without. It reports whether the follower is behind the gap.
-func (m *model) endBridge(f *follower, b record.Beginning, last []Op) bool {
+func (m *model) endBridge(f *follower, b record.Beginning, last []Op, came []DiskConfig) bool {
 	if m.rng.IntN(2) == 0 {
-		require.NoError(m.t, f.g.EndBridge(last))
+		require.NoError(m.t, f.g.EndBridge(last, came))
+		f.disks = append(f.disks, came...)
 		return true
 	}
 	require.NoError(m.t, f.store.Close())
@@ -141,7 +154,9 @@ func (m *model) endBridge(f *follower, b record.Beginning, last []Op) bool {
 		last[i].Disk = f.g.disk(last[i].Disk.ID)
 	}
 	c.in(1 + m.rng.IntN(8))
-	require.NoError(m.t, f.g.EndBridge(last))
+	require.NoError(m.t, f.g.EndBridge(last, came))
+	before := f.disks
+	f.disks = append(slices.Clip(f.disks), came...)
 	clone := c.taken()
 	if clone == nil {
 		require.NoError(m.t, f.store.Close())
@@ -150,6 +165,12 @@ func (m *model) endBridge(f *follower, b record.Beginning, last []Op) bool {
 		m.note("the follower crashes at the end of the gap")
 		require.NoError(m.t, f.store.Abandon())
 		f.fs = clone
+		if s, err := Open("state", []GroupConfig{{Name: "g", Disks: f.disks}}, Options{FS: f.fs, SegmentSize: 64 << 10, ReadOnly: true}); err == nil {
+			require.NoError(m.t, s.Close())
+		} else {
+			require.ErrorContains(m.t, err, "is not in group")
+			f.disks = before // the end came before
+		}
 		if m.rng.IntN(4) == 0 {
 			require.NoError(m.t, f.fs.RemoveAll("state/index"))
 		}
@@ -273,7 +294,7 @@ func TestAGap(t *testing.T) {
 		return Op{Kind: record.KindWrite, Disk: d, Ext: record.Extent{Off: block * record.BlockSize, Len: int64(n) * record.BlockSize}, Data: bytes.Repeat([]byte{fill}, n*record.BlockSize)}
 	}
 	require.ErrorContains(t, to.Bridge([]Op{op(1, 1, 11)}), "none was begun")
-	require.ErrorContains(t, to.EndBridge(nil), "none was begun")
+	require.ErrorContains(t, to.EndBridge(nil, nil), "none was begun")
 	require.ErrorContains(t, p.g.BeginBridge(b), "is this daemon's")
 	here := b
 	here.At = 3
@@ -303,7 +324,7 @@ func TestAGap(t *testing.T) {
 	require.Equal(t, record.LSN(4), lsn)
 	_, err = to.Feed(5)
 	require.ErrorIs(t, err, ErrNoPoint, "what stands there is not the writer's")
-	require.NoError(t, to.EndBridge([]Op{op(3, 1, 0xb0)}), "there is room for what comes last")
+	require.NoError(t, to.EndBridge([]Op{op(3, 1, 0xb0)}, nil), "there is room for what comes last")
 
 	require.Equal(t, []Range{{0, 4}, {6, 6}}, to.Viewable())
 	for _, from := range []record.LSN{5, 6} {
@@ -398,7 +419,7 @@ func TestATornEnd(t *testing.T) {
 			state, why := to.g.State()
 			require.Equal(t, "active", state, why)
 			require.NoError(t, to.g.BeginBridge(next))
-			require.NoError(t, to.g.EndBridge(nil))
+			require.NoError(t, to.g.EndBridge(nil, nil))
 			got, err := to.at(next.At, 6)
 			require.NoError(t, err)
 			require.Equal(t, byte(8), got)
@@ -416,7 +437,7 @@ func TestALostBridgeFile(t *testing.T) {
 		require.NoError(t, to.g.Bridge([]Op{bridgeWrite(to.g, i, 9)}))
 	}
 	lost := to.g.append.log.Current().Path
-	require.NoError(t, to.g.EndBridge(nil))
+	require.NoError(t, to.g.EndBridge(nil, nil))
 	require.NoError(t, to.s.Abandon())
 	require.NoError(t, to.fs.Remove(lost))
 	require.NoError(t, to.fs.RemoveAll("state/index"))

@@ -57,7 +57,7 @@ func TestModel(t *testing.T) {
 			})
 		}
 	})
-	for _, what := range []string{"crossed", "stopped", "gone back", "crashed on the way", "crashed at the end"} {
+	for _, what := range []string{"crossed", "stopped", "gone back", "crashed on the way", "crashed at the end", "came in a gap"} {
 		require.Positive(t, reached[what], "no seed came to: %s", what)
 	}
 }

@@ -15,8 +15,8 @@ type (
 	// Begin asks for a group to be begun: for backings of its disks, which Compare and Put then fill, and for the group itself at Finish.
 	Begin struct{ record.Beginning }
 	// Bridge asks for the group to be brought from its head, over a gap, to where the writer's history is what a beginning says: its
-	// disks become what they were there by Compare and Put, and at Finish it goes on from there. What it has stays. Disks that
-	// are not there yet are adopted later.
+	// disks become what they were there by Compare and Put, and so do backings of those that came in the gap; at Finish it goes on from there, with
+	// these. What it has stays.
 	Bridge struct{ record.Beginning }
 	// Compare asks for the sums of blocks to be compared with what the disk's backing has, for those of zeroes to be
 	// made so, and for Want to be called with the others that differ.
@@ -342,22 +342,18 @@ func (r *Receiver) begin(m *wire.Begin) []Action {
 	}
 	r.state, r.begins, r.disks = receiverSeeds, true, map[record.DiskID]*content{}
 	for _, d := range m.Disks {
-		if d.Removed == 0 && (!r.local.Known || r.has(d.ID)) {
+		if d.Removed == 0 {
 			r.disks[d.ID] = &content{size: d.Size}
 		}
 	}
 	r.next, r.durable = m.At+1, 0
 	r.table = &record.Run{Disks: slices.Clone(m.Disks), Reigns: slices.Clone(m.Reigns)}
-	if r.local.Known {
+	here := r.local.Known
+	r.local.Disks = slices.DeleteFunc(slices.Clone(m.Disks), func(d record.Disk) bool { return d.Removed != 0 })
+	if here {
 		return []Action{Bridge{m.Beginning}}
 	}
-	r.local.Disks = slices.DeleteFunc(slices.Clone(m.Disks), func(d record.Disk) bool { return d.Removed != 0 })
 	return []Action{Begin{m.Beginning}}
-}
-
-// has reports whether a disk's content is here.
-func (r *Receiver) has(id record.DiskID) bool {
-	return slices.ContainsFunc(r.local.Disks, func(d record.Disk) bool { return d.ID == id })
 }
 
 func (r *Receiver) adopt(m *wire.Adopt) []Action {

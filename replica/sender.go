@@ -67,7 +67,6 @@ type Sender struct {
 	waiting *record.Run
 	table   *record.Run // whose table the follower was sent last
 	begin   bool        // what is seeded is a group, not a disk
-	bridges bool        // the group is at the follower, which is brought over a gap
 	// unconfirmed says that the follower has not said that it has begun with the group.
 	unconfirmed bool
 	digest      [16]byte // that the follower has at sent
@@ -202,7 +201,6 @@ func (s *Sender) position(m *wire.Position) []Action {
 		s.theirs[d.ID] = true
 	}
 	if common < s.local.Horizon || m.Stuck && common < s.local.Head {
-		s.bridges = true
 		return s.beginAnew()
 	}
 	s.sent, s.acked = common, common
@@ -242,7 +240,7 @@ func (s *Sender) Begin(b record.Beginning) []Action {
 	s.state, s.begin, s.unconfirmed, s.sent, s.acked = senderSeeds, true, true, b.At, 0
 	s.table = &record.Run{Disks: b.Disks, Reigns: b.Reigns}
 	for _, d := range b.Disks {
-		if d.Removed == 0 && (!s.bridges || s.theirs[d.ID]) { // one that came in a gap is adopted behind it
+		if d.Removed == 0 {
 			s.coming = append(s.coming, d)
 		}
 	}

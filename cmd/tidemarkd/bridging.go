@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 
 	"go.uber.org/zap"
 
+	"github.com/tidemark-cdp/tidemark/cmd/internal/config"
 	"github.com/tidemark-cdp/tidemark/journal"
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/record"
@@ -90,13 +92,26 @@ func (x *receiving) Bridge(b record.Beginning) error {
 	} else if err != nil {
 		return err
 	}
-	x.bridge = &bridgeWriter{g: x.g}
-	return nil
+	x.begins, x.bridge = &b, &bridgeWriter{g: x.g}
+	return x.openComing(func(d record.Disk) bool {
+		return !slices.ContainsFunc(x.g.Disks(), func(o *disk.Disk) bool { return o.ID == d.ID })
+	})
 }
 
 // endBridge ends it. one.changing is held.
 func (x *receiving) endBridge() error {
-	if err := x.g.EndBridge(x.bridge.ops); err != nil {
+	came := map[string]config.Disk{}
+	var backings []journal.DiskConfig
+	for _, d := range x.begins.Disks {
+		if x.opened[d.ID] != nil {
+			came[d.Name] = config.Disk{Backing: x.backing(d.Name)}
+			backings = append(backings, journal.DiskConfig{Name: d.Name, Backing: x.backing(d.Name)})
+		}
+	}
+	if err := x.syncBackings(); err != nil {
+		return err
+	}
+	if err := x.one.r.reloader.adoptDisks(x.one.name, came, func() error { return x.g.EndBridge(x.bridge.ops, backings) }); err != nil {
 		return err
 	}
 	x.bridge = nil

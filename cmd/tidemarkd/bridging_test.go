@@ -4,24 +4,27 @@ import (
 	"bytes"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
 )
 
 // fallBehind has hosta's web01 shipped to hostb up to the marker "one", and go on without it until its writer has the next records no more. It
-// returns what the disk was then, and what it is.
-func fallBehind(t *testing.T, a, b *served, rng *rand.ChaCha8, size int64) (one, image []byte) {
+// returns what the disk was then, and what it is. Other disks come meanwhile.
+func fallBehind(t *testing.T, a, b *served, rng *rand.ChaCha8, size int64, others string) (one, image []byte) {
 	t.Helper()
-	conf := "replication: {name: hosta, limit: 4MiB}\njournal: {limit: 8MiB, segment: 2MiB}\ngroups: {web01: {disks: {vda: {backing: %%DIR/vda.raw}}, replicas: [%s]}}\n"
+	conf := "replication: {name: hosta, limit: 4MiB}\njournal: {limit: 8MiB, segment: 2MiB}\ngroups: {web01: {disks: {vda: {backing: %%DIR/vda.raw}%s}, replicas: [%s]}}\n"
 	image = make([]byte, size)
 	scribble(t, a, rng, image, 1000)
 	a.replicate("")
 	a.ok("mark", "web01", "one", "--wait-replica")
 	one = bytes.Clone(image)
 	a.stop()
-	a.configure(fmt.Sprintf(conf, ""))
+	a.configure(fmt.Sprintf(conf, others, ""))
 	a.start()
 	acked := b.group("web01").Head
 	for a.group("web01").Horizon <= acked {
@@ -30,7 +33,7 @@ func fallBehind(t *testing.T, a, b *served, rng *rand.ChaCha8, size int64) (one,
 	a.ok("mark", "web01", "lost")
 	scribble(t, a, rng, image, 100)
 	a.stop()
-	a.configure(fmt.Sprintf(conf, "hostb"))
+	a.configure(fmt.Sprintf(conf, others, "hostb"))
 	return one, image
 }
 
@@ -40,7 +43,7 @@ func TestBehindTheHorizon(t *testing.T) {
 	const size = 32 << 20
 	a, b := hostsOf(t, size)
 	rng := rand.NewChaCha8([32]byte{31})
-	one, image := fallBehind(t, a, b, rng, size)
+	one, image := fallBehind(t, a, b, rng, size, "")
 	head := b.group("web01").Head
 	a.start()
 	open := func() bool { return strings.Contains(b.ok("status"), "is the newest that can be viewed") }
@@ -97,7 +100,7 @@ func TestFailoverInAGap(t *testing.T) {
 	const size = 32 << 20
 	a, b := hostsOf(t, size)
 	rng := rand.NewChaCha8([32]byte{32})
-	one, _ := fallBehind(t, a, b, rng, size)
+	one, _ := fallBehind(t, a, b, rng, size, "")
 	head := b.group("web01").Head
 	a.start()
 	eventually(t, func() bool { return b.group("web01").Head > head })
@@ -118,4 +121,29 @@ func TestFailoverInAGap(t *testing.T) {
 	b.start()
 	require.True(t, bytes.Equal(one, imageOf(t, b, "web01/vda@taken-over", size)))
 	require.Contains(t, b.ok("verify", "web01"), "no damage")
+}
+
+// TestADiskComesInAGap: from the gap's end on, all points have it.
+func TestADiskComesInAGap(t *testing.T) {
+	const size = 8 << 20
+	a, b := hostsOf(t, size)
+	rng := rand.NewChaCha8([32]byte{34})
+	other := make([]byte, size)
+	_, _ = rng.Read(other)
+	require.NoError(t, os.WriteFile(a.path("vdb.raw"), other, 0o600))
+	one, image := fallBehind(t, a, b, rng, size, ", vdb: {backing: %DIR/vdb.raw}")
+	a.start()
+	eventually(t, func() bool { return a.replica("web01", "hostb").State == "streaming" })
+	p, err := b.api().Points(t.Context(), "web01", api.Filter{})
+	require.NoError(t, err)
+	require.Len(t, p.Earlier, 1)
+	at := fmt.Sprint("@lsn:", p.Horizon)
+	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda"+at, size)))
+	require.True(t, bytes.Equal(other, imageOf(t, b, "web01/vdb"+at, size)))
+	require.True(t, bytes.Equal(one, imageOf(t, b, "web01/vda@one", size)))
+	b.kill()
+	b.start()
+	a.ok("mark", "web01", "two", "--wait-replica")
+	require.Contains(t, a.ok("replica", "compare", "web01", "--at", "two"), "the same")
+	require.True(t, bytes.Equal(other, imageOf(t, b, "web01/vdb@two", size)))
 }

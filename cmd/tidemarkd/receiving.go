@@ -228,18 +228,33 @@ func (x *receiving) Begin(b record.Beginning) error {
 		return err
 	}
 	x.begins = &b
-	var err error
-	if x.planned, err = one.r.reloader.planned(one.name); err != nil {
+	return x.openComing(func(record.Disk) bool { return true })
+}
+
+// openComing opens the backings of those disks of a beginning that come.
+func (x *receiving) openComing(comes func(record.Disk) bool) (err error) {
+	if x.planned, err = x.one.r.reloader.planned(x.one.name); err != nil {
 		return err
 	}
-	for _, d := range b.Disks {
-		if d.Removed != 0 {
+	for _, d := range x.begins.Disks {
+		if d.Removed != 0 || !comes(d) {
 			continue
 		}
 		if err := x.open(d); err != nil {
 			return err
 		}
 	}
+	return nil
+}
+
+// syncBackings makes what came durable, and closes it.
+func (x *receiving) syncBackings() error {
+	for _, b := range x.opened {
+		if err := errors.Join(b.f.Sync(), syncDir(filepath.Dir(b.f.Name()))); err != nil {
+			return err
+		}
+	}
+	x.closeBackings()
 	return nil
 }
 
@@ -298,13 +313,12 @@ func (x *receiving) Adopt(d record.Disk) error {
 }
 
 func (x *receiving) Backing(id record.DiskID) (link.Backing, error) {
-	if x.bridge != nil {
+	if x.bridge != nil && x.opened[id] == nil {
 		for _, d := range x.g.Disks() {
 			if d.ID == id {
 				return bridgeDisk{x.bridge, d}, nil
 			}
 		}
-		return nil, fmt.Errorf("disk %d: %w", id, journal.ErrDetached)
 	}
 	b := x.opened[id]
 	if b == nil {
@@ -356,16 +370,13 @@ func (x *receiving) Finish(id record.DiskID) error {
 	if x.bridge != nil {
 		return x.endBridge()
 	}
-	for _, b := range x.opened {
-		if err := errors.Join(b.f.Sync(), syncDir(filepath.Dir(b.f.Name()))); err != nil {
-			return err
-		}
+	if err := x.syncBackings(); err != nil {
+		return err
 	}
-	x.closeBackings()
 	disk := func(d record.Disk) (string, config.Disk) { return d.Name, config.Disk{Backing: x.backing(d.Name)} }
 	if id != 0 {
 		name, c := disk(x.coming)
-		return x.one.r.reloader.adoptDisk(x.one.name, name, c, func() error {
+		return x.one.r.reloader.adoptDisks(x.one.name, map[string]config.Disk{name: c}, func() error {
 			return x.g.Adopt(journal.DiskConfig{Name: name, Backing: c.Backing}, x.coming)
 		})
 	}

@@ -283,8 +283,8 @@ func (r *reloader) discard(name string) error {
 	return r.store.Discard(name)
 }
 
-// adoptDisk adds a disk to a group that comes from another daemon: by fn, and to its configuration.
-func (r *reloader) adoptDisk(group, name string, disk config.Disk, fn func() error) error {
+// adoptDisks adds disks to a group that comes from another daemon: by fn, and to its configuration.
+func (r *reloader) adoptDisks(group string, disks map[string]config.Disk, fn func() error) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	conf, ok := r.now.Groups[group]
@@ -292,13 +292,13 @@ func (r *reloader) adoptDisk(group, name string, disk config.Disk, fn func() err
 		return fmt.Errorf("group %s: %w", group, journal.ErrNotFound)
 	}
 	conf.Disks = maps.Clone(conf.Disks)
-	conf.Disks[name] = disk
-	if err := fn(); err != nil {
+	maps.Copy(conf.Disks, disks)
+	if err := fn(); err != nil || len(disks) == 0 {
 		return err
 	}
 	r.take(group, conf)
 	if !conf.Received {
-		return fmt.Errorf("disk %s/%s came from another daemon: add it to the configuration, with the backing %s", group, name, disk.Backing)
+		return fmt.Errorf("disks of group %s came from another daemon: add them to the configuration: %v", group, disks)
 	}
 	_, err := r.write(group, conf)
 	return err
