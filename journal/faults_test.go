@@ -30,7 +30,7 @@ type rig struct {
 	t     *testing.T
 	mem   *vfs.MemFS
 	fault atomic.Pointer[fault]
-	seen  func(errorfs.Op) // told of each operation, if set
+	seen  atomic.Pointer[func(errorfs.Op)] // told of each operation, if set; the database has goroutines of its own
 	fs    vfs.FS
 	o     Options
 	s     *Store
@@ -53,8 +53,8 @@ func newRig(t *testing.T, o Options) *rig {
 	t.Helper()
 	r := &rig{t: t, mem: vfs.NewCrashableMem(), o: o}
 	r.fs = errorfs.Wrap(r.mem, errorfs.InjectorFunc(func(op errorfs.Op) error {
-		if r.seen != nil {
-			r.seen(op)
+		if seen := r.seen.Load(); seen != nil {
+			(*seen)(op)
 		}
 		if f := r.fault.Load(); f != nil && f.kind == op.Kind && strings.Contains(op.Path, f.path) && f.spare.Add(-1) < 0 {
 			f.fired.Add(1)
@@ -94,6 +94,8 @@ func (r *rig) inject(kind errorfs.OpKind, path string, err error) *fault {
 	r.fault.Store(f)
 	return f
 }
+
+func (r *rig) watch(seen func(errorfs.Op)) { r.seen.Store(&seen) }
 
 func (r *rig) write(block int64, fill byte) error {
 	return r.g.Append([]Op{{Kind: record.KindWrite, Disk: r.g.Disks()[0],
@@ -156,13 +158,13 @@ func TestWhatASyncFailedOnIsWrittenAgain(t *testing.T) {
 
 	var ops []errorfs.OpKind // on the log, since the failure
 	r.fault.Store(nil)
-	r.seen = func(op errorfs.Op) {
+	r.watch(func(op errorfs.Op) {
 		if op.Path == log && (op.Kind == errorfs.OpFileWriteAt || op.Kind == errorfs.OpFileSyncData) {
 			ops = append(ops, op.Kind)
 		}
-	}
+	})
 	r.open()
-	r.seen = nil
+	r.seen.Store(nil)
 	require.Equal(t, byte(1), r.live(1))
 	require.EqualValues(t, 1, r.g.Durable())
 	require.Equal(t, []errorfs.OpKind{errorfs.OpFileWriteAt, errorfs.OpFileWriteAt, errorfs.OpFileSyncData}, ops, "header, record, sync")
@@ -635,12 +637,12 @@ func TestSlowReadersHoldUpNoWrite(t *testing.T) {
 	disk := make(chan struct{}) // closed: it answers again
 	var hanging atomic.Int32
 	old := r.g.set.Files(segment.Log)[0].Path
-	r.seen = func(op errorfs.Op) {
+	r.watch(func(op errorfs.Op) {
 		if op.Kind == errorfs.OpFileReadAt && op.Path == old {
 			hanging.Add(1)
 			<-disk
 		}
-	}
+	})
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		require.NoError(t, view.ReadAt(make([]byte, record.BlockSize), 5*record.BlockSize, false))

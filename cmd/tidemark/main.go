@@ -34,7 +34,7 @@ const (
 var (
 	errUsage  = errors.New("usage")
 	errDamage = errors.New("damage was found")
-	errLate   = errors.New("a replica has not got it in time")
+	errLate   = errors.New("a replica has not got it, or not in time")
 )
 
 func main() {

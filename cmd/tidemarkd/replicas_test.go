@@ -140,7 +140,7 @@ func TestWithoutAWrite(t *testing.T) {
 	head := a.group("web01").Head
 	a.stop()
 	a.start()
-	eventually(t, func() bool { return a.replica("web01", "hostb").State == "streaming" })
+	a.streams()
 	require.Equal(t, head, a.group("web01").Head, "what replicas know is not said again")
 
 	a.configure(fmt.Sprintf(conf, ""))
@@ -209,6 +209,7 @@ func TestBegunAnew(t *testing.T) {
 	b.ok("replica", "accept", "web01", "--anew")
 	require.Contains(t, b.ok("points", "web01"), "one", "nothing is dropped for nobody")
 	a.start()
+	a.streams()
 	a.ok("mark", "web01", "two", "--wait-replica")
 	require.Contains(t, a.ok("replica", "compare", "web01", "--at", "two"), "the same")
 	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda", size)))
@@ -240,6 +241,7 @@ func TestAcceptAnewOfNothing(t *testing.T) {
 	require.Equal(t, 4, code)
 	require.NoFileExists(t, b.path("state/replication/groups/web0l.json"))
 	a.start()
+	a.streams()
 	a.ok("mark", "web01", "two", "--wait-replica")
 }
 
@@ -303,7 +305,8 @@ func TestAWriterFromACopy(t *testing.T) {
 	eventually(t, func() bool { return strings.Contains(b.ok("status"), "accept --anew") })
 	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda@lost", size)))
 	b.ok("replica", "accept", "web01", "--anew")
-	a.ok("mark", "web01", "counts", "--wait-replica=50s")
+	a.streams()
+	a.ok("mark", "web01", "counts", "--wait-replica")
 	require.True(t, bytes.Equal(copied, imageOf(t, b, "web01/vda", size)))
 }
 
@@ -355,7 +358,7 @@ func TestAnAuthority(t *testing.T) {
 	a.start()
 	image := make([]byte, size)
 	scribble(t, a, mathrand.NewChaCha8([32]byte{12}), image, 100)
-	eventually(t, func() bool { return a.replica("web01", "hostb").State == "streaming" })
+	a.streams()
 	a.ok("mark", "web01", "one", "--wait-replica")
 	require.True(t, bytes.Equal(image, imageOf(t, b, "web01/vda@one", size)))
 	require.Contains(t, b.metrics(), "tidemark_replication_refused_total 0")
@@ -462,6 +465,7 @@ groups:
 	a.stop()
 	a.start()
 	for _, g := range []string{"web01", "web02"} {
+		eventually(t, func() bool { return a.replica(g, "hostb").State == "streaming" })
 		a.ok("mark", g, "begun", "--wait-replica")
 	}
 	began := time.Now()

@@ -52,6 +52,12 @@ func pairUp(t *testing.T, size int64, a, b *served, listen string) {
 func (d *served) replicate(rest string) {
 	d.t.Helper()
 	d.ship(rest)
+	d.streams()
+}
+
+// streams returns when hosta's web01 has got to hostb, but for what comes.
+func (d *served) streams() {
+	d.t.Helper()
 	eventually(d.t, func() bool { return d.replica("web01", "hostb").State == "streaming" })
 }
 
@@ -266,7 +272,6 @@ func TestRepairAndCompare(t *testing.T) {
 	rng := rand.NewChaCha8([32]byte{3})
 	image := make([]byte, size)
 	a.replicate("")
-	eventually(t, func() bool { return a.replica("web01", "hostb").State == "streaming" })
 	scribble(t, a, rng, image, 200)
 	a.ok("mark", "web01", "here", "--wait-replica")
 	for _, d := range []*served{a, b} {
@@ -348,6 +353,7 @@ func TestABadLink(t *testing.T) {
 		a.ok("mark", "web01", label)
 		points[label] = bytes.Clone(image)
 	}
+	a.streams()
 	a.ok("mark", "web01", "end", "--wait-replica=50s")
 	seen := 0
 	for label, want := range points {
