@@ -371,29 +371,6 @@ func (g *Group) endBridge(last []Op, came []DiskConfig) (err error) {
 	if err != nil {
 		return err
 	}
-	// All but the last lot have LSNs of their own, if there are any.
-	lots := g.cutBridge(last)
-	for len(lots) > 1 {
-		if err := g.bridgeSome(lots[0]); err != nil {
-			return err
-		}
-		lots = lots[1:]
-	}
-	if len(lots) > 0 {
-		if err := g.bridgeFits(lots[0]); err != nil {
-			return err
-		}
-	}
-	err = g.admit(func() error { return g.waitRoomLocked(g.endedLocked) }, func() error {
-		recs := g.bridgeNotesLocked(b)
-		if len(lots) > 0 {
-			recs = append(recs, ofBridge(lots[0], recs[0].Time)...)
-		}
-		return g.bridgeLocked(recs, b.At)
-	})
-	if err != nil {
-		return err
-	}
 	newcomers, err := g.openNewcomers(&b, came)
 	defer func() {
 		for _, d := range newcomers {
@@ -402,6 +379,9 @@ func (g *Group) endBridge(last []Op, came []DiskConfig) (err error) {
 			}
 		}
 	}()
+	if err == nil {
+		err = g.bridgeLast(last, b)
+	}
 	if err != nil {
 		return err
 	}
@@ -428,6 +408,27 @@ func (g *Group) endBridge(last []Op, came []DiskConfig) (err error) {
 	g.bridge = nil
 	g.log.Info("the group was brought over a gap", zap.Uint64("after", uint64(after)), zap.Uint64("to", uint64(b.At)))
 	return nil
+}
+
+// bridgeLast journals the last records of a bridge. Of their lots, all but the last have LSNs of their own, if there are any.
+func (g *Group) bridgeLast(last []Op, b record.Beginning) error {
+	lots := g.cutBridge(last)
+	for ; len(lots) > 1; lots = lots[1:] {
+		if err := g.bridgeSome(lots[0]); err != nil {
+			return err
+		}
+	}
+	var ops []Op
+	if len(lots) > 0 {
+		ops = lots[0]
+	}
+	if err := g.bridgeFits(ops); err != nil {
+		return err
+	}
+	return g.admit(func() error { return g.waitRoomLocked(g.endedLocked) }, func() error {
+		recs := g.bridgeNotesLocked(b)
+		return g.bridgeLocked(append(recs, ofBridge(ops, recs[0].Time)...), b.At)
+	})
 }
 
 // openNewcomers opens the backings of disks that came in a gap; those that it returns are open, whatever its error.
