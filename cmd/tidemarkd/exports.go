@@ -4,6 +4,8 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -25,11 +27,12 @@ type exports struct {
 
 	mu     sync.Mutex                    // guards what follows
 	lives  map[string]map[*live]struct{} // by group: the disks that clients have open
+	pasts  map[string]map[*past]struct{} // likewise, as they were
 	sealed map[string]string             // by group: why its disks can not be opened
 }
 
 func newExports(store *journal.Store) *exports {
-	return &exports{store: store, lives: map[string]map[*live]struct{}{}, sealed: map[string]string{}}
+	return &exports{store: store, lives: map[string]map[*live]struct{}{}, pasts: map[string]map[*past]struct{}{}, sealed: map[string]string{}}
 }
 
 // List names the live disks and the scratch exports.
@@ -75,7 +78,14 @@ func (e *exports) Open(name string) (nbd.Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &past{v: v}, nil
+	p := &past{e: e, g: g, v: v, release: sync.OnceFunc(v.Close)}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.pasts[g.Name()] == nil {
+		e.pasts[g.Name()] = map[*past]struct{}{}
+	}
+	e.pasts[g.Name()][p] = struct{}{}
+	return p, nil
 }
 
 func (e *exports) openLive(group, disk string) (nbd.Device, error) {
@@ -128,6 +138,16 @@ func (e *exports) seal(group, why string, cut bool) error {
 		l.cutOff()
 	}
 	return nil
+}
+
+// cutPasts has clients that look at what a group's disks were get errors from then on.
+func (e *exports) cutPasts(group string) {
+	e.mu.Lock()
+	open := slices.Collect(maps.Keys(e.pasts[group]))
+	e.mu.Unlock()
+	for _, p := range open {
+		p.cutOff()
+	}
 }
 
 func (e *exports) unseal(group string) {
@@ -239,19 +259,58 @@ func (l *live) Change(changes []nbd.Change) error {
 	return err
 }
 
-// past is a disk as it was.
-type past struct{ v *journal.View }
+// past is a disk as it was, as one client has it open.
+type past struct {
+	e       *exports
+	g       *journal.Group
+	v       *journal.View
+	release func() // may be called again
+
+	cut  atomic.Bool
+	busy sync.RWMutex // as a live's; guards what follows
+	maps []*changes   // that are open
+}
+
+// errPastCut is what clients get whose view was taken from them.
+var errPastCut = fmt.Errorf("the group was failed over, and goes back for that: open it again: %w", syscall.ESHUTDOWN)
+
+func (p *past) begin() (end func(), err error) {
+	p.busy.RLock()
+	if p.cut.Load() {
+		p.busy.RUnlock()
+		return nil, errPastCut
+	}
+	return p.busy.RUnlock, nil
+}
+
+func (p *past) cutOff() {
+	p.cut.Store(true)
+	p.busy.Lock()
+	defer p.busy.Unlock()
+	for _, c := range p.maps {
+		c.release()
+	}
+	p.release()
+}
 
 func (p *past) Size() int64    { return p.v.Size() }
 func (p *past) ReadOnly() bool { return true }
 func (p *past) Flush() error   { return nil }
 
 func (p *past) Close() error {
-	p.v.Close()
+	p.e.mu.Lock()
+	delete(p.e.pasts[p.g.Name()], p)
+	p.e.mu.Unlock()
+	p.release()
 	return nil
 }
 
 func (p *past) ReadAt(b []byte, off int64, nowait bool) error {
+	end, err := p.begin()
+	if err != nil {
+		return err
+	}
+	defer end()
 	return wouldBlock(p.v.ReadAt(b, off, nowait))
 }
 
@@ -260,6 +319,11 @@ func (p *past) Change([]nbd.Change) error {
 }
 
 func (p *past) Extents(off, n int64, fn func(int64, bool)) error {
+	end, err := p.begin()
+	if err != nil {
+		return err
+	}
+	defer end()
 	return p.v.Extents(record.Extent{Off: off, Len: n}, fn)
 }
 
@@ -274,18 +338,34 @@ func (p *past) Map(context string) (nbd.Map, error) {
 	if err != nil {
 		return nil, err
 	}
+	p.busy.Lock()
+	defer p.busy.Unlock()
+	if p.cut.Load() {
+		return nil, errPastCut
+	}
 	old, err := p.v.Older(point)
 	if err != nil {
 		return nil, err
 	}
-	return &changes{now: p.v, old: old}, nil
+	c := &changes{past: p, old: old, release: sync.OnceFunc(old.Close)}
+	p.maps = append(p.maps, c)
+	return c, nil
 }
 
 // changes is what became of a disk between two points.
-type changes struct{ now, old *journal.View }
+type changes struct {
+	past    *past
+	old     *journal.View
+	release func() // may be called again
+}
 
 func (c *changes) Extents(off, n int64, fn func(int64, uint32)) error {
-	return c.now.Changes(c.old, record.Extent{Off: off, Len: n}, func(n int64, changed bool) {
+	end, err := c.past.begin()
+	if err != nil {
+		return err
+	}
+	defer end()
+	return c.past.v.Changes(c.old, record.Extent{Off: off, Len: n}, func(n int64, changed bool) {
 		if changed {
 			fn(n, 1)
 		} else {
@@ -295,6 +375,6 @@ func (c *changes) Extents(off, n int64, fn func(int64, uint32)) error {
 }
 
 func (c *changes) Close() error {
-	c.old.Close()
+	c.release()
 	return nil
 }

@@ -62,6 +62,9 @@ func (one *replicated) lead(g *journal.Group) (record.Reigns, error) {
 	if one.journal() != g {
 		return nil, fmt.Errorf("group %s was closed meanwhile", one.name)
 	}
+	if _, open := g.Bridging(); open {
+		one.r.exports.cutPasts(one.name) // who takes a group over does not wait for who looks at its past
+	}
 	g, err := one.beforeGap(g)
 	if err != nil {
 		return nil, err
