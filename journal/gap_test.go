@@ -93,6 +93,15 @@ func (m *model) cross() bool {
 	if !open {
 		after = f.g.Head()
 	}
+	m.mu.Lock()
+	crashed := m.clone != nil
+	m.arm = 0 // what the follower has, the writer does not lose
+	m.mu.Unlock()
+	if !crashed && m.rng.IntN(2) == 0 {
+		m.join()
+		m.sync()
+		at = m.g.Durable()
+	}
 	b, err := m.g.Beginning(at)
 	require.NoError(m.t, err)
 	if err := f.g.BeginBridge(b); err != nil {
