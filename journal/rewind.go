@@ -264,21 +264,14 @@ func (g *Group) keepOriginals(to record.LSN) error {
 	if err := g.apply.orig.Roll(g.header(to), 0); err != nil {
 		return err
 	}
-	newest := g.apply.orig.Current()
 	var buf []byte
 	err := g.eachStaying(to, func(f *segment.File, at int64, h record.Header) error {
-		if f == newest {
-			return nil
-		}
 		if len(buf) < h.Payload {
 			buf = make([]byte, h.Payload)
 		}
 		content := buf[:h.Payload]
 		if err := f.ReadAt(content, at, false); err != nil {
 			return err
-		}
-		if h.Kind == record.KindHole {
-			content = nil
 		}
 		return g.keep(h, content)
 	})
@@ -296,7 +289,7 @@ func (g *Group) keepOriginals(to record.LSN) error {
 }
 
 // eachStaying calls fn with what stays of those files of originals that have any of what stands behind an LSN: how each is to be kept, and
-// where its content stands.
+// where its content stands. The file to which they are kept has none.
 func (g *Group) eachStaying(to record.LSN, fn func(f *segment.File, at int64, h record.Header) error) error {
 	reader, err := g.ix.FreshReader()
 	if err != nil {

@@ -178,7 +178,7 @@ func (one *replicated) beforeGapIfNeedless(offer *wire.Offer) {
 	}
 }
 
-// goBack rewinds the group, with its exports and scratch exports closed meanwhile. keep is called first, and may be nil.
+// goBack rewinds the group, with its exports and scratch exports closed meanwhile. keep is called first, and may be nil. one.changing is held.
 func (one *replicated) goBack(to record.LSN, keep func() error) error {
 	x := one.r.exports
 	if err := x.seal(one.name, "it is being rewound", true); err != nil {
@@ -195,5 +195,11 @@ func (one *replicated) goBack(to record.LSN, keep func() error) error {
 		return err
 	}
 	defer resume()
-	return one.r.reloader.rewind(one.name, to)
+	// Only what could not be rewound, once what is to be kept was, may be given up instead.
+	one.unrewound = true
+	if err := one.r.reloader.rewind(one.name, to); err != nil {
+		return err
+	}
+	one.unrewound = false
+	return nil
 }

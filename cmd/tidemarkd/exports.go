@@ -375,6 +375,9 @@ func (c *changes) Extents(off, n int64, fn func(int64, uint32)) error {
 }
 
 func (c *changes) Close() error {
+	c.past.busy.Lock()
+	defer c.past.busy.Unlock()
+	c.past.maps = slices.DeleteFunc(c.past.maps, func(o *changes) bool { return o == c })
 	c.release()
 	return nil
 }

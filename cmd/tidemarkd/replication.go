@@ -45,7 +45,7 @@ type replicated struct {
 
 	// changing serialises what changes who writes the group, or whether it is here.
 	changing  sync.Mutex
-	unrewound bool // the last rewind that the writer asked for came to nothing; guarded by changing
+	unrewound bool // the last rewind failed, or history does not go back that far; guarded by changing
 
 	mu    sync.Mutex // guards what follows
 	note  groupNote

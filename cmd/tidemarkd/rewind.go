@@ -41,7 +41,6 @@ func (x *receiving) Rewind(to record.LSN) error {
 	if err := r.exports.scratches.above(one.name, to); err != nil {
 		return err
 	}
-	one.unrewound = true // until it is
 	if x.g, err = one.beforeGap(x.g); err != nil {
 		return err
 	}
@@ -56,7 +55,6 @@ func (x *receiving) Rewind(to record.LSN) error {
 	if err != nil {
 		return fmt.Errorf("go back to LSN %d, to follow the writer: %w", to, err)
 	}
-	one.unrewound = false
 	one.consent(consentNone)
 	return nil
 }

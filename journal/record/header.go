@@ -26,7 +26,7 @@ const (
 	KindAmend    Kind = 7  // payload is an Amendment; no extent
 	KindDefine   Kind = 8  // payload is a Definition; no extent
 	KindExpired  Kind = 9  // an expiry has come to its horizon; no extent, no payload; originals log only
-	KindStanding Kind = 10 // the group's reigns or disks are others from here on, see its file's head; no extent, no payload
+	KindStanding Kind = 10 // the group's reigns or disks are others from here on, see its file's head, or, of a bridge, that behind it; no extent, no payload
 )
 
 func (k Kind) String() string {
