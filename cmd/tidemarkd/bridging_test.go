@@ -151,3 +151,34 @@ func TestADiskComesInAGap(t *testing.T) {
 	require.Contains(t, a.ok("replica", "compare", "web01", "--at", "two"), "the same")
 	require.True(t, bytes.Equal(other, imageOf(t, b, "web01/vdb@two", size)))
 }
+
+// TestAFormerWriterInAGap goes the same way as one whose group came to begin with.
+func TestAFormerWriterInAGap(t *testing.T) {
+	const size = 8 << 20
+	a, b := hostsOf(t, size)
+	rng := rand.NewChaCha8([32]byte{35})
+	image := make([]byte, size)
+	scribble(t, a, rng, image, 300)
+	a.replicate("")
+	a.ok("mark", "web01", "one", "--wait-replica")
+	one := bytes.Clone(image)
+	a.stop()
+	b.ok("failover", "web01")
+	scribble(t, b, rng, image, 100)
+	b.stop()
+	f, err := os.OpenFile(b.path("state/replicas/web01/vda.raw"), os.O_RDWR, 0) // a guest without Tidemark
+	require.NoError(t, err)
+	for off := int64(0); off < size; off += 64 << 10 {
+		_, err = f.WriteAt([]byte{7}, off)
+		require.NoError(t, err)
+		image[off] = 7
+	}
+	require.NoError(t, f.Close())
+	b.start()
+	a.start()
+	eventually(t, func() bool { return strings.Contains(a.ok("points", "web01"), "before a gap") })
+	b.ok("mark", "web01", "two", "--wait-replica")
+	require.True(t, bytes.Equal(image, imageOf(t, a, "web01/vda@two", size)))
+	require.True(t, bytes.Equal(one, imageOf(t, a, "web01/vda@one", size)))
+	require.Contains(t, a.ok("replica", "compare", "web01", "--at", "two"), "the same")
+}
