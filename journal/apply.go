@@ -166,8 +166,8 @@ func (g *Group) checkpointDueLocked(now time.Time) bool {
 }
 
 // Original implements disk.Journal: called by Apply, with g.apply held.
-func (g *Group) Original(d *disk.Disk, ext record.Extent, content []byte) error {
-	return g.keepBlocks(d, ext, content, 0, g.originLSN(d), g.apply.round)
+func (g *Group) Original(d *disk.Disk, ext record.Extent, content []byte, until record.LSN) error {
+	return g.keepBlocks(d, ext, content, 0, g.originLSN(d), until)
 }
 
 // originLSN is the version that an original captured now stands for: the oldest
@@ -179,10 +179,16 @@ func (g *Group) originLSN(d *disk.Disk) record.LSN {
 // gatherBytes is how much of the originals is written together, in bytes.
 const gatherBytes = 1 << 20
 
-// keepBlocks adds content that an extent had from one LSN on to the originals; views
-// below until may need it. g.apply is held.
+// keepBlocks adds content that an extent had from one LSN on to the originals, until the record at another overwrote it. g.apply is held.
 func (g *Group) keepBlocks(d *disk.Disk, ext record.Extent, content []byte, flags uint8, from, until record.LSN) error {
-	h := record.Header{LSN: until, Durable: from, Extent: ext, Disk: d.ID, Kind: record.KindOriginal, Flags: flags}
+	// In pieces of which many fit into a file: what is left at its end is lost.
+	for most := max(g.o.SegmentSize/16&^(record.BlockSize-1), record.BlockSize); int64(len(content)) > most; {
+		if err := g.keepBlocks(d, record.Extent{Off: ext.Off, Len: most}, content[:most], flags, from, until); err != nil {
+			return err
+		}
+		ext.Off, ext.Len, content = ext.Off+most, ext.Len-most, content[most:]
+	}
+	h := record.Header{LSN: until, Durable: from, Extent: ext, Disk: d.ID, Kind: record.KindOriginal, Flags: flags | record.FlagExact}
 	if content == nil {
 		h.Kind = record.KindHole
 	}
@@ -252,6 +258,9 @@ func appendOriginal(dst []index.Entry, h *record.Header, file uint32, off int64)
 		} else {
 			e.File, e.Payload = file, uint32(off+int64(h.EncodedSize())+int64(i)*record.BlockSize)
 			e.Aux = h.Sums.At(i)
+		}
+		if h.Flags&record.FlagExact != 0 {
+			e.Until = h.LSN
 		}
 		dst = append(dst, e)
 	}

@@ -343,7 +343,7 @@ func (e *expiry) carry(m *move) error {
 	}
 	ext := record.Extent{Off: m.block * record.BlockSize, Len: int64(len(buf))}
 	e.carried[m.d] = append(e.carried[m.d], m.block)
-	return e.g.keepBlocks(m.d, ext, content, record.FlagCarried, e.horizon, next)
+	return e.g.keepBlocks(m.d, ext, content, record.FlagCarried, m.pick.LSN, next)
 }
 
 // finish makes the decisions durable, then removes the files.

@@ -49,7 +49,7 @@ const (
 	// that never flushes.
 	syncBytes = 32 << 20
 	syncAge   = time.Second
-	// maxWeight bounds the memory of a group's overlays, in units of some 200
+	// maxWeight bounds the memory of a group's overlays, in units of some 400
 	// bytes: a chunk of 64 KiB of a disk is one.
 	maxWeight = 1 << 18
 	// applyAge is how long a record waits for the backing, so that overwrites

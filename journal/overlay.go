@@ -31,7 +31,7 @@ const (
 //
 //	offset size field
 //	  0     8   magic, "TIDEOVL\n"
-//	  8     4   format version, 1
+//	  8     4   format version, 2
 //	 12     4   group
 //	 16     8   applied: LSN of the checkpoint, must be the group's applied LSN
 //	 24     8   last: every record behind applied up to here is in the file
@@ -53,7 +53,7 @@ type overlayHead struct {
 
 const (
 	overlayMagic    = "TIDEOVL\n"
-	overlayVersion  = 1
+	overlayVersion  = 2
 	overlayHeadSize = 60
 )
 
@@ -124,7 +124,7 @@ func (g *Group) writeOverlays(path string, last record.LSN) (err error) {
 		time: g.recordTime.Load(), disks: uint32(len(disks)),
 	}
 	g.append.Unlock()
-	if u, err := g.fs.GetDiskUsage(g.dir); err == nil && int64(u.AvailBytes) < g.o.keepApply()+int64(weight)*256 {
+	if u, err := g.fs.GetDiskUsage(g.dir); err == nil && int64(u.AvailBytes) < g.o.keepApply()+int64(weight)*384 {
 		return fmt.Errorf("%d bytes are free: %w", u.AvailBytes, segment.ErrFull)
 	}
 	f, err := g.fs.Create(path, vfs.WriteCategoryUnspecified)

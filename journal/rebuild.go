@@ -11,7 +11,7 @@ import (
 
 // dropStale is for an index that is made anew behind a horizon: an original may
 // be of a block whose history has expired since. It is one to keep only if a record in the
-// window, and of the round that the original was kept for, overwrote the block.
+// window, and as old as the original says, overwrote the block.
 func (r *recovery) dropStale() error {
 	g := r.g
 	if err := g.Index(); err != nil {

@@ -255,8 +255,8 @@ func hasTail(f *segment.File, to record.LSN) (has bool, err error) {
 	return has, err
 }
 
-// keepOriginals copies what stays of those files of originals that have any of what stands behind an LSN, which then can go. A round's LSN
-// says later which record overwrote a block, see dropStale: what stays of such a round is of records up to the LSN, and is kept as of that; an
+// keepOriginals copies what stays of those files of originals that have any of what stands behind an LSN, which then can go. What
+// stays ends with the newest record up to the LSN; an
 // original of a block that no such record has overwritten is what the backing holds, and goes. Damage is copied as it is.
 func (g *Group) keepOriginals(to record.LSN) error {
 	g.apply.Lock()
@@ -337,7 +337,8 @@ func (g *Group) blocksStaying(reader *index.Reader, h record.Header, to record.L
 			continue
 		}
 		one := h
-		one.LSN = to
+		one.LSN = pick[0].LSN
+		one.Flags |= record.FlagExact
 		one.Extent = record.Extent{Off: block * record.BlockSize, Len: int64(d.BlockLen(block))}
 		if h.Kind == record.KindOriginal {
 			one.Payload, one.Sums = int(one.Extent.Len), h.Sums[4*i:4*i+4]
@@ -429,11 +430,20 @@ func (g *Group) changedBehind(to record.LSN) (changed, holes map[*disk.Disk]bloc
 func (g *Group) keepHoles(holes map[*disk.Disk]blockSet, to record.LSN) error {
 	g.apply.Lock()
 	defer g.apply.Unlock()
+	reader, err := g.ix.FreshReader()
+	if err != nil {
+		return err
+	}
+	defer reader.Close()
+	var pick [1]index.Pick
 	for d, blocks := range holes {
 		var kept []int64
 		err := blocks.runs(1, func(block, _ int64) error {
+			if err := reader.Find(d.ID, block, to, pick[:]); err != nil {
+				return err
+			}
 			kept = append(kept, block)
-			return g.keepBlocks(d, record.Extent{Off: block * record.BlockSize, Len: int64(d.BlockLen(block))}, nil, 0, g.originLSN(d), to)
+			return g.keepBlocks(d, record.Extent{Off: block * record.BlockSize, Len: int64(d.BlockLen(block))}, nil, 0, g.originLSN(d), pick[0].LSN)
 		})
 		if err != nil {
 			return err

@@ -387,7 +387,7 @@ func (v *View) Changes(old *View, ext record.Extent, fn func(n int64, changed bo
 
 func changedSince(p *index.Pick, lsn record.LSN, unknown bool) bool {
 	if !p.Found {
-		return unknown
+		return unknown || p.Until > lsn // the backing has what came after
 	}
 	return p.LSN > lsn
 }

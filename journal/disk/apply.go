@@ -338,9 +338,10 @@ func (a *applier) zero(i, n int) error {
 // that, and returns when it is durable and can be found.
 func (a *applier) capture() error {
 	var fresh []int64
-	for _, b := range a.blocks {
+	var until []record.LSN // of each, what overwrites it
+	for i, b := range a.blocks {
 		if !a.d.captured.get(b) {
-			fresh = append(fresh, b)
+			fresh, until = append(fresh, b), append(until, a.places[i].lsn)
 		}
 	}
 	if len(fresh) == 0 {
@@ -358,13 +359,11 @@ func (a *applier) capture() error {
 		for i+n < len(fresh) && n < bufBlocks && fresh[i+n] == fresh[i]+int64(n) {
 			n++
 		}
-		off := fresh[i] * record.BlockSize
-		ext := record.Extent{Off: off, Len: min(int64(n)*record.BlockSize, a.d.Size-off)}
-		err := a.original(ext, &hole)
-		if errors.Is(err, segment.ErrFull) && i > 0 {
+		kept, err := a.originals(fresh[i], until[i:i+n], &hole)
+		if errors.Is(err, segment.ErrFull) && i+kept > 0 {
 			// What was kept so far is kept: with it done again and again, the
 			// room that comes free would never be enough.
-			if cerr := a.commit(fresh[:i]); cerr != nil {
+			if cerr := a.commit(fresh[:i+kept]); cerr != nil {
 				return cerr
 			}
 		}
@@ -385,29 +384,44 @@ func (a *applier) commit(fresh []int64) error {
 	return nil
 }
 
-// original keeps what an extent holds, which begins behind the ones before it. *hole is up to where the backing was found to be one: to
+// originals keeps what adjacent blocks hold, which begin behind the ones before them, and returns how many were kept. until says of each which record
+// overwrites it. *hole is up to where the backing was found to be one: to
 // read a block of it costs the kernel ten times as much as to ask.
-func (a *applier) original(ext record.Extent, hole *int64) error {
+func (a *applier) originals(first int64, until []record.LSN, hole *int64) (kept int, err error) {
 	if err := a.backing.flushOnce(); err != nil {
-		return fmt.Errorf("sync backing %s of disk %s: %w", a.backing.path, a.d.Name, err)
+		return 0, fmt.Errorf("sync backing %s of disk %s: %w", a.backing.path, a.d.Name, err)
 	}
-	if ext.Off >= *hole {
-		*hole = osfile.Hole(a.backing.File, ext.Off)
+	off := first * record.BlockSize
+	end := min(off+int64(len(until))*record.BlockSize, a.d.Size)
+	if off >= *hole {
+		*hole = osfile.Hole(a.backing.File, off)
 	}
 	var buf []byte
-	if ext.End() > *hole {
-		buf = a.buf[:ext.Len]
-		if err := a.d.readBacking(buf, ext.Off, false); err != nil {
-			return err
-		}
-		if isZero(buf) {
-			buf = nil
+	if end > *hole {
+		buf = a.buf[:end-off]
+		if err := a.d.readBacking(buf, off, false); err != nil {
+			return 0, err
 		}
 	}
-	if err := a.d.journal.Original(a.d, ext, buf); err != nil {
-		return fmt.Errorf("keep the original of disk %s at %v: %w", a.d.Name, ext, err)
+	for kept < len(until) {
+		n := 1
+		for kept+n < len(until) && until[kept+n] == until[kept] {
+			n++
+		}
+		ext := record.Extent{Off: off + int64(kept)*record.BlockSize}
+		ext.Len = min(int64(n)*record.BlockSize, end-ext.Off)
+		var content []byte
+		if buf != nil {
+			if content = buf[ext.Off-off:][:ext.Len]; isZero(content) {
+				content = nil
+			}
+		}
+		if err := a.d.journal.Original(a.d, ext, content, until[kept]); err != nil {
+			return kept, fmt.Errorf("keep the original of disk %s at %v: %w", a.d.Name, ext, err)
+		}
+		kept += n
 	}
-	return nil
+	return kept, nil
 }
 
 var zeroBlock [record.BlockSize]byte

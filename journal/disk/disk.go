@@ -19,9 +19,9 @@ type Journal interface {
 	// Acquire returns a segment to read from, with a reference.
 	Acquire(number uint32) (*segment.File, error)
 	// Original appends what an extent of whole blocks holds before it is
-	// overwritten for the first time; nil content is zeroes. The slice is not kept.
+	// overwritten for the first time, with what the record at an LSN left of it; nil content is zeroes. The slice is not kept.
 	// A segment.ErrFull says that this one is not kept, and those before it are.
-	Original(d *Disk, ext record.Extent, content []byte) error
+	Original(d *Disk, ext record.Extent, content []byte, until record.LSN) error
 	// CommitOriginals makes every Original so far durable and findable by
 	// views, together with the pages of the captured bitmap.
 	CommitOriginals(d *Disk, pages map[int64][]byte) error
@@ -133,7 +133,7 @@ func (d *Disk) BlockLen(block int64) int {
 
 // Insert puts a record, already in its segment, over the backing. payload is
 // the place of its payload in the file. It returns what the overlay grew by, in
-// units of some 200 bytes.
+// units of some 400 bytes.
 func (d *Disk) Insert(h *record.Header, file uint32, payload int64) int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -143,12 +143,12 @@ func (d *Disk) Insert(h *record.Header, file uint32, payload int64) int {
 	switch h.Kind {
 	case record.KindWrite:
 		l.insert(first, n, func(i int64) place {
-			return place{file: file, off: uint32(payload + i*record.BlockSize), sum: h.Sums.At(int(i))}
+			return place{lsn: h.LSN, file: file, off: uint32(payload + i*record.BlockSize), sum: h.Sums.At(int(i))}
 		})
 	case record.KindZero:
-		l.insertZero(first, n, place{file: zeroes})
+		l.insertZero(first, n, place{lsn: h.LSN, file: zeroes})
 	case record.KindTrim:
-		l.insertZero(first, n, place{file: zeroes, off: 1})
+		l.insertZero(first, n, place{lsn: h.LSN, file: zeroes, off: 1})
 	}
 	return l.weight() - before
 }

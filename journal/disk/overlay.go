@@ -3,14 +3,17 @@ package disk
 import (
 	"maps"
 	"slices"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
 // place is where a block's bytes stand. The zero place is nowhere: the layer
 // does not hold the block.
 type place struct {
-	file uint32 // number of the segment; zeroes for a block of zeroes
-	off  uint32 // of the block in the segment; of zeroes: 1 if its space may be freed
-	sum  uint32 // checksum of the block
+	lsn  record.LSN // of the record
+	file uint32     // number of the segment; zeroes for a block of zeroes
+	off  uint32     // of the block in the segment; of zeroes: 1 if its space may be freed
+	sum  uint32     // checksum of the block
 }
 
 // zeroes is the file of a block without bytes.
@@ -124,7 +127,7 @@ func (l *layer) insertZero(first, n int64, p place) {
 	}
 }
 
-// weight is what the layer takes of memory, in units of some 200 bytes.
+// weight is what the layer takes of memory, in units of some 400 bytes.
 func (l *layer) weight() int { return int(l.usedChunks+l.usedNodes) + len(l.zero) }
 
 func (l *layer) empty() bool { return len(l.nodes) == 0 && len(l.zero) == 0 }

@@ -17,9 +17,9 @@ import (
 //	size field
 //	  4  disk id
 //	  4  number of units
-//	     for each unit, 16 MiB of zeroes: number (4), 1 if its space may be freed (4)
+//	     for each unit, 16 MiB of zeroes: number (4), 1 if its space may be freed (4), LSN (8)
 //	     for each chunk, 64 KiB: number (8), mask of its blocks, not 0 (2); for each block of the mask,
-//	     the lowest first, its place: segment's number, 2^32-1 for zeroes (4); offset in the segment, of
+//	     the lowest first, its place: LSN (8); segment's number, 2^32-1 for zeroes (4); offset in the segment, of
 //	     zeroes 1 if the space may be freed (4); CRC-32C, of zeroes 0 (4)
 //	  8  2^64-1
 //
@@ -32,6 +32,7 @@ func (d *Disk) Save(w io.Writer) error {
 	for _, u := range slices.Sorted(maps.Keys(units)) {
 		b = le.AppendUint32(b, uint32(u))
 		b = le.AppendUint32(b, units[u].off)
+		b = le.AppendUint64(b, uint64(units[u].lsn))
 	}
 	for part := range slices.Chunk(nodes, savedNodes) {
 		d.mu.RLock()
@@ -93,6 +94,7 @@ func appendNode(b []byte, node int64, newer, older *layer) []byte {
 		b = le.AppendUint16(b, mask)
 		for _, p := range of {
 			if p.file != 0 {
+				b = le.AppendUint64(b, uint64(p.lsn))
 				b = le.AppendUint32(b, p.file)
 				b = le.AppendUint32(b, p.off)
 				b = le.AppendUint32(b, p.sum)
@@ -113,7 +115,7 @@ type Saved struct {
 // of a number. An error says where it is not what Save writes.
 func ReadSaved(r io.Reader, size func(record.DiskID) int64, known func(file uint32) bool) (s Saved, err error) {
 	le := binary.LittleEndian
-	var b [12]byte
+	var b [20]byte
 	if _, err := io.ReadFull(r, b[:8]); err != nil {
 		return s, err
 	}
@@ -121,14 +123,14 @@ func ReadSaved(r io.Reader, size func(record.DiskID) int64, known func(file uint
 	units := le.Uint32(b[4:])
 	blocks := (size(s.ID) + record.BlockSize - 1) / record.BlockSize
 	for range units {
-		if _, err := io.ReadFull(r, b[:8]); err != nil {
+		if _, err := io.ReadFull(r, b[:16]); err != nil {
 			return s, err
 		}
 		u, free := int64(le.Uint32(b[:])), le.Uint32(b[4:])
 		if u<<unitBits >= blocks || free > 1 {
 			return s, fmt.Errorf("%w: zeroes at unit %d of disk %d", record.ErrCorrupt, u, s.ID)
 		}
-		s.l.zero[u] = place{file: zeroes, off: free}
+		s.l.zero[u] = place{lsn: record.LSN(le.Uint64(b[8:])), file: zeroes, off: free}
 		s.Places++
 	}
 	for {
@@ -150,7 +152,7 @@ func ReadSaved(r io.Reader, size func(record.DiskID) int64, known func(file uint
 			if _, err := io.ReadFull(r, b[:]); err != nil {
 				return s, err
 			}
-			p := place{file: le.Uint32(b[:]), off: le.Uint32(b[4:]), sum: le.Uint32(b[8:])}
+			p := place{lsn: record.LSN(le.Uint64(b[:])), file: le.Uint32(b[8:]), off: le.Uint32(b[12:]), sum: le.Uint32(b[16:])}
 			if p.file == zeroes && p.off > 1 || p.file != zeroes && !known(p.file) {
 				return s, fmt.Errorf("%w: block in segment %d, which is not there", record.ErrCorrupt, p.file)
 			}

@@ -18,35 +18,48 @@ import (
 //	  4     4   payload: offset of the unit's first block in the file
 //	  8     4   class 0: the block's checksum; else: offset of the first
 //	            block's entry in the record's checksum table
+//	  0     8   of an original, behind these: until
 //
-// A unit of zeroes has an empty value. Integers are little-endian.
+// A unit of zeroes has none of the first three. Integers are little-endian.
 type Version struct {
 	Zero    bool
 	File    uint32
 	Payload uint32
 	Aux     uint32
+	// Until is where the version ends, though the index may have no later one: from there on, the block is what the backing holds,
+	// or another version says. 0: with the next version.
+	Until record.LSN
 }
 
 func (v Version) append(dst []byte) []byte {
-	if v.Zero {
-		return dst
-	}
 	le := binary.LittleEndian
-	return le.AppendUint32(le.AppendUint32(le.AppendUint32(dst, v.File), v.Payload), v.Aux)
+	if !v.Zero {
+		dst = le.AppendUint32(le.AppendUint32(le.AppendUint32(dst, v.File), v.Payload), v.Aux)
+	}
+	if v.Until != 0 {
+		dst = le.AppendUint64(dst, uint64(v.Until))
+	}
+	return dst
 }
 
-func decodeVersion(b []byte) (Version, error) {
-	if len(b) == 0 {
-		return Version{Zero: true}, nil
-	}
-	if len(b) != 12 {
-		return Version{}, fmt.Errorf("%w: index value of %d bytes", record.ErrCorrupt, len(b))
-	}
+func decodeVersion(b []byte) (v Version, err error) {
 	le := binary.LittleEndian
-	return Version{File: le.Uint32(b), Payload: le.Uint32(b[4:]), Aux: le.Uint32(b[8:])}, nil
+	switch len(b) {
+	case 0, 8:
+		v.Zero = true
+	case 12, 20:
+		v = Version{File: le.Uint32(b), Payload: le.Uint32(b[4:]), Aux: le.Uint32(b[8:])}
+		b = b[12:]
+	default:
+		return v, fmt.Errorf("%w: index value of %d bytes", record.ErrCorrupt, len(b))
+	}
+	if len(b) > 0 {
+		v.Until = record.LSN(le.Uint64(b))
+	}
+	return v, nil
 }
 
-// Pick is the newest version of a block at or below an LSN.
+// Pick is the newest version of a block at or below an LSN. One that has ended there is not Found.
 type Pick struct {
 	Found bool
 	LSN   record.LSN
@@ -134,6 +147,11 @@ func (r *Reader) Find(disk record.DiskID, first int64, lsn record.LSN, picks []P
 		}
 		if err != nil {
 			return fmt.Errorf("look up block %d of disk %d: %w", first, disk, err)
+		}
+	}
+	for i := range picks {
+		if p := &picks[i]; p.Until != 0 && p.Until <= lsn {
+			p.Found = false
 		}
 	}
 	return nil

@@ -69,11 +69,14 @@ const (
 	// counts only once its version's LSN (Durable) is not above the horizon:
 	// until then the expiry has not happened.
 	FlagCarried uint8 = 1 << 1
+	// FlagExact marks an original whose LSN is that of a record which overwrote all of its blocks: from there on it is what
+	// none of them holds. Of others it may be a later one's.
+	FlagExact uint8 = 1 << 2
 )
 
 // Header is a record without its payload.
 type Header struct {
-	LSN     LSN    // of the record; of an original: views below it need the original
+	LSN     LSN    // of the record; of an original: views below it need the original, see FlagExact
 	Time    int64  // Unix nanoseconds, never less than the record's before it
 	Durable LSN    // durable when this was written; of an original: its version's LSN
 	Extent  Extent // whole blocks of Disk; empty for notes
