@@ -246,6 +246,9 @@ func firstReign(epoch uint64) (record.Reigns, error) {
 // from damaged ones.
 func (r *recovery) broken() error {
 	for _, b := range r.g.set.Broken() {
+		if r.rewind != nil && b.Number > r.rewind.last {
+			continue // begun by the rewind, or a recovery after it: nothing stood in it
+		}
 		if b.Kind == segment.Log && b.First <= r.durable || b.Kind == segment.Originals && b.Number <= r.origFile {
 			if r.damage == nil {
 				r.damage = fmt.Errorf("segment %s: %w", b.Path, b.Err)
