@@ -29,6 +29,7 @@ func (g *Group) applyLocked() error {
 	if err := g.syncTo(g.apply.round); err != nil {
 		return err
 	}
+	defer g.originsDone()
 	total, done := 0, 0.0
 	for _, d := range g.disks.Load().all {
 		total += d.FrozenWeight()
@@ -167,7 +168,15 @@ func (g *Group) checkpointDueLocked(now time.Time) bool {
 
 // Original implements disk.Journal: called by Apply, with g.apply held.
 func (g *Group) Original(d *disk.Disk, ext record.Extent, content []byte, until record.LSN) error {
-	return g.keepBlocks(d, ext, content, 0, g.originLSN(d), until)
+	return g.origins(d, ext.Off/record.BlockSize, int64(record.Blocks(ext.Len)), func(first, n int64, since record.LSN) error {
+		part := record.Extent{Off: first * record.BlockSize}
+		part.Len = min(n*record.BlockSize, ext.End()-part.Off)
+		var of []byte
+		if content != nil {
+			of = content[part.Off-ext.Off:][:part.Len]
+		}
+		return g.keepBlocks(d, part, of, 0, since, until)
+	})
 }
 
 // originLSN is the version that an original captured now stands for: the oldest

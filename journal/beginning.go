@@ -13,10 +13,10 @@ import (
 // content: their views as of that LSN.
 func (g *Group) Beginning(at record.LSN) (b record.Beginning, err error) {
 	b.At = at
-	if err := g.pin(at); err != nil {
+	if err := g.pinFrom(at); err != nil {
 		return b, err
 	}
-	defer g.unpin(at)
+	defer g.unpinFrom(at)
 	if err := g.syncTo(at); err != nil {
 		return b, err
 	}

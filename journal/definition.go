@@ -9,6 +9,7 @@ import (
 
 	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/retain"
 )
 
 // definition is what is known of a definition without its content, which is in the index.
@@ -53,27 +54,30 @@ func (t definitions) heldBehind(horizon record.LSN, name string, before record.L
 	return slices.ContainsFunc(t, func(d definition) bool { return d.name == name && d.since < before && d.at > horizon })
 }
 
-// superseded are those that no LSN from the horizon on finds in force, and no record behind it holds.
-func (t definitions) superseded(horizon record.LSN) (old []definition) {
-	newest := t.inForce(horizon)
-	for _, d := range t {
-		inForce := newest[d.name].since == d.since
-		if d.at <= horizon && (!inForce || d.gone && !t.heldBehind(horizon, d.name, d.since)) {
-			old = append(old, d)
+// expire divides those whose records are not behind the horizon, the last of some points: the ones that must be carried over before the records expire, as they are
+// in force at one of the points, and the ones that nobody will find any more.
+func (t definitions) expire(points []record.LSN) (carried, superseded []definition) {
+	horizon := points[len(points)-1]
+	older := map[string]bool{} // names of which one is carried
+	for i, d := range t {
+		if d.at > horizon {
+			continue
 		}
-	}
-	return old
-}
-
-// carried are those that must be carried over before the records up to a horizon expire.
-func (t definitions) carried(horizon record.LSN) (all []definition) {
-	for _, d := range t.inForce(horizon) {
+		until := record.MaxLSN
+		for _, next := range t[i+1:] {
+			if next.name == d.name {
+				until = next.since
+				break
+			}
+		}
 		// That there is none must be said for as long as something says that there is one.
-		if d.at <= horizon && (!d.gone || t.heldBehind(horizon, d.name, d.since)) {
-			all = append(all, d)
+		if retain.Lives(points, d.since, until) && (!d.gone || older[d.name] || t.heldBehind(horizon, d.name, d.since)) {
+			carried, older[d.name] = append(carried, d), true
+		} else {
+			superseded = append(superseded, d)
 		}
 	}
-	return all
+	return carried, superseded
 }
 
 // Define journals what a guest is defined as from now on, unless it is that already; it reports

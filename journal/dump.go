@@ -25,7 +25,7 @@ type Visit struct {
 // Dump shows the group's files and index as they are. Functions that are nil
 // are not called. Damage ends a file's part and is returned at the end.
 func (g *Group) Dump(ctx context.Context, v Visit) error {
-	defer g.unpin(g.pinAll())
+	defer g.unpinFrom(g.pinAll())
 	var damage []error
 	for _, k := range []segment.Kind{segment.Log, segment.Originals} {
 		if v.Segment == nil {

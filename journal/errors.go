@@ -54,13 +54,26 @@ type PointError struct {
 	Group    string
 	Point    string
 	Why      string
-	Viewable []Range
+	Viewable []Range // of the log
+	Kept     int     // points before those
+	// Before and After are the kept points around the one that is missing, where that is known; nil: there is none.
+	Before, After *KeptPoint
 }
 
 func (e *PointError) Error() string {
 	var what []string
 	for _, r := range e.Viewable {
 		what = append(what, fmt.Sprintf("lsn:%d to lsn:%d", r.First, r.Last))
+	}
+	switch {
+	case e.Before != nil && e.After != nil:
+		what = append([]string{fmt.Sprintf("the kept points around it, %v and %v", e.Before, e.After)}, what...)
+	case e.Before != nil:
+		what = append([]string{fmt.Sprintf("the last kept point before it, %v", e.Before)}, what...)
+	case e.After != nil:
+		what = append([]string{fmt.Sprintf("the first kept point after it, %v", e.After)}, what...)
+	case e.Kept > 0:
+		what = append([]string{fmt.Sprintf("%d kept points", e.Kept)}, what...)
 	}
 	return fmt.Sprintf("point %q of group %s: %s (viewable: %s)", e.Point, e.Group, e.Why, strings.Join(what, ", "))
 }

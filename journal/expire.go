@@ -3,9 +3,9 @@ package journal
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"math"
 	"slices"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -19,9 +19,16 @@ import (
 // expireDue drops the oldest history that the group's limit, or a file system
 // that is nearly full, asks for.
 func (g *Group) expireDue() error {
+	if err := g.expireAged(); err != nil {
+		return err
+	}
 	if g.o.Limit > 0 {
 		if excess := g.set.Size() - g.o.Limit; excess > 0 {
-			if _, err := g.Expire(excess); err != nil {
+			freed, err := g.Expire(excess)
+			if err == nil && freed == 0 && len(closedFiles(g.set.Files(segment.Log))) == 0 {
+				_, err = g.giveUp() // cleaned in its time
+			}
+			if err != nil {
 				return err
 			}
 		}
@@ -37,6 +44,25 @@ func (g *Group) expireDue() error {
 	return nil
 }
 
+// expireAged drops what is older than the window that is promised.
+func (g *Group) expireAged() error {
+	window := g.Policy().EveryWrite
+	if window == 0 {
+		return nil
+	}
+	now := g.o.Now().UnixNano()
+	files := g.set.Files(segment.Log)
+	if bytes := g.Policy().Passed(now, closedFiles(files)); bytes > 0 {
+		_, err := g.Expire(bytes)
+		return err
+	}
+	// A file that is written slowly would keep the oldest of it for long.
+	if n := len(files); n > 0 && now-files[n-1].Created > int64(max(window/8, time.Minute)) {
+		return g.closeLog()
+	}
+	return nil
+}
+
 // expireForSpace is called when no file can be begun. It reports whether any space came free.
 func (g *Group) expireForSpace() (bool, error) {
 	n, err := g.expireNeeded(g.o.SegmentSize)
@@ -45,6 +71,15 @@ func (g *Group) expireForSpace() (bool, error) {
 		if err = g.Apply(); err == nil {
 			n, err = g.expireNeeded(g.o.SegmentSize)
 		}
+	}
+	g.hurry.Add(1)
+	defer g.hurry.Add(-1)
+	for n == 0 && err == nil {
+		var more bool
+		if more, err = g.giveUp(); err != nil || !more {
+			break
+		}
+		n, err = g.Clean()
 	}
 	if err != nil {
 		g.log.Error("the journal is full and its oldest history can not be expired", zap.Error(err))
@@ -69,10 +104,7 @@ func (g *Group) expire(excess int64, held record.LSN) (freed int64, err error) {
 	g.apply.Lock()
 	defer g.apply.Unlock()
 	files := g.set.Files(segment.Log)
-	var closed []retain.File
-	for i := range files[:max(len(files)-1, 0)] {
-		closed = append(closed, retain.File{Last: files[i+1].First - 1, Size: files[i].Alloc()})
-	}
+	closed := closedFiles(files)
 	pin, applied := g.oldestPin(), min(g.Applied(), g.Durable())
 	n := min(retain.Expire(closed, excess, min(pin, held), applied), expireFiles)
 	if n == 0 {
@@ -86,7 +118,7 @@ func (g *Group) expire(excess int64, held record.LSN) (freed int64, err error) {
 	if err := g.checkpointLocked(); err != nil {
 		return 0, err
 	}
-	err = g.expireUpTo(closed[n-1].Last, files[:n])
+	err = g.expireUpTo(closed[n-1].Last, files[:n], files[n])
 	if errors.Is(err, errHeld) {
 		return 0, nil // the next look finds the pin
 	}
@@ -95,12 +127,20 @@ func (g *Group) expire(excess int64, held record.LSN) (freed int64, err error) {
 		// need. Behind the farthest one, they need next to nothing.
 		n = retain.Expire(closed, math.MaxInt64, min(pin, held), applied)
 		g.log.Warn("no room to expire the oldest history alone: expiring all that may go", zap.Error(err))
-		err = g.expireUpTo(closed[n-1].Last, files[:n])
+		err = g.expireUpTo(closed[n-1].Last, files[:n], files[n])
 	}
 	if err != nil {
 		err = fmt.Errorf("expire history up to LSN %d: %w", closed[n-1].Last, err)
 	}
 	return before - g.set.Size(), err
+}
+
+// closedFiles are the log files that no record is added to.
+func closedFiles(files []*segment.File) (closed []retain.File) {
+	for i := range files[:max(len(files)-1, 0)] {
+		closed = append(closed, retain.File{Last: files[i+1].First - 1, Time: files[i+1].Created, Size: files[i].Alloc()})
+	}
+	return closed
 }
 
 // closeLog begins a new log file, so that a later expiry can drop the only one. Few
@@ -122,36 +162,79 @@ func (g *Group) closeLog() error {
 	return nil
 }
 
-// oldestPin is the oldest LSN that an open view needs.
+// oldestPin is the oldest LSN from which on somebody needs all of the history.
 func (g *Group) oldestPin() record.LSN {
 	g.pins.Lock()
 	defer g.pins.Unlock()
 	pin := record.MaxLSN
-	for lsn := range g.pins.views {
+	for lsn := range g.pins.from {
 		pin = min(pin, lsn)
-	}
-	for lsn := range g.pins.markers {
-		pin = min(pin, lsn-1) // its record stays too
 	}
 	return pin
 }
 
-// raiseHorizon moves the horizon unless a view below it was opened meanwhile.
-func (g *Group) raiseHorizon(to record.LSN) error {
+// raiseHorizon moves the horizon, beyond which some points are kept, unless somebody came to need another one meanwhile.
+func (g *Group) raiseHorizon(to record.LSN, needed []record.LSN, kept []KeptPoint) error {
 	g.pins.Lock()
 	defer g.pins.Unlock()
-	for lsn := range g.pins.views {
+	for lsn := range g.pins.from {
 		if lsn < to {
+			return fmt.Errorf("%w: from LSN %d on", errHeld, lsn)
+		}
+	}
+	for lsn := range g.pins.points {
+		if _, ok := slices.BinarySearch(needed, lsn); !ok && lsn < to {
 			return fmt.Errorf("%w: LSN %d", errHeld, lsn)
 		}
 	}
 	for lsn := range g.pins.markers {
-		if lsn <= to {
+		if _, ok := findKept(kept, lsn); !ok && lsn <= to {
 			return fmt.Errorf("%w: marker LSN %d", errHeld, lsn)
 		}
 	}
+	g.kept.Store(&kept) // first: what can be viewed can be viewed at any instant
 	g.horizon.Store(uint64(max(to, g.expiredTo())))
 	return nil
+}
+
+// fresh are the points in log files that expire which a policy may keep: the last ones of its slots of time, and markers. next is the file behind them: while
+// nothing stands in it, the last record may be the last one of its slot.
+func (g *Group) fresh(files []*segment.File, next *segment.File, horizon record.LSN) (points []KeptPoint, err error) {
+	policy := g.Policy()
+	var at KeptPoint
+	marker, last := false, false
+	end := func(until int64) {
+		if at.LSN != 0 && g.viewable(at.LSN) && (marker || last || policy.Ends(at.Time, until)) {
+			at.Until = until
+			points = append(points, at)
+		}
+		marker = false
+	}
+	err = segment.ScanLog(files, files[0].Start(), func(_ *segment.File, _ int64, h record.Header) error {
+		if h.LSN > horizon {
+			return segment.ErrStop
+		}
+		if h.LSN != at.LSN { // of a bridge, several have one
+			end(h.Time)
+			at = KeptPoint{LSN: h.LSN, Time: h.Time}
+		}
+		marker = marker || h.Kind == record.KindMarker
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	until := next.Created // no record in it is older
+	last = true
+	_, err = next.Scan(next.Start(), func(_ int64, h record.Header) error {
+		until, last = h.Time, false
+		return segment.ErrStop
+	})
+	if err != nil && !errors.Is(err, segment.ErrStop) && !errors.Is(err, record.ErrCorrupt) {
+		return nil, err
+	}
+	end(until)
+	return points, nil
 }
 
 // expireFiles bounds the files that go in one pass, and with them its memory.
@@ -160,20 +243,30 @@ const expireFiles = 8
 // expireUpTo makes the last record of the oldest log files the horizon and
 // drops the files. g.apply is held, so that no block's original is captured meanwhile.
 //
-// Of each block that the files have versions of: all but the newest at the
-// horizon are forgotten. If there is a newer one behind it, views between need
+// Of each block that the files have versions of: all but the newest at each point that is needed, and at the
+// horizon, are forgotten. If there is a newer one behind it, views between need
 // that one: it is carried over to the originals. If there is none, the backing has
-// it: the block is as one that was never overwritten.
+// it: the block is as one that was never overwritten, whatever originals of it are left: they have ended.
 //
-// Definitions that are in force at the horizon are carried over too, until the next expiry.
-func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File) (err error) {
+// Definitions that are in force at any of these points are carried over too, until the next expiry. next is the file behind the last.
+func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File, next *segment.File) (err error) {
 	if err := g.Index(); err != nil {
 		return err
 	}
 	g.apply.orig.Keep(g.o.keepExpire())
 	defer g.apply.orig.Keep(g.o.keepApply())
-	old := g.expiredTo()
-	if err := g.raiseHorizon(horizon); err != nil {
+	fresh, err := g.fresh(files, next, horizon)
+	if err != nil {
+		// Damaged history is not dropped: what could not be read may be what
+		// views behind it need.
+		return err
+	}
+	points, kept := g.needed(horizon, fresh)
+	if len(points) > 1 {
+		g.hadKept.Store(true)
+	}
+	old, was := g.expiredTo(), g.KeptPoints()
+	if err := g.raiseHorizon(horizon, points, kept); err != nil {
 		return err
 	}
 	defer func() {
@@ -185,9 +278,10 @@ func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File) (err error
 				err = g.fail(serr)
 			}
 			g.horizon.Store(uint64(old))
+			g.kept.Store(&was)
 		}
 	}()
-	e := expiry{g: g, horizon: horizon, b: g.ix.NewBatch(), forget: map[*disk.Disk][]int64{}, carried: map[*disk.Disk][]int64{}}
+	e := expiry{g: g, old: old, horizon: horizon, points: points, b: g.ix.NewBatch(), forget: map[*disk.Disk][]int64{}, carried: map[*disk.Disk][]int64{}}
 	if e.reader, err = g.ix.FreshReader(); err != nil {
 		return err
 	}
@@ -199,8 +293,6 @@ func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File) (err error
 		return e.record(f, off, &h)
 	})
 	if err != nil {
-		// Damaged history is not dropped: what could not be read may be what
-		// views behind it need.
 		return err
 	}
 	return e.finish(files)
@@ -208,7 +300,9 @@ func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File) (err error
 
 type expiry struct {
 	g       *Group
+	old     record.LSN // the horizon before
 	horizon record.LSN
+	points  []record.LSN // whose views stay as they are; the last one is the horizon
 	reader  *index.Reader
 	b       *index.Batch
 	forget  map[*disk.Disk][]int64
@@ -216,8 +310,8 @@ type expiry struct {
 	carried map[*disk.Disk][]int64
 	defined []index.Definition // carried over
 	time    int64              // of the newest record dropped
-	buf     [record.BlockSize]byte
-	at      [viewStep]index.Pick // versions at the horizon
+	buf     []byte
+	at      [viewStep]index.Pick // versions at the next point that is needed
 	after   [viewStep]index.Pick // newest versions
 }
 
@@ -241,11 +335,12 @@ func (e *expiry) record(f *segment.File, off int64, h *record.Header) error {
 	return d.CapturedIn(first, n, func(first, n int64) error { return e.run(d, h, first, n) })
 }
 
-// run decides about the blocks of a run that the record h has versions of.
+// run decides about the blocks of a run that the record h has versions of: they are needed if they are the newest at the next point.
 func (e *expiry) run(d *disk.Disk, h *record.Header, first, n int64) error {
+	point, _ := retain.First(e.points, h.LSN)
 	for ; n > 0; first, n = first+viewStep, n-viewStep {
 		at, after := e.at[:min(n, viewStep)], e.after[:min(n, viewStep)]
-		if err := e.reader.Find(h.Disk, first, e.horizon, at); err != nil {
+		if err := e.reader.Find(h.Disk, first, point, at); err != nil {
 			return err
 		}
 		if err := e.reader.Find(h.Disk, first, record.MaxLSN, after); err != nil {
@@ -253,28 +348,92 @@ func (e *expiry) run(d *disk.Disk, h *record.Header, first, n int64) error {
 		}
 		for i := range at {
 			if at[i].LSN != h.LSN {
-				continue // a newer one at the horizon: that one decides
+				continue // a newer one there: that one decides
 			}
 			block := first + int64(i)
-			if err := e.older(h.Disk, block, h.LSN); err != nil {
+			if err := e.older(d, block, h.LSN); err != nil {
 				return err
 			}
 			if after[i].LSN == h.LSN {
 				e.forget[d] = append(e.forget[d], block)
 			} else {
-				e.moves = append(e.moves, move{d, block, at[i]})
+				e.moves = append(e.moves, move{d, block, at[i], 0})
+				if len(e.points) > 1 && !d.Captured(block) {
+					if err := e.zeroesBefore(d, block, h.LSN); err != nil {
+						return err
+					}
+				}
 			}
 		}
 	}
 	return nil
 }
 
-// older deletes the originals and carried-over versions of a block below lsn.
+// zeroesBefore keeps what a block was before a version that is carried over, and that was never captured, as it was zeroes again before anything was
+// applied. Of records that made it zeroes, nothing is kept: so far, the backing said that it was. It goes back to the last version that is needed.
+func (e *expiry) zeroesBefore(d *disk.Disk, block int64, lsn record.LSN) error {
+	from, until := lsn, lsn
+	keep := func() {
+		if retain.Lives(e.points, from, until) {
+			zeroes := index.Pick{Found: true, LSN: from, Version: index.Version{Zero: true}}
+			e.moves = append(e.moves, move{d, block, zeroes, until})
+		}
+	}
+	for {
+		var p [1]index.Pick
+		if err := e.reader.Find(d.ID, block, from-1, p[:]); err != nil {
+			return err
+		}
+		switch v := &p[0]; {
+		case !v.Found && v.Until == 0: // nothing was ever written to it
+			from = min(from, max(e.points[0], d.KnownSince()))
+			keep()
+			return nil
+		case v.LSN <= e.old: // an original
+			from = min(from, max(v.Until, e.points[0]))
+			keep()
+			return nil
+		case v.Zero:
+			from = v.LSN
+		default:
+			keep()
+			if retain.Lives(e.points, v.LSN, from) {
+				return nil // it is carried over itself
+			}
+			from, until = v.LSN, v.LSN
+		}
+	}
+}
+
+// older deletes the originals and carried-over versions of a block below lsn that no point is of.
 // Versions of records below it are the files' that were dropped before, or this one's.
-func (e *expiry) older(id record.DiskID, block int64, lsn record.LSN) error {
-	return e.reader.Chain(id, block, lsn-1, func(v record.LSN) error {
-		return e.b.Delete(id, index.Unit{Index: block}, v)
+func (e *expiry) older(d *disk.Disk, block int64, lsn record.LSN) error {
+	end := lsn
+	var inexact []index.Pick
+	err := e.reader.Chain(d.ID, block, lsn-1, func(v index.Pick) error {
+		live := retain.Lives(e.points, v.LSN, end)
+		if v.Until != 0 {
+			live = retain.Lives(e.points, v.LSN, min(end, v.Until))
+		}
+		end = v.LSN
+		if !live {
+			return e.b.Delete(d.ID, index.Unit{Index: block}, v.LSN)
+		}
+		if v.Until == 0 && v.LSN <= e.old { // of no record in these files
+			inexact = append(inexact, v)
+		}
+		return nil
 	})
+	if err != nil || len(inexact) == 0 {
+		return err
+	}
+	// Where it ends, only the records that expire say.
+	until, err := e.reader.Next(d.ID, block, e.old)
+	if err != nil || until != lsn {
+		return err
+	}
+	e.moves = append(e.moves, move{d, block, inexact[0], until})
+	return nil
 }
 
 // move is a version of a block that is carried over.
@@ -282,6 +441,7 @@ type move struct {
 	d     *disk.Disk
 	block int64
 	pick  index.Pick
+	until record.LSN // 0: the next version is yet to be found
 }
 
 // carryAll keeps versions of blocks as originals that views from the horizon on
@@ -298,9 +458,24 @@ func (e *expiry) carryAll() error {
 		return fmt.Errorf("%w: %d bytes must be carried over, %d are free", segment.ErrFull, need, e.g.apply.orig.Room())
 	}
 	for i := range e.moves {
-		if err := e.carry(&e.moves[i]); err != nil {
+		m := &e.moves[i]
+		if m.until != 0 {
+			continue
+		}
+		var err error
+		if m.until, err = e.reader.Next(m.d.ID, m.block, m.pick.LSN); err != nil {
 			return err
 		}
+	}
+	for i := 0; i < len(e.moves); {
+		j := i + 1
+		for j < len(e.moves) && j-i < carryBlocks && follows(&e.moves[j-1], &e.moves[j]) {
+			j++
+		}
+		if err := e.carry(e.moves[i:j]); err != nil {
+			return err
+		}
+		i = j
 	}
 	for _, d := range e.defined {
 		if err := e.g.carryDefinition(d.Definition, e.horizon); err != nil {
@@ -313,7 +488,7 @@ func (e *expiry) carryAll() error {
 // definitions finds those that must be carried over.
 func (e *expiry) definitions() error {
 	e.g.append.Lock()
-	carry := e.g.append.definitions.carried(e.horizon)
+	carry, _ := e.g.append.definitions.expire(e.points)
 	e.g.append.Unlock()
 	for _, d := range carry {
 		def, err := e.g.ix.Definition(d.name, d.since)
@@ -325,25 +500,42 @@ func (e *expiry) definitions() error {
 	return nil
 }
 
-func (e *expiry) carry(m *move) error {
+// carryBlocks is how many blocks are carried over at once.
+const carryBlocks = 256
+
+// follows reports whether n can be carried over in one record with m.
+func follows(m, n *move) bool {
+	return m.d == n.d && n.block == m.block+1 && m.pick.LSN == n.pick.LSN && m.until == n.until && together(&m.pick, &n.pick)
+}
+
+// carry keeps versions of blocks that follow each other.
+func (e *expiry) carry(moves []move) error {
+	m := &moves[0]
+	ext := record.Extent{Off: m.block * record.BlockSize}
+	ext.Len = min(int64(len(moves))*record.BlockSize, m.d.Size-ext.Off)
+	if e.buf == nil {
+		e.buf = make([]byte, carryBlocks*record.BlockSize)
+	}
+	var picks []index.Pick
+	for i := range moves {
+		picks = append(picks, moves[i].pick)
+	}
+	content := e.buf[:ext.Len]
 	v := View{g: e.g, d: m.d, lsn: e.horizon}
-	buf := e.buf[:m.d.BlockLen(m.block)]
 	s := viewPool.Get().(*viewScratch)
 	defer viewPool.Put(s)
-	if err := v.readPicks(s, buf, m.block*record.BlockSize, m.block, []index.Pick{m.pick}, false); err != nil {
+	if err := v.readPicks(s, content, ext.Off, m.block, picks, false); err != nil {
 		return err
 	}
-	content := buf
 	if m.pick.Zero {
 		content = nil
 	}
-	next, err := e.reader.Next(m.d.ID, m.block, e.horizon)
-	if err != nil {
-		return err
+	if m.until > e.horizon {
+		for i := range moves {
+			e.carried[m.d] = append(e.carried[m.d], moves[i].block)
+		}
 	}
-	ext := record.Extent{Off: m.block * record.BlockSize, Len: int64(len(buf))}
-	e.carried[m.d] = append(e.carried[m.d], m.block)
-	return e.g.keepBlocks(m.d, ext, content, record.FlagCarried, m.pick.LSN, next)
+	return e.g.keepBlocks(m.d, ext, content, record.FlagCarried, m.pick.LSN, m.until)
 }
 
 // finish makes the decisions durable, then removes the files.
@@ -364,6 +556,7 @@ func (e *expiry) finish(files []*segment.File) error {
 	if err != nil {
 		return err
 	}
+	g.ix.Forgetting()
 	// Bits first: a reader that still finds a version uses it, one that finds
 	// none any more must find the bit clear.
 	for d, blocks := range e.forget {
@@ -377,11 +570,8 @@ func (e *expiry) finish(files []*segment.File) error {
 		d.Keep(blocks)
 	}
 	g.append.Lock()
-	g.append.markers.expire(e.horizon)
+	g.append.markers.expire(e.horizon, g.KeptPoints())
 	g.passGaps()
-	g.pins.Lock()
-	maps.DeleteFunc(g.pins.markers, func(lsn record.LSN, _ bool) bool { return lsn <= e.horizon })
-	g.pins.Unlock()
 	g.append.definitions = slices.DeleteFunc(g.append.definitions, func(d definition) bool { return slices.Contains(defined, d) })
 	for _, d := range e.defined {
 		g.append.definitions.set(d.Definition, d.At)
@@ -396,7 +586,7 @@ func (e *expiry) finish(files []*segment.File) error {
 	if err := g.syncLog(); err != nil {
 		return err
 	}
-	if err := e.end(); errors.Is(err, segment.ErrFull) {
+	if err := g.noteExpired(e.horizon); errors.Is(err, segment.ErrFull) {
 		g.log.Warn("the files of expired history stay until there is room to note that it has expired", zap.Error(err))
 		return nil // the next expiry of them does
 	} else if err != nil {
@@ -405,20 +595,6 @@ func (e *expiry) finish(files []*segment.File) error {
 	g.log.Info("expired the oldest history", zap.Uint64("horizon", uint64(e.horizon)), zap.Int("segments", len(files)))
 	if err := errors.Join(g.set.Remove(files...), g.set.Remove(gone...)); err != nil {
 		return g.fail(err)
-	}
-	return nil
-}
-
-// end notes among the originals that the index has come to the horizon, durably: without an index nothing else says so
-// once some of the files are gone, and what was carried over would count for nothing.
-func (e *expiry) end() error {
-	e.g.apply.orig.Keep(0) // what it takes is little, and the files that go are much
-	err := e.g.keep(record.Header{Kind: record.KindExpired, Flags: record.FlagCarried, LSN: e.horizon + 1, Durable: e.horizon}, nil)
-	if err == nil {
-		_, err = e.g.syncKept()
-	}
-	if err != nil {
-		return fmt.Errorf("note that history has expired up to LSN %d: %w", e.horizon, err)
 	}
 	return nil
 }
@@ -435,13 +611,16 @@ func (e *expiry) rest() (defined []definition, err error) {
 		if m.LSN > e.horizon {
 			return false, nil // its record is in a file that stays
 		}
+		if e.g.isKept(m.LSN) {
+			return true, nil
+		}
 		return true, e.b.DeleteMarker(m)
 	})
 	if err != nil {
 		return nil, err
 	}
 	e.g.append.Lock()
-	defined = e.g.append.definitions.superseded(e.horizon)
+	_, defined = e.g.append.definitions.expire(e.points)
 	e.g.append.Unlock()
 	for _, d := range defined {
 		if err := e.b.DeleteDefinition(d.name, d.since); err != nil {
@@ -456,12 +635,18 @@ func (e *expiry) rest() (defined []definition, err error) {
 	if err := e.b.DropTimes(e.time); err != nil {
 		return nil, err
 	}
+	if err := e.g.setKept(e.b); err != nil {
+		return nil, err
+	}
 	return defined, setStateLSN(e.b, stateHorizon, e.horizon)
 }
 
 // originals finds the files of originals that no view at or behind the horizon needs.
 func (e *expiry) originals() (gone []*segment.File, err error) {
 	g := e.g
+	if g.everKept() {
+		return nil, nil // a Clean knows what else they have
+	}
 	for _, f := range g.set.Files(segment.Originals) {
 		if f == g.apply.orig.Current() {
 			continue

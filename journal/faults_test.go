@@ -20,21 +20,24 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 	"github.com/stretchr/testify/require"
 
+	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/retain"
 	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
 // rig is a store with one group of one disk on a simulated file system whose
 // operations can be made to fail.
 type rig struct {
-	t     *testing.T
-	mem   *vfs.MemFS
-	fault atomic.Pointer[fault]
-	seen  atomic.Pointer[func(errorfs.Op)] // told of each operation, if set; the database has goroutines of its own
-	fs    vfs.FS
-	o     Options
-	s     *Store
-	g     *Group
+	t      *testing.T
+	mem    *vfs.MemFS
+	fault  atomic.Pointer[fault]
+	seen   atomic.Pointer[func(errorfs.Op)] // told of each operation, if set; the database has goroutines of its own
+	fs     vfs.FS
+	o      Options
+	retain retain.Policy
+	s      *Store
+	g      *Group
 }
 
 // fault makes operations of one kind on paths with a given part fail; it
@@ -84,7 +87,7 @@ func (r *rig) open() {
 	if o.SegmentSize == 0 {
 		o.SegmentSize = 64 << 10
 	}
-	s, err := Open("state", []GroupConfig{{Name: "g", Disks: []DiskConfig{{"d", "disk.raw"}}}}, o)
+	s, err := Open("state", []GroupConfig{{Name: "g", Disks: []DiskConfig{{"d", "disk.raw"}}, Retain: r.retain}}, o)
 	require.NoError(r.t, err)
 	r.s, r.g = s, s.Groups()[0]
 }
@@ -318,7 +321,7 @@ func TestADiscontinuityWithLittleRoom(t *testing.T) {
 		require.NoError(t, err)
 	}
 	require.NoError(t, errors.Join(f.Sync(), f.Close()))
-	r.fs = smallFS{r.fs, smallFS{FS: r.fs}.used("state") + 1300<<10}
+	r.fs = smallFS{r.fs, smallFS{FS: r.fs}.used("state") + 1400<<10}
 	opened := make(chan struct{})
 	go func() {
 		defer close(opened)
@@ -361,7 +364,8 @@ func TestLimitExpiresTheOldest(t *testing.T) {
 	require.ErrorIs(t, err, ErrNoPoint)
 }
 
-func TestAnOpenViewPinsItsHistory(t *testing.T) {
+// TestAnOpenViewKeepsItsPoint: what is around it expires.
+func TestAnOpenViewKeepsItsPoint(t *testing.T) {
 	r := newRig(t, Options{})
 	for i := range 200 {
 		require.NoError(t, r.write(int64(i%50), byte(i)))
@@ -371,14 +375,34 @@ func TestAnOpenViewPinsItsHistory(t *testing.T) {
 	require.NoError(t, err)
 	_, err = r.g.Expire(1 << 30)
 	require.NoError(t, err)
-	require.LessOrEqual(t, r.g.Horizon(), record.LSN(20))
-	b := make([]byte, 1)
-	require.NoError(t, v.ReadAt(b, 0, false))
-	require.Equal(t, byte(0), b[0])
-	v.Close()
+	require.Greater(t, r.g.Horizon(), record.LSN(20))
+	_, err = r.g.View(r.g.Disks()[0], 20)
+	require.ErrorIs(t, err, ErrNoPoint, "others can not come to it")
+	for i := range 200 {
+		require.NoError(t, r.write(int64(i%50), byte(i)))
+	}
+	require.NoError(t, r.g.Apply())
 	_, err = r.g.Expire(1 << 30)
 	require.NoError(t, err)
-	require.Greater(t, r.g.Horizon(), record.LSN(20))
+	clean := func() (freed int64) {
+		require.NoError(t, r.g.closeOriginals(0))
+		freed, err := r.g.clean(1, func() error { return nil })
+		require.NoError(t, err)
+		return freed
+	}
+	clean()
+	b := make([]byte, 1)
+	for block := range int64(50) {
+		require.NoError(t, v.ReadAt(b, block*record.BlockSize, false))
+		want := byte(0xb0)
+		if block < 20 {
+			want = byte(block)
+		}
+		require.Equal(t, want, b[0])
+	}
+	v.Close()
+	require.Positive(t, clean())
+	r.checkOriginals()
 }
 
 // flip changes a byte of the first file whose name has a part, at the first
@@ -1020,4 +1044,31 @@ func TestABackingThatWasCutShort(t *testing.T) {
 	require.Error(t, g.Apply())
 	state, _ := g.State()
 	require.Equal(t, "failed", state)
+}
+
+// checkOriginals: nothing among the originals but what some point is of, and the index has as much of it.
+func (r *rig) checkOriginals() {
+	r.t.Helper()
+	points := r.g.allPoints()
+	found := map[string]bool{}
+	for _, f := range r.g.set.Files(segment.Originals) {
+		all, err := r.g.allEnded(f)
+		require.NoError(r.t, err)
+		_, err = f.Scan(f.Start(), func(off int64, h record.Header) error {
+			if all && f != r.g.apply.orig.Current() && h.Extent.Len > 0 && !lives(points, &h) {
+				r.t.Errorf("%s at %d: no point is of what %v was from LSN %d to %d", f.Path, off, h.Extent, h.Durable, h.LSN)
+			}
+			for _, e := range appendOriginal(nil, &h, f.Number, off) {
+				found[fmt.Sprint(e)] = true
+			}
+			return nil
+		})
+		require.NoError(r.t, err)
+	}
+	require.NoError(r.t, r.g.ix.Versions(func(e index.Entry) (bool, error) {
+		if e.LSN <= r.g.expiredTo() && !found[fmt.Sprint(e)] {
+			r.t.Errorf("the index has %+v, and no file", e)
+		}
+		return true, nil
+	}))
 }

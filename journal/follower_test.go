@@ -35,8 +35,7 @@ type overGap struct {
 func (m *model) openFollower(b *record.Beginning) {
 	f := m.follower
 	var err error
-	f.store, err = Open("state", []GroupConfig{{Name: "g", Disks: f.disks, Begin: b}},
-		Options{FS: f.fs, Log: m.log, SegmentSize: 64 << 10, Unapplied: 1 << 30, checkpointBytes: m.checkpoint})
+	f.store, err = Open("state", []GroupConfig{{Name: "g", Disks: f.disks, Begin: b, Retain: m.retain}}, m.options(f.fs))
 	require.NoError(m.t, err)
 	f.g = f.store.Groups()[0]
 	state, err := f.g.State()
@@ -181,8 +180,7 @@ func (m *model) work(f *follower) {
 		require.NoError(m.t, g.Apply())
 		f.synced = max(f.synced, g.Durable())
 	case 3:
-		_, err := g.Expire(int64(1 + m.rng.IntN(4*64<<10)))
-		require.NoError(m.t, err)
+		m.expireIn(g)
 		f.synced = max(f.synced, g.Durable())
 	case 4, 5:
 		percent, head := survivals[m.rng.IntN(len(survivals))], g.Head()
@@ -311,8 +309,7 @@ func (c *crashPoint) taken() *vfs.MemFS {
 }
 
 func (m *model) openOn(f *follower, c *crashPoint) *Store {
-	s, err := Open("state", []GroupConfig{{Name: "g", Disks: f.disks}},
-		Options{FS: errorfs.Wrap(c.mem, c), Log: m.log, SegmentSize: 64 << 10, Unapplied: 1 << 30, checkpointBytes: m.checkpoint})
+	s, err := Open("state", []GroupConfig{{Name: "g", Disks: f.disks, Retain: m.retain}}, m.options(errorfs.Wrap(c.mem, c)))
 	require.NoError(m.t, err)
 	return s
 }
@@ -344,7 +341,7 @@ func (m *model) rewind(f *follower, to record.LSN) {
 		require.NoError(m.t, f.fs.RemoveAll("state/index"))
 	}
 	m.openFollower(nil)
-	if f.g.Head() != to { // the crash came before the note
+	if r := f.g.Reigns(); f.g.Head() != to || len(r) > 1 && r[len(r)-1].First > to { // the crash came before the note
 		require.NoError(m.t, f.store.Rewind("g", to))
 		f.g = f.store.Groups()[0]
 	}
@@ -408,7 +405,7 @@ func (m *model) checkFollower() {
 	wantMarkers := markersOf(m.eventsOf(m.follower), g.Newest())
 	n := 0
 	for lsn, mk := range wantMarkers {
-		if lsn > g.expiredTo() && !mk.Pending {
+		if (lsn > g.expiredTo() || g.isKept(lsn)) && !mk.Pending {
 			n++
 		}
 	}
@@ -459,7 +456,12 @@ func (m *model) failOver() {
 		if known.named(name) == nil {
 			m.forget(d)
 		}
-		if _, err := m.fs.Stat(m.diskConfig(d).Backing); err != nil {
+		_, err := m.fs.Stat(m.diskConfig(d).Backing)
+		inGap := m.out[d] && slices.ContainsFunc(f.g.Gaps(), func(gap Gap) bool {
+			i := slices.IndexFunc(known.table, func(t record.Disk) bool { return t.Name == name })
+			return i >= 0 && gap.After < known.table[i].Removed && known.table[i].Removed <= gap.Until // its backing is of before
+		})
+		if err != nil || inGap {
 			m.putBacking(m.fs, d, m.image(d, head))
 		}
 	}

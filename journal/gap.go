@@ -61,9 +61,9 @@ func (g *Group) Newest() record.LSN {
 	return newest
 }
 
-// NewestUpTo is the newest LSN that can be viewed, and is not above another one; ok is false if there is none.
+// NewestUpTo is the newest LSN that can be viewed, with all of the history from there on, and is not above another one; ok is false if there is none.
 func (g *Group) NewestUpTo(lsn record.LSN) (newest record.LSN, ok bool) {
-	for _, r := range g.Viewable() {
+	for _, r := range g.windows() {
 		if r.First <= lsn {
 			newest, ok = min(r.Last, lsn), true
 		}
@@ -81,8 +81,19 @@ func (g *Group) Bridging() (after record.LSN, ok bool) {
 	return 0, false
 }
 
-// Viewable are the LSNs that can be viewed, in their order.
+// Viewable are the LSNs that can be viewed, in their order: kept points, and those of windows.
 func (g *Group) Viewable() (all []Range) {
+	windows := g.windows()
+	for _, k := range g.KeptPoints() {
+		if len(windows) > 0 && k.LSN < windows[0].First {
+			all = append(all, Range{k.LSN, k.LSN})
+		}
+	}
+	return append(all, windows...)
+}
+
+// windows are the LSNs that can be viewed and that the log has, or has just lost, the records of. There are several if there are gaps.
+func (g *Group) windows() (all []Range) {
 	// The head first: a bridge that begins after it was read does not move it into its gap.
 	first, head := g.expiredTo(), g.Head()
 	for _, gap := range g.gapsNow() {
@@ -98,12 +109,25 @@ func (g *Group) Viewable() (all []Range) {
 }
 
 func (g *Group) viewable(lsn record.LSN) bool {
-	return slices.ContainsFunc(g.Viewable(), func(r Range) bool { return r.First <= lsn && lsn <= r.Last })
+	// The windows first: what leaves them is kept before.
+	return slices.ContainsFunc(g.windows(), func(r Range) bool { return r.First <= lsn && lsn <= r.Last }) || g.isKept(lsn)
 }
 
 // noPoint says why a point can not be viewed.
 func (g *Group) noPoint(point, why string) *PointError {
-	return &PointError{Group: g.name, Point: point, Why: why, Viewable: g.Viewable()}
+	return &PointError{Group: g.name, Point: point, Why: why, Viewable: g.windows(), Kept: len(g.KeptPoints())}
+}
+
+// noneThere is a noPoint with the kept points around, of which before is how many lie before it.
+func (g *Group) noneThere(point, why string, kept []KeptPoint, before int) *PointError {
+	e := g.noPoint(point, why)
+	if before > 0 {
+		e.Before = &kept[before-1]
+	}
+	if before < len(kept) {
+		e.After = &kept[before]
+	}
+	return e
 }
 
 // notViewable says why an LSN can not be viewed.
@@ -111,11 +135,13 @@ func (g *Group) notViewable(lsn record.LSN) *PointError {
 	why := "its record never came here"
 	switch {
 	case lsn < g.expiredTo():
-		why = "it is older than the horizon"
+		why = "it is older than the horizon, and not kept"
 	case lsn > g.Newest():
 		why = "it is newer than the head"
 	}
-	return g.noPoint(fmt.Sprintf("lsn:%d", lsn), why)
+	kept := g.KeptPoints()
+	before, _ := findKept(kept, lsn)
+	return g.noneThere(fmt.Sprintf("lsn:%d", lsn), why, kept, before)
 }
 
 // MaxBridgeBytes is how many bytes of blocks one Bridge may be of.
@@ -172,7 +198,7 @@ func (g *Group) pinBeforeGap() {
 	after, _ := g.Bridging()
 	g.pins.Lock()
 	defer g.pins.Unlock()
-	g.pins.views[after]++
+	g.pins.from[after]++
 }
 
 // behindGap is the group's standing, and its disks, behind a gap, or an error if it can not come to be what a beginning says. Disks that are not
@@ -404,7 +430,7 @@ func (g *Group) endBridge(last []Op, came []DiskConfig) (err error) {
 	if err != nil {
 		return err
 	}
-	g.unpin(after)
+	g.unpinFrom(after)
 	g.bridge = nil
 	g.log.Info("the group was brought over a gap", zap.Uint64("after", uint64(after)), zap.Uint64("to", uint64(b.At)))
 	return nil

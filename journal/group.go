@@ -13,6 +13,7 @@ import (
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/retain"
 	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
@@ -47,6 +48,7 @@ type Group struct {
 		sums     record.Sums   // scratch
 		gathered []byte        // originals that are not written yet
 		pending  []index.Entry // of originals that no index commit covers yet
+		kept     *index.Reader // of the round under way, for originals of before it; nil: none was asked for
 		round    record.LSN    // the round under way covers records up to here; 0: none
 		saved    record.LSN    // what the last checkpoint saved covers records up to here
 		logBytes int64         // appended at the last checkpoint
@@ -102,9 +104,19 @@ type Group struct {
 	// checkpointed is the LSN up to which the backings hold the records durably.
 	checkpointed atomic.Uint64
 	horizon      atomic.Uint64 // see expiredTo
-	unapplied    atomic.Int64  // bytes of records, each counted as a block at least
-	owed         atomic.Int64  // bytes of originals that applying may cost, at most
-	recordTime   atomic.Int64  // of the newest record, Unix nanoseconds; set with g.append held
+	// kept changes with the apply lock and pins held, but at open.
+	kept    atomic.Pointer[[]KeptPoint]
+	policy  atomic.Pointer[retain.Policy]
+	hadKept atomic.Bool  // any point was ever kept, or viewed, beyond the horizon
+	hurry   atomic.Int32 // how many wait for the space that a Clean brings
+	// cleaning serialises Cleans.
+	cleaning struct {
+		sync.Mutex
+		needs needs
+	}
+	unapplied  atomic.Int64 // bytes of records, each counted as a block at least
+	owed       atomic.Int64 // bytes of originals that applying may cost, at most
+	recordTime atomic.Int64 // of the newest record, Unix nanoseconds; set with g.append held
 	// lastTime is what no record will be older than: the newest one's, or that of the head of a segment behind it, if this
 	// daemon writes the group.
 	lastTime atomic.Int64
@@ -114,7 +126,8 @@ type Group struct {
 	pins struct {
 		sync.Mutex
 		holds   map[*Hold]record.LSN // what others have yet to read
-		views   map[record.LSN]int   // by LSN: open views, and what else needs the history from there on
+		points  map[record.LSN]int   // by LSN: open views, and what else needs the disks as they were there
+		from    map[record.LSN]int   // by LSN: what needs all of the history from there on
 		markers map[record.LSN]bool  // pinned ones
 		users   map[*disk.Disk]int   // who has a disk open, as it is or as it was; -1: it is leaving
 	}

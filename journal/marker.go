@@ -48,10 +48,14 @@ func (t *markers) remove(lsn record.LSN) (m record.Marker, ok bool) {
 	return m, true
 }
 
-// expire forgets the markers whose records are at or below the horizon.
-func (t *markers) expire(horizon record.LSN) {
-	for len(t.all) > 0 && t.all[0].LSN <= horizon {
-		t.remove(t.all[0].LSN)
+// expire forgets the markers whose records are at or below the horizon, and not kept.
+func (t *markers) expire(horizon record.LSN, kept []KeptPoint) {
+	for i := 0; i < len(t.all) && t.all[i].LSN <= horizon; {
+		if _, ok := findKept(kept, t.all[i].LSN); ok {
+			i++
+		} else {
+			t.remove(t.all[i].LSN)
+		}
 	}
 }
 
@@ -165,7 +169,7 @@ func (g *Group) Describe(label, text string) (record.Marker, error) {
 	})
 }
 
-// Pin keeps the history from a marker on until it is unpinned: a journal that is full of it
+// Pin keeps what the disks were at a marker until it is unpinned, whatever else is forgotten: a journal that is full of such
 // takes no more writes. Pinning twice is pinning once.
 func (g *Group) Pin(label string) (record.Marker, error) {
 	return g.amendKnown(label, func(m *record.Marker) (bool, error) {
@@ -174,7 +178,7 @@ func (g *Group) Pin(label string) (record.Marker, error) {
 	})
 }
 
-// Unpin lets the history from a marker on expire.
+// Unpin lets a marker expire.
 func (g *Group) Unpin(label string) (record.Marker, error) {
 	return g.amendKnown(label, func(m *record.Marker) (bool, error) {
 		m.Pinned = false
@@ -208,7 +212,7 @@ func (g *Group) amend(label string, change func(*record.Marker) (remove bool, er
 	err = g.admittedNote(func() error {
 		a := &g.append
 		lsn, ok := a.markers.labels[label]
-		if !ok || lsn <= g.expiredTo() {
+		if !ok || lsn <= g.expiredTo() && !g.isKept(lsn) {
 			return g.noPoint(label, "no marker has this label")
 		}
 		i, _ := a.markers.find(lsn)
@@ -250,7 +254,7 @@ func (g *Group) amend(label string, change func(*record.Marker) (remove bool, er
 // of a cut that is under way. All are durable.
 func (g *Group) Markers() ([]record.Marker, error) {
 	g.append.Lock()
-	all := slices.DeleteFunc(slices.Clone(g.append.markers.all), func(m record.Marker) bool { return m.Pending || m.LSN <= g.expiredTo() })
+	all := slices.DeleteFunc(slices.Clone(g.append.markers.all), func(m record.Marker) bool { return m.Pending || m.LSN <= g.expiredTo() && !g.isKept(m.LSN) })
 	head := g.Head() // an amendment may be the last record
 	g.append.Unlock()
 	if len(all) == 0 {
@@ -264,21 +268,21 @@ func (g *Group) LastMarker() (m record.Marker, ok bool) {
 	g.append.Lock()
 	defer g.append.Unlock()
 	all := g.append.markers.all
-	for i := len(all) - 1; i >= 0 && all[i].LSN > g.expiredTo(); i-- {
-		if !all[i].Pending {
+	for i := len(all) - 1; i >= 0; i-- {
+		if !all[i].Pending && (all[i].LSN > g.expiredTo() || g.isKept(all[i].LSN)) {
 			return all[i], true
 		}
 	}
 	return m, false
 }
 
-// pinMarker and unpinMarker keep the horizon below a marker's record, or no more. They are called
-// with the append lock held. pinMarker reports whether the horizon is below the marker still: an expiry
-// raises it under the pins' lock.
+// pinMarker and unpinMarker keep a marker's point, or no more. They are called
+// with the append lock held. pinMarker reports whether it can be viewed still: an expiry
+// raises the horizon under the pins' lock.
 func (g *Group) pinMarker(lsn record.LSN) bool {
 	g.pins.Lock()
 	defer g.pins.Unlock()
-	if lsn <= g.expiredTo() {
+	if lsn <= g.expiredTo() && !g.isKept(lsn) {
 		return false
 	}
 	g.pins.markers[lsn] = true

@@ -145,8 +145,8 @@ func TestGroupsComeAndGo(t *testing.T) {
 	})
 }
 
-// TestAPinnedMarkerKeepsItsHistory: past the limit, until it is unpinned.
-func TestAPinnedMarkerKeepsItsHistory(t *testing.T) {
+// TestAPinnedMarkerIsKept: beyond the window, with its label, until it is unpinned.
+func TestAPinnedMarkerIsKept(t *testing.T) {
 	r := newRig(t, Options{Limit: 256 << 10})
 	require.NoError(t, r.write(1, 7))
 	m, err := r.g.Mark(record.Marker{Label: "keep", By: "test"})
@@ -163,20 +163,34 @@ func TestAPinnedMarkerKeepsItsHistory(t *testing.T) {
 		}
 	}
 	fill()
-	require.Less(t, r.g.Horizon(), m.LSN)
-	require.NoError(t, r.s.Close())
-	r.open()
-	fill()
-	require.Less(t, r.g.Horizon(), m.LSN, "it is pinned after a restart")
-	b, err := r.at(m.LSN, 1)
+	require.Greater(t, r.g.Horizon(), m.LSN)
+	for _, lost := range []bool{false, true} {
+		require.NoError(t, r.s.Close())
+		if lost {
+			require.NoError(t, r.fs.RemoveAll("state/index"))
+		}
+		r.open()
+		fill()
+		b, err := r.at(m.LSN, 1)
+		require.NoError(t, err)
+		require.EqualValues(t, 7, b)
+		lsn, err := r.g.Resolve(record.Point{Form: record.FormLabel, Label: "keep"})
+		require.NoError(t, err)
+		require.Equal(t, m.LSN, lsn)
+		_, err = r.g.View(r.g.Disks()[0], m.LSN+1)
+		require.ErrorContains(t, err, fmt.Sprintf("the last kept point before it, lsn:%d of", m.LSN))
+		_, err = r.g.View(r.g.Disks()[0], m.LSN-1)
+		require.ErrorContains(t, err, fmt.Sprintf("the first kept point after it, lsn:%d of", m.LSN))
+	}
+	_, err = r.g.Describe("keep", "it can be amended")
 	require.NoError(t, err)
-	require.EqualValues(t, 7, b)
 	_, err = r.g.Delete("keep")
 	require.ErrorIs(t, err, ErrPinned)
 	_, err = r.g.Unpin("keep")
 	require.NoError(t, err)
-	fill()
-	require.Greater(t, r.g.Horizon(), m.LSN)
+	did, err := r.g.Thin()
+	require.NoError(t, err)
+	require.True(t, did)
 	_, err = r.g.Describe("keep", "gone")
 	require.ErrorIs(t, err, ErrNoPoint)
 }

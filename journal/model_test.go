@@ -10,7 +10,9 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
@@ -20,6 +22,7 @@ import (
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/retain"
 	"github.com/tidemark-cdp/tidemark/restore"
 )
 
@@ -57,7 +60,7 @@ func TestModel(t *testing.T) {
 			})
 		}
 	})
-	for _, what := range []string{"crossed", "stopped", "gone back", "crashed on the way", "crashed at the end", "came in a gap"} {
+	for _, what := range []string{"crossed", "stopped", "gone back", "crashed on the way", "crashed at the end", "came in a gap", "kept", "thinned", "cleaned"} {
 		require.Positive(t, reached[what], "no seed came to: %s", what)
 	}
 }
@@ -79,6 +82,8 @@ type model struct {
 	g     *Group
 	sizes []int64
 
+	clock      clock
+	retain     retain.Policy
 	checkpoint int64    // bytes between checkpoints within a round
 	base       [][]byte // what the backings held before
 	views      []heldView
@@ -128,6 +133,10 @@ func runModel(t *testing.T, seed uint64) (reached map[string]int) {
 	}
 	m.fs = vfs.NewCrashableMem()
 	m.checkpoint = m.rng.Int64N(1 << 20)
+	m.clock.at.Store(int64(time.Hour))
+	if seed%3 > 0 {
+		m.retain = retain.Policy{Tiers: []retain.Tier{{Every: time.Second, For: time.Duration(5+m.rng.IntN(20)) * time.Second}, {Every: 5 * time.Second, For: 2 * time.Minute}}, Markers: m.rng.IntN(3)}
+	}
 	m.sizes = []int64{300*record.BlockSize + 512, 20 * record.BlockSize}
 	if seed%40 == 0 {
 		// One with room for the largest units of index and overlay.
@@ -208,7 +217,7 @@ func isWrite(k errorfs.OpKind) bool {
 
 func (m *model) open() {
 	var err error
-	o := Options{FS: errorfs.Wrap(m.fs, m), Log: m.log, SegmentSize: 64 << 10, Unapplied: 1 << 30, checkpointBytes: m.checkpoint}
+	o := m.options(errorfs.Wrap(m.fs, m))
 	m.store, err = Open("state", []GroupConfig{m.config()}, o)
 	if m.removing >= 0 && err != nil {
 		require.ErrorContains(m.t, err, "configure it again")
@@ -223,8 +232,17 @@ func (m *model) open() {
 	require.Equal(m.t, "active", state)
 }
 
+func (m *model) options(fs vfs.FS) Options {
+	return Options{FS: fs, Log: m.log, Now: m.clock.time, SegmentSize: 64 << 10, Unapplied: 1 << 30, checkpointBytes: m.checkpoint}
+}
+
+// clock is one that hardly moves between two steps. Databases have goroutines of their own.
+type clock struct{ at atomic.Int64 }
+
+func (c *clock) time() time.Time { return time.Unix(0, c.at.Add(1)) }
+
 func (m *model) config() GroupConfig {
-	gc := GroupConfig{Name: "g"}
+	gc := GroupConfig{Name: "g", Retain: m.retain}
 	for i := range m.sizes {
 		if m.out[i] {
 			continue
@@ -235,6 +253,10 @@ func (m *model) config() GroupConfig {
 }
 
 func (m *model) step() {
+	m.clock.at.Add(int64(m.rng.ExpFloat64() * float64(time.Second/2)))
+	if m.rng.IntN(20) == 0 {
+		m.clock.at.Add(int64(m.rng.IntN(60)) * int64(time.Second))
+	}
 	switch n := m.rng.IntN(100); {
 	case n < 45:
 		m.write()
@@ -280,6 +302,7 @@ func (m *model) step() {
 		m.holdView()
 	case n < 94:
 		m.closeViews()
+		m.thin(m.g)
 	case n < 98:
 		m.armCrash()
 	case n < 99:
@@ -405,7 +428,7 @@ func (m *model) noted(e event) {
 // markers are what the group's markers must be now.
 func (m *model) markers() map[record.LSN]record.Marker {
 	all := markersOf(m.events, record.MaxLSN)
-	maps.DeleteFunc(all, func(lsn record.LSN, _ record.Marker) bool { return lsn <= m.g.expiredTo() })
+	maps.DeleteFunc(all, func(lsn record.LSN, _ record.Marker) bool { return lsn <= m.g.expiredTo() && !m.g.isKept(lsn) })
 	return all
 }
 
@@ -562,9 +585,11 @@ func (m *model) checkNotes() {
 		lsn, err := m.g.Resolve(record.Point{Form: record.FormLabel, Label: mk.Label})
 		require.NoError(m.t, err)
 		require.Equal(m.t, mk.LSN, lsn)
-		require.True(m.t, !mk.Pinned || m.g.expiredTo() < mk.LSN)
 	}
 	at := m.anyLSN()
+	if kept := m.g.KeptPoints(); len(kept) > 0 && m.rng.IntN(2) == 0 {
+		at = kept[m.rng.IntN(len(kept))].LSN
+	}
 	defs, err := m.g.Definitions(at)
 	require.NoError(m.t, err)
 	wantDefs := m.defined(at)
@@ -926,10 +951,53 @@ func (m *model) checkBackings() {
 }
 
 func (m *model) expire() {
-	_, err := m.g.Expire(int64(1 + m.rng.IntN(4*64<<10)))
-	require.NoError(m.t, err)
+	m.expireIn(m.g)
 	require.EqualValues(m.t, len(m.changes), m.g.Head(), "an expiry journals nothing")
-	m.note("expire: horizon %d", m.g.Horizon())
+	m.note("expire: horizon %d, %d points kept", m.g.Horizon(), len(m.g.KeptPoints()))
+}
+
+// expireIn expires some of a group's history, lets go of what it keeps no longer, sometimes, and cleans up.
+func (m *model) expireIn(g *Group) {
+	var pinned []record.LSN
+	g.append.Lock()
+	for _, mk := range g.append.markers.all {
+		if mk.Pinned && !mk.Pending {
+			pinned = append(pinned, mk.LSN)
+		}
+	}
+	g.append.Unlock()
+	defer func() {
+		for _, lsn := range pinned {
+			require.True(m.t, g.viewable(lsn), "the marker at %d is pinned", lsn)
+		}
+	}()
+	_, err := g.Expire(int64(1 + m.rng.IntN(4*64<<10)))
+	require.NoError(m.t, err)
+	if len(g.KeptPoints()) > 0 {
+		m.reached["kept"]++
+	}
+	m.thin(g)
+}
+
+// thin has a group let go of what it keeps no longer, or clean up, sometimes.
+func (m *model) thin(g *Group) {
+	if m.rng.IntN(2) == 0 {
+		did, err := g.Thin()
+		require.NoError(m.t, err)
+		if did {
+			m.reached["thinned"]++
+			m.note("thin: %d points kept", len(g.KeptPoints()))
+		}
+	}
+	if m.rng.IntN(2) == 0 {
+		require.NoError(m.t, g.closeOriginals(0))
+		n, err := g.clean(1+int64(m.rng.IntN(4)), func() error { return nil })
+		require.NoError(m.t, err)
+		if n > 0 {
+			m.reached["cleaned"]++
+			m.note("clean: %d bytes", n)
+		}
+	}
 }
 
 func (m *model) holdView() {
@@ -946,7 +1014,7 @@ func (m *model) holdView() {
 
 func (m *model) closeViews() {
 	for _, h := range m.views {
-		if h.v.passing && h.v.LSN() < m.g.Horizon() {
+		if h.v.passing && h.v.LSN() < m.g.Horizon() && !m.g.isKept(h.v.LSN()) {
 			err := h.v.ReadAt(make([]byte, 1), 0, false)
 			require.ErrorIs(m.t, err, ErrNoPoint)
 			err = h.v.Extents(record.Extent{Len: 1}, func(int64, bool) {})

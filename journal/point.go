@@ -3,6 +3,7 @@ package journal
 import (
 	"fmt"
 	"slices"
+	"sort"
 
 	"github.com/tidemark-cdp/tidemark/journal/record"
 	"github.com/tidemark-cdp/tidemark/journal/segment"
@@ -35,7 +36,7 @@ func (g *Group) Resolve(p record.Point) (record.LSN, error) {
 		if pending {
 			return refuse("it is being taken")
 		}
-		if lsn <= g.expiredTo() {
+		if lsn <= g.expiredTo() && !g.isKept(lsn) {
 			return refuse("its history has expired")
 		}
 		return lsn, nil
@@ -48,7 +49,7 @@ func (g *Group) Resolve(p record.Point) (record.LSN, error) {
 		if t.After(now) {
 			return refuse("it lies in the future")
 		}
-		return g.resolveTime(t.UnixNano(), refuse)
+		return g.resolveTime(t.UnixNano(), p.String(), refuse)
 	}
 	return 0, fmt.Errorf("point %v has no form", p)
 }
@@ -68,9 +69,9 @@ func (g *Group) latestMarker(p record.Point, refuse func(string) (record.LSN, er
 
 // resolveTime finds the last record at or before a time: the time table leads
 // near it, the log has the rest of the way.
-func (g *Group) resolveTime(t int64, refuse func(string) (record.LSN, error)) (record.LSN, error) {
+func (g *Group) resolveTime(t int64, point string, refuse func(string) (record.LSN, error)) (record.LSN, error) {
 	horizon := g.pinAll()
-	defer g.unpin(horizon)
+	defer g.unpinFrom(horizon)
 	head := g.Newest()
 	last := g.lastTime.Load()
 	held, release := g.set.Hold(segment.Log)
@@ -80,7 +81,7 @@ func (g *Group) resolveTime(t int64, refuse func(string) (record.LSN, error)) (r
 		files = files[1:] // expired, and not removed yet
 	}
 	if len(files) == 0 || t < files[0].Created {
-		return refuse("it is older than the horizon")
+		return g.keptAt(t, point)
 	}
 	if _, open := g.Bridging(); open && t > last {
 		return refuse("the records of that time have not come here")
@@ -116,4 +117,14 @@ func (g *Group) resolveTime(t int64, refuse func(string) (record.LSN, error)) (r
 		return refuse("the records of that time never came here")
 	}
 	return lsn, nil
+}
+
+// keptAt is the kept point that is exactly what the disks were at a time beyond the window.
+func (g *Group) keptAt(t int64, point string) (record.LSN, error) {
+	kept := g.KeptPoints()
+	before := sort.Search(len(kept), func(i int) bool { return kept[i].Time > t })
+	if before > 0 && t < max(kept[before-1].Until, kept[before-1].Time+1) {
+		return kept[before-1].LSN, nil
+	}
+	return 0, g.noneThere(point, "it is older than the horizon, and not kept", kept, before)
 }

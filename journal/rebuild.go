@@ -6,12 +6,13 @@ import (
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/retain"
 	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
 // dropStale is for an index that is made anew behind a horizon: an original may
 // be of a block whose history has expired since. It is one to keep only if a record in the
-// window, and as old as the original says, overwrote the block.
+// window, and as old as the original says, overwrote the block, or a point is kept that it is of.
 func (r *recovery) dropStale() error {
 	g := r.g
 	if err := g.Index(); err != nil {
@@ -27,7 +28,8 @@ func (r *recovery) dropStale() error {
 		disk  record.DiskID
 		block int64
 	}
-	live := map[place]bool{} // by whether some original of the block is one to keep
+	live := map[place]bool{} // by whether what overwrote some original of the block is in the window
+	kept := g.keptLSNs()
 	var picks [1]index.Pick
 	for _, f := range g.set.Files(segment.Originals) {
 		_, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
@@ -42,6 +44,15 @@ func (r *recovery) dropStale() error {
 				}
 				if _, seen := live[at]; !seen {
 					live[at] = false
+				}
+				if e.Until != 0 && retain.Lives(kept, e.LSN, e.Until) {
+					continue
+				}
+				// Another one may be of the same LSN: one that ended later, and was kept when this one was forgotten.
+				if is, err := reader.Has(&e); err != nil {
+					return err
+				} else if !is {
+					continue
 				}
 				if err := b.Delete(e.Disk, e.Unit, e.LSN); err != nil {
 					return err
@@ -69,6 +80,9 @@ func (r *recovery) dropStale() error {
 		if err := setStateLSN(b, stateKnown(d.ID), d.KnownSince()); err != nil {
 			return err
 		}
+	}
+	if err := errors.Join(g.setKept(b), setStateLSN(b, stateHorizon, g.expiredTo())); err != nil {
+		return err
 	}
 	if err := b.SetState(stateRebuild, nil); err != nil {
 		return err

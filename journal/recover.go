@@ -33,7 +33,9 @@ func (s *Store) openGroup(gc GroupConfig, newID uint32) (*Group, error) {
 	g.append.room.L = &g.append
 	g.append.pend = &pending{}
 	g.append.markers.labels = map[string]record.LSN{}
-	g.pins.views = map[record.LSN]int{}
+	g.pins.points, g.pins.from = map[record.LSN]int{}, map[record.LSN]int{}
+	g.policy.Store(&gc.Retain)
+	g.cleaning.needs = needs{}
 	g.pins.holds = map[*Hold]record.LSN{}
 	g.pins.markers = map[record.LSN]bool{}
 	g.pins.users = map[*disk.Disk]int{}
@@ -300,6 +302,8 @@ func (r *recovery) state() (err error) {
 	horizon, err := g.stateLSN(stateHorizon)
 	if err == nil && r.fresh {
 		horizon, err = r.expired()
+	} else if err == nil {
+		err = r.keptState()
 	}
 	if err != nil {
 		return err
@@ -340,18 +344,50 @@ func (r *recovery) state() (err error) {
 	})
 }
 
-// expired is the horizon that the last expiry came to, as far as the originals say.
+// keptState takes up the points that are kept, as the index has them.
+func (r *recovery) keptState() error {
+	b, err := r.g.ix.State(stateKept)
+	if err != nil || b == nil {
+		return err
+	}
+	_, kept, _, err := decodeKept(b)
+	r.g.kept.Store(&kept)
+	r.g.hadKept.Store(true)
+	return err
+}
+
+// expired is the horizon that the last expiry came to, as far as the originals say. What is kept beyond it is taken up.
 func (r *recovery) expired() (horizon record.LSN, err error) {
+	var list keptReader
+	ever := false
 	for _, f := range r.g.set.Files(segment.Originals) {
-		_, err := f.Scan(f.Start(), func(_ int64, h record.Header) error {
-			if h.Kind == record.KindExpired {
+		_, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
+			switch h.Kind {
+			case record.KindExpired:
 				horizon = max(horizon, h.Durable)
+				list.end()
+			case record.KindKept:
+				list.add(f.VerifyPayload(off, h, nil))
+				ever = true
 			}
 			return nil
 		})
 		if err != nil && !errors.Is(err, record.ErrCorrupt) {
 			return 0, fmt.Errorf("find what has expired: %w", err)
 		}
+	}
+	if !ever {
+		return horizon, nil
+	}
+	r.g.hadKept.Store(true)
+	if err := list.last.err; err != nil {
+		r.g.log.Error("which points were kept beyond the horizon is not known any more", zap.Error(err))
+		return horizon, nil
+	}
+	r.g.kept.Store(&list.last.kept)
+	for _, m := range list.last.markers {
+		r.g.append.markers.set(m)
+		r.g.append.pend.markers = append(r.g.append.pend.markers, index.MarkerChange{Marker: m})
 	}
 	return horizon, nil
 }
@@ -507,7 +543,7 @@ func (r *recovery) carriedDefinition(f *segment.File, off int64, h *record.Heade
 func (r *recovery) commitOriginals(entries []index.Entry) error {
 	blocks := map[*disk.Disk][]int64{}
 	for _, e := range entries {
-		if d := r.g.disk(e.Disk); d != nil {
+		if d := r.g.disk(e.Disk); d != nil && (e.Until == 0 || e.Until > r.g.expiredTo()) {
 			blocks[d] = append(blocks[d], e.Unit.Index)
 		}
 	}
@@ -576,7 +612,7 @@ func (g *Group) start(r *recovery) error {
 	if len(r.logs) > 0 {
 		g.membersAt(last, r.added)
 	}
-	g.append.markers.expire(g.expiredTo())
+	g.append.markers.expire(g.expiredTo(), g.KeptPoints())
 	for _, m := range g.append.markers.all {
 		if m.Pinned && !m.Pending {
 			g.pins.markers[m.LSN] = true // of those that the index had

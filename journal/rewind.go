@@ -15,6 +15,7 @@ import (
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/retain"
 	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
@@ -40,13 +41,13 @@ func (s *Store) rewind(g *Group, to record.LSN) (err error) {
 	g.joining.Lock()
 	defer g.joining.Unlock()
 	// Nothing expires behind the LSN from here on.
-	if err := g.pin(to); err != nil {
+	if err := g.pinFrom(to); err != nil {
 		return err
 	}
-	gc := GroupConfig{Name: g.name, Received: true}
+	gc := GroupConfig{Name: g.name, Received: true, Retain: g.Policy()}
 	var left []*disk.Disk
 	back := func() {
-		g.unpin(to)
+		g.unpinFrom(to)
 		g.setClosed(nil)
 		g.stay(left)
 		s.runGroup(g)
@@ -235,7 +236,7 @@ func (g *Group) restoreBackings(changed map[*disk.Disk]blockSet, to record.LSN) 
 // ofTail reports whether a record among the originals is of what stands behind an LSN: kept in a round that went behind it, or of an expiry
 // that a crash cut off there.
 func ofTail(h *record.Header, to record.LSN) bool {
-	if h.Kind == record.KindExpired || h.Kind == record.KindDefine {
+	if h.Kind == record.KindExpired || h.Kind == record.KindKept || h.Kind == record.KindDefine {
 		return h.Durable > to
 	}
 	return h.LSN > to
@@ -264,6 +265,12 @@ func (g *Group) keepOriginals(to record.LSN) error {
 	if err := g.apply.orig.Roll(g.header(to), 0); err != nil {
 		return err
 	}
+	// The index is made again, and with it the horizon and what is kept beyond it, which nothing else may say.
+	if h := g.expiredTo(); h > 0 {
+		if err := g.noteExpired(h); err != nil {
+			return err
+		}
+	}
 	var buf []byte
 	err := g.eachStaying(to, func(f *segment.File, at int64, h record.Header) error {
 		if len(buf) < h.Payload {
@@ -277,12 +284,6 @@ func (g *Group) keepOriginals(to record.LSN) error {
 	})
 	if err != nil {
 		return err
-	}
-	// The index is made again, and with it the horizon, which nothing else may say.
-	if h := g.expiredTo(); h > 0 {
-		if err := g.keep(record.Header{Kind: record.KindExpired, Flags: record.FlagCarried, LSN: h + 1, Durable: h}, nil); err != nil {
-			return err
-		}
 	}
 	_, err = g.syncKept()
 	return err
@@ -307,9 +308,11 @@ func (g *Group) eachStaying(to record.LSN, fn func(f *segment.File, at int64, h 
 		_, err = f.Scan(f.Start(), func(off int64, h record.Header) error {
 			at := off + int64(h.EncodedSize())
 			switch {
+			case h.Kind == record.KindExpired, h.Kind == record.KindKept:
+				return nil // it is said again
 			case !ofTail(&h, to):
 				return fn(f, at, h)
-			case h.Kind == record.KindExpired, h.Kind == record.KindDefine, h.Flags&record.FlagCarried != 0 && h.Durable > to:
+			case h.Kind == record.KindDefine, h.Flags&record.FlagCarried != 0 && h.Durable > to:
 				return nil
 			}
 			return g.blocksStaying(reader, h, to, func(i int, h record.Header) error {
@@ -323,17 +326,17 @@ func (g *Group) eachStaying(to record.LSN, fn func(f *segment.File, at int64, h 
 	return nil
 }
 
-// blocksStaying calls fn with those blocks of an original that a record of the window, up to an LSN, has overwritten.
+// blocksStaying calls fn with those blocks of an original that a record up to an LSN has overwritten: one of the window, or there is a kept point between.
 func (g *Group) blocksStaying(reader *index.Reader, h record.Header, to record.LSN, fn func(i int, h record.Header) error) error {
 	var pick [1]index.Pick
-	d := g.disk(h.Disk)
+	d, kept := g.disk(h.Disk), g.keptLSNs()
 	first := h.Extent.Off / record.BlockSize
 	for i := range record.Blocks(h.Extent.Len) {
 		block := first + int64(i)
 		if err := reader.Find(h.Disk, block, to, pick[:]); err != nil {
 			return err
 		}
-		if !overwrote(&pick[0], &h, g.expiredTo()) {
+		if !overwrote(&pick[0], &h, g.expiredTo()) && (pick[0].LSN <= h.Durable || !retain.Lives(kept, h.Durable, pick[0].LSN)) {
 			continue
 		}
 		one := h
@@ -435,6 +438,7 @@ func (g *Group) keepHoles(holes map[*disk.Disk]blockSet, to record.LSN) error {
 		return err
 	}
 	defer reader.Close()
+	defer g.originsDone()
 	var pick [1]index.Pick
 	for d, blocks := range holes {
 		var kept []int64
@@ -443,7 +447,10 @@ func (g *Group) keepHoles(holes map[*disk.Disk]blockSet, to record.LSN) error {
 				return err
 			}
 			kept = append(kept, block)
-			return g.keepBlocks(d, record.Extent{Off: block * record.BlockSize, Len: int64(d.BlockLen(block))}, nil, 0, g.originLSN(d), pick[0].LSN)
+			ext := record.Extent{Off: block * record.BlockSize, Len: int64(d.BlockLen(block))}
+			return g.origins(d, block, 1, func(_, _ int64, since record.LSN) error {
+				return g.keepBlocks(d, ext, nil, 0, since, pick[0].LSN)
+			})
 		})
 		if err != nil {
 			return err

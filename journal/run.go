@@ -29,6 +29,7 @@ func (g *Group) startLoops(ctx context.Context) {
 	ctx, g.loops.cancel = context.WithCancel(ctx)
 	g.loops.wg.Go(func() { g.runCommits(ctx) })
 	g.loops.wg.Go(func() { g.runApplies(ctx) })
+	g.loops.wg.Go(func() { g.runCleans(ctx) })
 }
 
 func (g *Group) stopLoops() {
@@ -147,4 +148,72 @@ func (g *Group) applyDue(now time.Time) bool {
 		age = busyAge
 	}
 	return pending > 0 && (g.muchUnappliedLocked() || now.Sub(a.oldest) >= age)
+}
+
+const (
+	// cleanEvery is how often a group looks for points that are kept no longer, and for what nobody needs then.
+	cleanEvery = 15 * time.Second
+	// cleanRest is how many times as long as a step of cleaning took the next one waits.
+	cleanRest = 3
+	// cleanHold is how long a step waits at most for a guest that writes much.
+	cleanHold = 10 * time.Second
+	// closeShare is how much of a file of originals must be filled before it is closed for a Clean, of a segment's size.
+	closeShare = 8
+)
+
+// runCleans lets go of what is kept no longer until ctx ends.
+func (g *Group) runCleans(ctx context.Context) {
+	t := time.NewTicker(cleanEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		if !g.everKept() || !g.alive() {
+			continue
+		}
+		began := time.Now()
+		rest := func() error {
+			err := g.cleanPause(ctx, time.Since(began))
+			began = time.Now()
+			return err
+		}
+		_, err := g.Thin()
+		if err == nil {
+			err = g.closeOriginals(g.o.SegmentSize / closeShare)
+		}
+		if err == nil {
+			_, err = g.clean(cleanShare, rest)
+		}
+		if err != nil && ctx.Err() == nil {
+			g.log.Warn("what nobody needs any more is not cleaned up", zap.Error(err))
+		}
+	}
+}
+
+// cleanPause waits behind a step that took some time, unless somebody waits for the space.
+func (g *Group) cleanPause(ctx context.Context, took time.Duration) error {
+	now := time.Now()
+	rest, hold := now.Add(cleanRest*took), now.Add(cleanHold)
+	for now.Before(rest) || now.Before(hold) && g.busy() {
+		if g.hurry.Load() > 0 {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(min(tick, max(time.Until(rest), time.Millisecond))):
+		}
+		now = time.Now()
+	}
+	return ctx.Err()
+}
+
+// busy reports whether the guest has written much lately.
+func (g *Group) busy() bool {
+	g.append.Lock()
+	defer g.append.Unlock()
+	return g.o.Now().Sub(g.append.busyAt) < busyHold
 }

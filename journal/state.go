@@ -12,6 +12,7 @@ import (
 const (
 	stateApplied = "applied" // LSN: the backings hold every record up to it, durably
 	stateHorizon = "horizon" // LSN up to which history has expired
+	stateKept    = "kept"    // list of the points that are kept beyond the horizon, see appendKept; never set: there never were any
 	stateRebuild = "rebuild" // not empty while the index is made again from the segments
 )
 

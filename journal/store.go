@@ -20,6 +20,7 @@ import (
 	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
 	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/retain"
 	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
@@ -48,6 +49,8 @@ type GroupConfig struct {
 	// Begin is what a group begins with that follows another daemon's and has no records yet; nil: a group that is
 	// begun begins with LSN 1, and is this daemon's.
 	Begin *record.Beginning
+	// Retain says which points are kept.
+	Retain retain.Policy
 	// Received says that its journal comes from another daemon's: without one it is not begun here. Open leaves it out then.
 	Received bool
 }
@@ -118,6 +121,9 @@ func validateGroups(groups []GroupConfig) error {
 				errs = append(errs, fmt.Errorf("disks %s and %s have one backing, %s", other, full, d.Backing))
 			}
 			disks[d.Name], backings[d.Backing] = true, full
+		}
+		if err := gc.Retain.Validate(); err != nil {
+			errs = append(errs, fmt.Errorf("retention of group %s: %w", gc.Name, err))
 		}
 		if gc.Begin != nil {
 			if err := gc.Begin.Check(); err != nil {

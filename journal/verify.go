@@ -32,7 +32,7 @@ type Verified struct {
 func (g *Group) Verify(ctx context.Context, report func(Finding)) (Verified, error) {
 	v := verifier{g: g, ctx: ctx, report: report}
 	// The horizon is pinned: nothing expires from under the scan.
-	defer g.unpin(g.pinAll())
+	defer g.unpinFrom(g.pinAll())
 	head := g.Durable()
 	if err := v.log(head); err != nil {
 		return v.done, err

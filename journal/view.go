@@ -58,7 +58,7 @@ func (g *Group) view(d *disk.Disk, lsn record.LSN, passing bool) (*View, error) 
 // passed is an error if what a read has found may be what an expiry left. An expiry raises the horizon before it forgets
 // anything, so that it is asked after the read.
 func (v *View) passed() error {
-	if v.passing && v.lsn < v.g.expiredTo() {
+	if v.passing && v.lsn < v.g.expiredTo() && !v.g.isKept(v.lsn) {
 		return v.g.expired(v.lsn)
 	}
 	return nil
@@ -76,14 +76,25 @@ func (v *View) Older(p record.Point) (*View, error) {
 	return v.g.View(v.d, lsn)
 }
 
-// pin keeps the history from lsn on.
+// pin keeps what the disks were at an LSN.
 func (g *Group) pin(lsn record.LSN) error {
 	g.pins.Lock()
 	defer g.pins.Unlock()
 	if !g.viewable(lsn) {
 		return g.notViewable(lsn)
 	}
-	g.pins.views[lsn]++
+	g.pins.points[lsn]++
+	return nil
+}
+
+// pinFrom keeps the history from an LSN on.
+func (g *Group) pinFrom(lsn record.LSN) error {
+	g.pins.Lock()
+	defer g.pins.Unlock()
+	if lsn < g.expiredTo() || !g.viewable(lsn) {
+		return g.notViewable(lsn)
+	}
+	g.pins.from[lsn]++
 	return nil
 }
 
@@ -92,15 +103,18 @@ func (g *Group) pinAll() (expired record.LSN) {
 	g.pins.Lock()
 	defer g.pins.Unlock()
 	expired = g.expiredTo()
-	g.pins.views[expired]++
+	g.pins.from[expired]++
 	return expired
 }
 
-func (g *Group) unpin(lsn record.LSN) {
+func (g *Group) unpin(lsn record.LSN)     { g.unpinOf(g.pins.points, lsn) }
+func (g *Group) unpinFrom(lsn record.LSN) { g.unpinOf(g.pins.from, lsn) }
+
+func (g *Group) unpinOf(pins map[record.LSN]int, lsn record.LSN) {
 	g.pins.Lock()
 	defer g.pins.Unlock()
-	if g.pins.views[lsn]--; g.pins.views[lsn] == 0 {
-		delete(g.pins.views, lsn)
+	if pins[lsn]--; pins[lsn] == 0 {
+		delete(pins, lsn)
 	}
 }
 
@@ -157,24 +171,26 @@ func (v *View) ReadAt(p []byte, off int64, nowait bool) error {
 // A block without a version at or below the view's LSN still stands in the
 // backing, unless Apply overtakes: it commits the block's original to the index, sets the
 // captured bit, and writes the backing, in that order. So the bit is asked
-// after the backing was read; where it is set, the index knows better by now.
+// after the backing was read; where it is set, the index knows better by now. An expiry clears it
+// again, behind the view's LSN if that is kept, and says before that it does: then, too.
 //
 // A version's segment may have expired between look-up and reading: the block
 // then stands elsewhere, and the index says where.
 func (v *View) readStep(s *viewScratch, p []byte, off, first int64, n int, nowait bool) error {
 	picks := s.picks[:n]
 	for try := 0; ; try++ {
-		if err := v.find(picks, first, try > 0); err != nil {
+		r, err := v.find(picks, first, try > 0)
+		if err != nil {
 			return err
 		}
-		err := v.readPicks(s, p, off, first, picks, nowait)
+		err = v.readPicks(s, p, off, first, picks, nowait)
 		if errors.Is(err, segment.ErrGone) && try < maxRetries {
 			continue
 		}
 		if err != nil {
 			return err
 		}
-		if !v.overtaken(picks, first) {
+		if !v.overtaken(r, picks, first) {
 			return v.checkKnown(picks, first)
 		}
 		if try == maxRetries {
@@ -186,31 +202,36 @@ func (v *View) readStep(s *viewScratch, p []byte, off, first int64, n int, nowai
 // maxRetries bounds how often a read follows blocks that move.
 const maxRetries = 16
 
-func (v *View) find(picks []index.Pick, first int64, fresh bool) error {
+// find looks blocks up, and returns the reader that did, released.
+func (v *View) find(picks []index.Pick, first int64, fresh bool) (*index.Reader, error) {
 	reader := func() (*index.Reader, error) { return v.g.ix.Reader(v.lsn) }
 	if fresh {
 		reader = v.g.ix.FreshReader
 	}
 	r, err := reader()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := r.Find(v.d.ID, first, v.lsn, picks); err != nil {
 		r.Close()
-		return err
+		return nil, err
 	}
 	r.Release()
-	return nil
+	return r, nil
 }
 
-// overtaken reports whether a block that was read from the backing has an original now.
-func (v *View) overtaken(picks []index.Pick, first int64) bool {
+// overtaken reports whether a block that was read from the backing has an original now that its reader may not have found.
+func (v *View) overtaken(r *index.Reader, picks []index.Pick, first int64) bool {
+	missing := false
 	for i := range picks {
-		if !picks[i].Found && v.d.Captured(first+int64(i)) {
+		if picks[i].Found {
+			continue
+		}
+		if missing = true; v.d.Captured(first + int64(i)) {
 			return true
 		}
 	}
-	return false
+	return missing && !r.Current()
 }
 
 // checkKnown refuses blocks whose content at the view's LSN is lost: the
@@ -367,7 +388,7 @@ func (v *View) Changes(old *View, ext record.Extent, fn func(n int64, changed bo
 	for ext.Len > 0 {
 		first := ext.Off / record.BlockSize
 		n := min(viewStep, int((ext.End()-1)/record.BlockSize-first+1))
-		if err := v.find(picks[:n], first, false); err != nil {
+		if _, err := v.find(picks[:n], first, false); err != nil {
 			return err
 		}
 		for i := 0; i < n; {
@@ -420,7 +441,8 @@ func (v *View) appendRuns(runs []zeroRun, picks []index.Pick, first int64, ext r
 func (v *View) extentsStep(picks []index.Pick, first int64, ext record.Extent, fn func(int64, bool)) error {
 	var runs []zeroRun
 	for try := 0; ; try++ {
-		if err := v.find(picks, first, try > 0); err != nil {
+		r, err := v.find(picks, first, try > 0)
+		if err != nil {
 			return err
 		}
 		runs = runs[:0]
@@ -429,7 +451,7 @@ func (v *View) extentsStep(picks []index.Pick, first int64, ext record.Extent, f
 			runs = v.appendRuns(runs, picks, first, record.Extent{Off: done, Len: n}, zero)
 			done += n
 		})
-		if !v.overtaken(picks, first) {
+		if !v.overtaken(r, picks, first) {
 			break
 		}
 		if try == maxRetries {

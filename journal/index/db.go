@@ -130,6 +130,7 @@ type Group struct {
 	id uint32
 
 	committed atomic.Uint64 // LSN of the last batch's watermark since open
+	forgotten atomic.Uint64 // see Forgetting
 
 	classes struct {
 		sync.Mutex

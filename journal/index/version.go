@@ -1,6 +1,7 @@
 package index
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"slices"
@@ -79,6 +80,7 @@ type Reader struct {
 	g    *Group
 	it   *pebble.Iterator
 	mark record.LSN // the watermark when it was made, or an earlier one
+	gen  uint64     // of what is forgotten, when it was made, or an earlier one
 	born time.Time
 	key  []byte
 }
@@ -88,7 +90,7 @@ type Reader struct {
 func (g *Group) Reader(upTo record.LSN) (*Reader, error) {
 	g.pool.Lock()
 	for i := len(g.pool.readers) - 1; i >= 0; i-- {
-		if r := g.pool.readers[i]; r.mark >= upTo {
+		if r := g.pool.readers[i]; r.mark >= upTo && r.Current() {
 			g.pool.readers = slices.Delete(g.pool.readers, i, i+1)
 			g.pool.Unlock()
 			return r, nil
@@ -100,7 +102,7 @@ func (g *Group) Reader(upTo record.LSN) (*Reader, error) {
 
 // FreshReader returns a reader that sees every batch committed before the call.
 func (g *Group) FreshReader() (*Reader, error) {
-	mark := record.LSN(g.committed.Load())
+	mark, gen := record.LSN(g.committed.Load()), g.forgotten.Load()
 	it, err := g.db.NewIter(&pebble.IterOptions{
 		LowerBound:   appendTable(nil, g.id, tableVersion),
 		UpperBound:   appendTable(nil, g.id, tableVersion+1),
@@ -109,8 +111,15 @@ func (g *Group) FreshReader() (*Reader, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the index: %w", err)
 	}
-	return &Reader{g: g, it: it, mark: mark, born: time.Now(), key: make([]byte, 0, versionKeyLen)}, nil
+	return &Reader{g: g, it: it, mark: mark, gen: gen, born: time.Now(), key: make([]byte, 0, versionKeyLen)}, nil
 }
+
+// Forgetting says that versions are about to be forgotten, as the backing has what came of them: what a reader of before does not find may
+// have been in the backing when it was made, and is not now.
+func (g *Group) Forgetting() { g.forgotten.Add(1) }
+
+// Current reports whether nothing was forgotten since the reader was made. The reader may have been released.
+func (r *Reader) Current() bool { return r.gen == r.g.forgotten.Load() }
 
 // maxIdle bounds the readers that are kept for the next who asks.
 const maxIdle = 32
@@ -239,20 +248,42 @@ func (r *Reader) paint(u Unit, at record.LSN, first int64, picks []Pick) error {
 	return nil
 }
 
-// Chain calls fn with the LSN of each single-block version of a block at or below lsn,
+// Chain calls fn with each single-block version of a block at or below lsn,
 // newest first. fn must not use the reader.
-func (r *Reader) Chain(disk record.DiskID, block int64, lsn record.LSN, fn func(record.LSN) error) error {
+func (r *Reader) Chain(disk record.DiskID, block int64, lsn record.LSN, fn func(Pick) error) error {
 	u := Unit{Index: block}
 	for ok := r.seek(disk, u, lsn); ok && inClass(r.it.Key(), r.key); ok = r.it.Next() {
 		unit, at := splitVersionKey(r.it.Key())
 		if unit != block {
 			break
 		}
-		if err := fn(at); err != nil {
+		b, err := r.it.ValueAndErr()
+		if err != nil {
+			return err
+		}
+		v, err := decodeVersion(b)
+		if err != nil {
+			return err
+		}
+		if err := fn(Pick{Found: true, LSN: at, Version: v}); err != nil {
 			return err
 		}
 	}
 	return r.it.Error()
+}
+
+// Has reports whether the index has a version as an entry says.
+func (r *Reader) Has(e *Entry) (bool, error) {
+	ok := r.seek(e.Disk, e.Unit, e.LSN) && bytes.Equal(r.it.Key(), r.key)
+	if !ok {
+		return false, r.it.Error()
+	}
+	b, err := r.it.ValueAndErr()
+	if err != nil {
+		return false, err
+	}
+	v, err := decodeVersion(b)
+	return v == e.Version, err
 }
 
 // Next is the LSN of the oldest version of a block above lsn, in any class; MaxLSN if there is none.

@@ -26,6 +26,7 @@ const (
 	KindAmend    Kind = 7  // payload is an Amendment; no extent
 	KindDefine   Kind = 8  // payload is a Definition; no extent
 	KindExpired  Kind = 9  // an expiry has come to its horizon; no extent, no payload; originals log only
+	KindKept     Kind = 11 // payload is a part of the list of points that are kept beyond the horizon of the KindExpired behind it; no extent; originals log only
 	KindStanding Kind = 10 // the group's reigns or disks are others from here on, see its file's head, or, of a bridge, that behind it; no extent, no payload
 )
 
@@ -51,6 +52,8 @@ func (k Kind) String() string {
 		return "expiry"
 	case KindStanding:
 		return "standing"
+	case KindKept:
+		return "kept points"
 	}
 	return fmt.Sprintf("kind(%d)", uint8(k))
 }
@@ -266,7 +269,7 @@ func (h *Header) check() error {
 		if h.Payload != 0 || h.Extent.Len == 0 {
 			return bad("takes an extent and no payload")
 		}
-	case KindMarker, KindAmend, KindDefine:
+	case KindMarker, KindAmend, KindDefine, KindKept:
 		if h.Extent != (Extent{}) || h.Payload == 0 {
 			return bad("takes a payload and no extent")
 		}

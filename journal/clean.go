@@ -1,0 +1,437 @@
+package journal
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+
+	"go.uber.org/zap"
+
+	"github.com/tidemark-cdp/tidemark/journal/disk"
+	"github.com/tidemark-cdp/tidemark/journal/index"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/retain"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
+)
+
+// Thin lets go of kept points that policy, pins and holds keep no longer, and reports whether there were any. What they alone needed is dropped by Clean.
+func (g *Group) Thin() (bool, error) {
+	g.apply.Lock()
+	defer g.apply.Unlock()
+	was := g.KeptPoints()
+	kept := g.chosen(was, g.expiredTo())
+	if len(kept) == len(was) {
+		return false, nil
+	}
+	return true, g.letGoLocked(kept)
+}
+
+// giveUp lets go of some of the points that are kept for the policy's sake alone, those that go first, as space is short. It reports whether there were any.
+func (g *Group) giveUp() (bool, error) {
+	g.apply.Lock()
+	defer g.apply.Unlock()
+	was := g.KeptPoints()
+	order := retain.Sacrifice(g.judge(was, g.expiredTo()))
+	if len(order) == 0 {
+		return false, nil
+	}
+	order = order[:(len(order)+7)/8]
+	g.log.Warn("space is short: points go that the policy would keep", zap.Int("points", len(order)))
+	var kept []KeptPoint
+	for i := range was {
+		if !slices.Contains(order, i) {
+			kept = append(kept, was[i])
+		}
+	}
+	return true, g.letGoLocked(kept)
+}
+
+// letGoLocked keeps no other points than those given, and those that somebody has come to need meanwhile. It is durable when it returns: what Apply keeps from
+// then on may not do for the others. g.apply is held.
+func (g *Group) letGoLocked(kept []KeptPoint) error {
+	was := g.KeptPoints()
+	stay := func(lsn record.LSN) {
+		i, ok := findKept(was, lsn)
+		if at, in := findKept(kept, lsn); ok && !in {
+			kept = slices.Insert(kept, at, was[i])
+		}
+	}
+	g.append.Lock()
+	g.pins.Lock()
+	for lsn := range g.pins.markers {
+		stay(lsn)
+	}
+	for lsn := range g.pins.points {
+		stay(lsn)
+	}
+	g.kept.Store(&kept)
+	g.pins.Unlock()
+	var gone []record.Marker
+	for _, m := range g.append.markers.all {
+		if _, ok := findKept(kept, m.LSN); !ok && m.LSN <= g.expiredTo() {
+			gone = append(gone, m)
+		}
+	}
+	g.append.markers.expire(g.expiredTo(), kept)
+	g.append.Unlock()
+	b := g.ix.NewBatch()
+	for _, m := range gone {
+		if err := b.DeleteMarker(m); err != nil {
+			return g.fail(err)
+		}
+	}
+	if err := g.setKept(b); err != nil {
+		return g.fail(err)
+	}
+	if err := g.noteExpired(g.expiredTo()); errors.Is(err, segment.ErrFull) {
+		return err // the points are gone, and come back if the index is lost before the next note
+	} else if err != nil {
+		return g.fail(err)
+	}
+	if err := errors.Join(g.commit(b), g.store.ix.Flush()); err != nil {
+		return g.fail(err)
+	}
+	g.log.Info("let go of points beyond the window", zap.Int("points", len(was)-len(kept)), zap.Int("kept", len(kept)))
+	return nil
+}
+
+// pinnedPoints are the LSNs of open views beyond the window, and the oldest point that can be viewed at all.
+func (g *Group) pinnedPoints() (points []record.LSN, oldest record.LSN) {
+	horizon := g.expiredTo()
+	oldest = horizon
+	g.pins.Lock()
+	defer g.pins.Unlock()
+	for lsn := range g.pins.points {
+		if lsn < horizon {
+			points, oldest = append(points, lsn), min(oldest, lsn)
+		}
+	}
+	if kept := g.KeptPoints(); len(kept) > 0 {
+		oldest = min(oldest, kept[0].LSN)
+	}
+	return points, oldest
+}
+
+// allPoints are the LSNs beyond the window that somebody may view, in their order, and the horizon.
+func (g *Group) allPoints() []record.LSN {
+	points, _ := g.pinnedPoints()
+	points = append(append(points, g.keptLSNs()...), g.expiredTo())
+	slices.Sort(points)
+	return slices.Compact(points)
+}
+
+// cleanBytes is how many bytes of a file are looked at with backings and originals held, and cleanShare which part of a file must be needed for it to stay as it is: a half.
+const (
+	cleanBytes = 4 << 20
+	cleanShare = 2
+)
+
+// Clean drops originals that no point is of any more: of files that mostly hold such it copies the rest, and returns how many bytes came free. It goes
+// on where it, or a crash, left off. Views and what else reads them find them all the while, and what is applied waits for a step at most.
+func (g *Group) Clean() (freed int64, err error) {
+	return g.clean(cleanShare, func() error { return nil })
+}
+
+// clean is Clean with a pause behind each step, whose error ends it. A file stays as it is if points are of no less than the given part of it.
+func (g *Group) clean(share int64, pause func() error) (freed int64, err error) {
+	g.cleaning.Lock()
+	defer g.cleaning.Unlock()
+	if !g.everKept() {
+		return 0, nil // expiries have dropped them
+	}
+	before := g.set.Size()
+	var gone []*segment.File
+	files := g.set.Files(segment.Originals)
+	g.cleaning.needs.forget(files)
+	for _, f := range files[:max(len(files)-1, 0)] {
+		most, err := g.mostlyNeeded(f, share)
+		if errors.Is(err, record.ErrCorrupt) {
+			continue // what can not be read may be what points need
+		}
+		if err != nil {
+			return 0, err
+		}
+		if most {
+			continue
+		}
+		if err := g.cleanFile(f, pause); err != nil {
+			if errors.Is(err, segment.ErrFull) {
+				break // what comes free now makes room for it
+			}
+			return 0, fmt.Errorf("clean %s: %w", f.Path, err)
+		}
+		gone = append(gone, f)
+	}
+	if len(gone) == 0 {
+		return 0, nil
+	}
+	if err := g.dropCleaned(gone); err != nil {
+		return 0, err
+	}
+	freed = before - g.set.Size()
+	g.log.Info("dropped originals that no point is of any more", zap.Int("segments", len(gone)), zap.Int64("bytes", freed))
+	return freed, nil
+}
+
+// mostlyNeeded reports whether a file of originals is to stay as it is.
+func (g *Group) mostlyNeeded(f *segment.File, share int64) (bool, error) {
+	points := g.allPoints()
+	n, ok := g.cleaning.needs[f.Number]
+	if !ok {
+		if all, err := g.allEnded(f); err != nil || !all {
+			return true, err
+		}
+		var err error
+		if n, err = readNeeds(f, points); err != nil {
+			return true, err
+		}
+		g.cleaning.needs[f.Number] = n
+	}
+	return n.total > 0 && n.needed(points)*share >= n.total, nil
+}
+
+// needs is what is known of files of originals that have all ended, by their numbers.
+type needs map[uint32]fileNeeds
+
+// forget forgets what is known of files that are gone.
+func (n needs) forget(files []*segment.File) {
+	maps.DeleteFunc(n, func(number uint32, _ fileNeeds) bool {
+		return !slices.ContainsFunc(files, func(f *segment.File) bool { return f.Number == number })
+	})
+}
+
+// fileNeeds says how many bytes of a file there are for each run of points that they are of. No point comes between these any more.
+type fileNeeds struct {
+	total int64
+	of    map[Range]int64
+}
+
+func readNeeds(f *segment.File, points []record.LSN) (n fileNeeds, err error) {
+	n.of = map[Range]int64{}
+	_, err = f.Scan(f.Start(), func(_ int64, h record.Header) error {
+		if h.Extent.Len == 0 {
+			return nil
+		}
+		n.total += h.Size()
+		if lives(points, &h) {
+			first, _ := retain.First(points, h.Durable)
+			i, _ := slices.BinarySearch(points, h.LSN)
+			n.of[Range{first, points[i-1]}] += h.Size()
+		}
+		return nil
+	})
+	return n, err
+}
+
+// needed is how many bytes any of some points is of.
+func (n fileNeeds) needed(points []record.LSN) (bytes int64) {
+	for r, size := range n.of {
+		if retain.Lives(points, r.First, r.Last+1) {
+			bytes += size
+		}
+	}
+	return bytes
+}
+
+// lives reports whether an original whose end lies beyond the window is of any of some points.
+func lives(points []record.LSN, h *record.Header) bool {
+	return h.Flags&record.FlagExact != 0 && retain.Lives(points, h.Durable, h.LSN)
+}
+
+// cleanFile has the index find what is needed of a file elsewhere, and what is not, nowhere.
+func (g *Group) cleanFile(f *segment.File, pause func() error) error {
+	for off := f.Start(); ; {
+		end, err := g.cleanStep(f, off)
+		if err != nil || end == off {
+			return err
+		}
+		if err := pause(); err != nil {
+			return err
+		}
+		off = end
+	}
+}
+
+// cleanStep does so with what begins in the next cleanBytes of it, and returns where it ended.
+func (g *Group) cleanStep(f *segment.File, from int64) (end int64, err error) {
+	g.apply.Lock()
+	defer g.apply.Unlock()
+	if err := g.ended(); err != nil {
+		return from, err
+	}
+	g.apply.orig.Keep(g.o.keepExpire())
+	defer g.apply.orig.Keep(g.o.keepApply())
+	reader, err := g.ix.FreshReader()
+	if err != nil {
+		return from, err
+	}
+	defer reader.Close()
+	points := g.allPoints()
+	b := g.ix.NewBatch()
+	var buf []byte
+	end, err = f.Scan(from, func(off int64, h record.Header) error {
+		if off >= from+cleanBytes {
+			return segment.ErrStop
+		}
+		if h.Extent.Len == 0 {
+			return nil
+		}
+		if !lives(points, &h) {
+			for _, e := range appendOriginal(nil, &h, f.Number, off) {
+				// Another one may be of the same LSN, see dropStale.
+				if is, err := reader.Has(&e); err != nil {
+					return err
+				} else if !is {
+					continue
+				}
+				if err := b.Delete(e.Disk, e.Unit, e.LSN); err != nil {
+					return err
+				}
+			}
+			return nil
+		}
+		var err error
+		if buf, err = f.VerifyPayload(off, h, buf); err != nil {
+			return err
+		}
+		h.Flags |= record.FlagCarried
+		return g.keep(h, buf[:h.Payload])
+	})
+	if err != nil && !errors.Is(err, segment.ErrStop) {
+		g.apply.gathered, g.apply.pending = g.apply.gathered[:0], nil // what of it was written counts, and is true
+		if serr := g.apply.orig.Sync(); serr != nil {
+			err = g.fail(serr)
+		}
+		return from, err
+	}
+	entries, err := g.syncKept()
+	if err != nil {
+		return from, g.fail(err)
+	}
+	b.Set(entries)
+	if err := g.commit(b); err != nil {
+		return from, g.fail(err)
+	}
+	return end, nil
+}
+
+// dropCleaned removes files that nothing durable refers to any more. What they said of the horizon and of definitions is said again first.
+func (g *Group) dropCleaned(gone []*segment.File) error {
+	g.apply.Lock()
+	defer g.apply.Unlock()
+	if err := g.ended(); err != nil {
+		return err
+	}
+	if err := g.store.ix.Flush(); err != nil {
+		return g.fail(err)
+	}
+	horizon := g.expiredTo()
+	if err := g.carryDefinitions(horizon); err != nil {
+		return err
+	}
+	if err := g.noteExpired(horizon); err != nil {
+		if errors.Is(err, segment.ErrFull) {
+			return nil
+		}
+		return g.fail(err)
+	}
+	if err := g.set.Remove(gone...); err != nil {
+		return g.fail(err)
+	}
+	return nil
+}
+
+// carryDefinitions says again which definitions were carried over by the expiry to a horizon.
+func (g *Group) carryDefinitions(horizon record.LSN) error {
+	g.append.Lock()
+	all := slices.Clone(g.append.definitions)
+	g.append.Unlock()
+	for _, d := range all {
+		if d.at != carried(record.Definition{}, horizon).At {
+			continue
+		}
+		def, err := g.ix.Definition(d.name, d.since)
+		if err != nil {
+			return fmt.Errorf("carry over definition %s: %w", d.name, err)
+		}
+		if err := g.carryDefinition(def, horizon); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// origins says since when each of some adjacent blocks without a version in the window is what its backing holds: where the last one that is kept has
+// ended, or before anything that can be viewed. It calls fn with runs that have it in common. g.apply is held.
+func (g *Group) origins(d *disk.Disk, first, n int64, fn func(first, n int64, since record.LSN) error) error {
+	if !g.everKept() {
+		return fn(first, n, g.originLSN(d))
+	}
+	if g.apply.kept == nil {
+		reader, err := g.ix.FreshReader()
+		if err != nil {
+			return err
+		}
+		g.apply.kept = reader
+	}
+	picks := make([]index.Pick, n)
+	if err := g.apply.kept.Find(d.ID, first, g.expiredTo(), picks); err != nil {
+		return err
+	}
+	_, oldest := g.pinnedPoints()
+	since := func(p *index.Pick) record.LSN { return max(oldest, p.Until, d.KnownSince()) }
+	for i := 0; i < len(picks); {
+		j := i + 1
+		for j < len(picks) && since(&picks[j]) == since(&picks[i]) {
+			j++
+		}
+		if err := fn(first+int64(i), int64(j-i), since(&picks[i])); err != nil {
+			return err
+		}
+		i = j
+	}
+	return nil
+}
+
+// originsDone ends a use of origins: others may change what is kept.
+func (g *Group) originsDone() {
+	if g.apply.kept != nil {
+		g.apply.kept.Close()
+		g.apply.kept = nil
+	}
+}
+
+// closeOriginals begins a new file of originals if all in the present one has ended, and it has some bytes, so that a Clean can look at it.
+func (g *Group) closeOriginals(least int64) error {
+	g.apply.Lock()
+	defer g.apply.Unlock()
+	f := g.apply.orig.Current()
+	if f == nil || !g.everKept() || g.apply.orig.Tail()-f.Start() < max(least, 1) {
+		return nil
+	}
+	all, err := g.allEnded(f)
+	if err != nil || !all {
+		return err
+	}
+	if err := g.apply.orig.Roll(g.header(g.Head()), 0); err != nil && !errors.Is(err, segment.ErrFull) {
+		return g.fail(err)
+	}
+	return nil
+}
+
+// allEnded reports whether every original of a file ends beyond the window.
+func (g *Group) allEnded(f *segment.File) (bool, error) {
+	all, horizon := true, g.expiredTo()
+	_, err := f.Scan(f.Start(), func(_ int64, h record.Header) error {
+		if h.Extent.Len > 0 && h.LSN > horizon {
+			all = false
+			return segment.ErrStop
+		}
+		return nil
+	})
+	if errors.Is(err, segment.ErrStop) {
+		err = nil
+	}
+	return all, err
+}

@@ -1,0 +1,289 @@
+package journal
+
+import (
+	"cmp"
+	"encoding/binary"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/tidemark-cdp/tidemark/journal/index"
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/retain"
+)
+
+// KeptPoint is a point that is kept though every write around it was forgotten.
+type KeptPoint struct {
+	LSN  record.LSN
+	Time int64 // of its record, Unix nanoseconds
+	// Until is the time of the next record, or earlier: between the two the disks were what they are at the point.
+	Until int64
+}
+
+func (k *KeptPoint) String() string {
+	return fmt.Sprintf("lsn:%d of %s", k.LSN, time.Unix(0, k.Time).UTC().Format(time.RFC3339))
+}
+
+// KeptPoints are those beyond the continuous window, by ascending LSN. The slice must not be changed.
+func (g *Group) KeptPoints() []KeptPoint {
+	if p := g.kept.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// isKept reports whether an LSN is kept beyond the window.
+func (g *Group) isKept(lsn record.LSN) bool {
+	_, ok := findKept(g.KeptPoints(), lsn)
+	return ok
+}
+
+// keptLSNs are the LSNs of the kept points.
+func (g *Group) keptLSNs() (lsns []record.LSN) {
+	for _, k := range g.KeptPoints() {
+		lsns = append(lsns, k.LSN)
+	}
+	return lsns
+}
+
+func findKept(kept []KeptPoint, lsn record.LSN) (int, bool) {
+	return slices.BinarySearchFunc(kept, lsn, func(k KeptPoint, lsn record.LSN) int { return cmp.Compare(k.LSN, lsn) })
+}
+
+// everKept reports whether any point was ever kept beyond the window: then originals may be findable that nobody looks for.
+func (g *Group) everKept() bool { return g.hadKept.Load() }
+
+// setKept has the index know what is kept, with a batch.
+func (g *Group) setKept(b *index.Batch) error {
+	if !g.hadKept.Load() {
+		return nil
+	}
+	list, _ := appendKept(nil, 0, g.KeptPoints(), nil)
+	return b.SetState(stateKept, list)
+}
+
+// SetPolicy changes which points are kept from now on. What an older policy has let go of does not come back.
+func (g *Group) SetPolicy(p retain.Policy) error {
+	if err := p.Validate(); err != nil {
+		return fmt.Errorf("retention of group %s: %w", g.name, err)
+	}
+	g.policy.Store(&p)
+	return nil
+}
+
+// Policy says which points are kept.
+func (g *Group) Policy() retain.Policy { return *g.policy.Load() }
+
+// needed are the points whose views an expiry to a horizon must leave as they are: what the policy, pins and holds keep, what open views are
+// of, and the horizon. kept are those of them that are kept from then on, of old ones and of new.
+func (g *Group) needed(horizon record.LSN, fresh []KeptPoint) (points []record.LSN, kept []KeptPoint) {
+	old := slices.Clone(g.KeptPoints())
+	all := append(old, fresh...)
+	kept = g.chosen(all, horizon)
+	for _, k := range kept {
+		points = append(points, k.LSN)
+	}
+	points = append(points, horizon)
+	g.pins.Lock()
+	for lsn := range g.pins.points {
+		if lsn < horizon {
+			points = append(points, lsn)
+		}
+	}
+	g.pins.Unlock()
+	slices.Sort(points)
+	return slices.Compact(points), kept
+}
+
+// chosen are those points, given by ascending LSN, that the policy, pins and holds keep beyond a horizon.
+func (g *Group) chosen(all []KeptPoint, horizon record.LSN) (kept []KeptPoint) {
+	_, why := g.judge(all, horizon)
+	for i := range all {
+		if why[i].Kept() {
+			kept = append(kept, all[i])
+		}
+	}
+	return kept
+}
+
+// judge says why each of some points, given by ascending LSN, is kept beyond a horizon, and what the policy knows of it.
+func (g *Group) judge(all []KeptPoint, horizon record.LSN) ([]retain.Point, []retain.Reason) {
+	markers := map[record.LSN]record.Marker{}
+	var points, behind []retain.Point
+	g.append.Lock()
+	for _, m := range g.append.markers.all {
+		if m.Pending {
+			continue
+		}
+		markers[m.LSN] = m
+		if m.LSN > horizon { // of slots that end behind it
+			behind = append(behind, retain.Point{LSN: m.LSN, Time: m.Time.UnixNano(), Consistency: m.Consistency, Pinned: m.Pinned})
+		}
+	}
+	g.append.Unlock()
+	for _, k := range all {
+		p := retain.Point{LSN: k.LSN, Time: k.Time}
+		if m, ok := markers[k.LSN]; ok {
+			p.Consistency, p.Pinned = m.Consistency, m.Pinned
+		}
+		points = append(points, p)
+	}
+	why := g.Policy().Keep(g.o.Now().UnixNano(), slices.Concat(points, behind))
+	return points, why[:len(all)]
+}
+
+// keptVersion is the format of a list of kept points:
+//
+//	offset size field
+//	  0     1   format version, 1
+//	  1     4   which part of the list this is, 0, 1, …
+//	  5     4   number of points, then each:
+//	        8   LSN
+//	        8   time, Unix nanoseconds
+//	        8   until, Unix nanoseconds
+//	        2   length of the marker that is there, 0: none; then the marker, as [record.Marker.Append] writes it
+//
+// Integers are little-endian. The list in the index has one part, and no markers.
+const (
+	keptVersion = 1
+	keptHead    = 9
+	keptFixed   = 26
+	keptPart    = 1 << 20 // bytes of a part, about
+)
+
+// appendKept encodes points from the first on, to a part of a list, and returns the rest.
+func appendKept(b []byte, part int, kept []KeptPoint, marker func(record.LSN) (record.Marker, bool)) (_ []byte, rest []KeptPoint) {
+	le := binary.LittleEndian
+	at := len(b)
+	b = le.AppendUint32(append(b, keptVersion), uint32(part))
+	b = le.AppendUint32(b, 0)
+	n := 0
+	for ; n < len(kept) && (marker == nil || len(b)-at < keptPart); n++ {
+		k := kept[n]
+		b = le.AppendUint64(le.AppendUint64(le.AppendUint64(b, uint64(k.LSN)), uint64(k.Time)), uint64(k.Until))
+		var payload []byte
+		if marker != nil {
+			if m, ok := marker(k.LSN); ok {
+				payload = m.Append(nil)
+			}
+		}
+		b = append(le.AppendUint16(b, uint16(len(payload))), payload...)
+	}
+	le.PutUint32(b[at+5:], uint32(n))
+	return b, kept[n:]
+}
+
+// decodeKept reads a part of a list.
+func decodeKept(b []byte) (part int, kept []KeptPoint, markers []record.Marker, err error) {
+	bad := func(what string, err error) (int, []KeptPoint, []record.Marker, error) {
+		if err != nil {
+			return 0, nil, nil, fmt.Errorf("list of kept points: %s: %w", what, err)
+		}
+		return 0, nil, nil, fmt.Errorf("%w: list of kept points: %s", record.ErrCorrupt, what)
+	}
+	le := binary.LittleEndian
+	if len(b) < keptHead {
+		return bad(fmt.Sprintf("%d bytes", len(b)), nil)
+	}
+	if b[0] != keptVersion {
+		return bad("read", fmt.Errorf("format version %d, this program knows %d: use a newer one", b[0], keptVersion))
+	}
+	part, n := int(le.Uint32(b[1:])), int64(le.Uint32(b[5:]))
+	b = b[keptHead:]
+	if n*keptFixed > int64(len(b)) {
+		return bad(fmt.Sprintf("%d points in %d bytes", n, len(b)), nil)
+	}
+	for range n {
+		if len(b) < keptFixed {
+			return bad("it is cut short", nil)
+		}
+		k := KeptPoint{record.LSN(le.Uint64(b)), int64(le.Uint64(b[8:])), int64(le.Uint64(b[16:]))}
+		size := int(le.Uint16(b[24:]))
+		b = b[keptFixed:]
+		if size > len(b) || len(kept) > 0 && k.LSN <= kept[len(kept)-1].LSN {
+			return bad(fmt.Sprintf("point at LSN %d", k.LSN), nil)
+		}
+		if size > 0 {
+			m, err := record.DecodeMarker(k.LSN, k.Time, b[:size])
+			if err != nil {
+				return bad("marker", err)
+			}
+			markers = append(markers, m)
+		}
+		kept, b = append(kept, k), b[size:]
+	}
+	if len(b) > 0 {
+		return bad(fmt.Sprintf("%d bytes too many", len(b)), nil)
+	}
+	return part, kept, markers, nil
+}
+
+// noteExpired notes among the originals that the index has come to a horizon, and what is kept beyond it, durably: without an index nothing else
+// says so once some of the files are gone, and what was carried over would count for nothing. g.apply is held.
+func (g *Group) noteExpired(horizon record.LSN) error {
+	g.apply.orig.Keep(0) // what it takes is little, and the files that go are much
+	defer g.apply.orig.Keep(g.o.keepApply())
+	note := record.Header{Flags: record.FlagCarried, LSN: horizon + 1, Durable: horizon}
+	marker := func(lsn record.LSN) (record.Marker, bool) {
+		g.append.Lock()
+		defer g.append.Unlock()
+		i, ok := g.append.markers.find(lsn)
+		if !ok {
+			return record.Marker{}, false
+		}
+		return g.append.markers.all[i], true
+	}
+	var err error
+	for part, rest := 0, g.KeptPoints(); err == nil && len(rest) > 0; part++ {
+		var b []byte
+		b, rest = appendKept(nil, part, rest, marker)
+		note.Kind = record.KindKept
+		err = g.keep(note, b)
+	}
+	if err == nil {
+		note.Kind = record.KindExpired
+		err = g.keep(note, nil)
+	}
+	if err == nil {
+		_, err = g.syncKept()
+	}
+	if err != nil {
+		return fmt.Errorf("note that history has expired up to LSN %d: %w", horizon, err)
+	}
+	return nil
+}
+
+// keptReader gathers the lists of kept points among the originals, in the order in which they were written: the last one counts of which all is there.
+type keptReader struct {
+	last keptList
+	next keptList
+}
+
+type keptList struct {
+	parts   int
+	kept    []KeptPoint
+	markers []record.Marker
+	err     error // why it can not be read
+}
+
+// add takes a part of a list up, or why it can not be read.
+func (r *keptReader) add(payload []byte, err error) {
+	var part int
+	var l keptList
+	if err == nil {
+		part, l.kept, l.markers, err = decodeKept(payload)
+	}
+	if err == nil && part == 0 {
+		r.next = keptList{} // what was before is of a list that a crash cut off
+	}
+	if err == nil && part != r.next.parts {
+		err = fmt.Errorf("%w: list of kept points: part %d behind %d others", record.ErrCorrupt, part, r.next.parts)
+	}
+	n := &r.next
+	n.parts++
+	n.kept, n.markers = append(n.kept, l.kept...), append(n.markers, l.markers...)
+	n.err = cmp.Or(n.err, err)
+}
+
+// end is the end of a list. One without parts is empty.
+func (r *keptReader) end() { r.last, r.next = r.next, keptList{} }

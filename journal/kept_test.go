@@ -1,0 +1,233 @@
+package journal
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/retain"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
+)
+
+// keptRig is a rig that remembers all that was written.
+type keptRig struct {
+	*rig
+	clock clock
+	rng   *rand.Rand
+	past  []moment // past[i] is at LSN i+1
+}
+
+type moment struct {
+	at    int64
+	level record.Consistency // of the marker; 0: none
+	fill  [rigBlocks]byte
+}
+
+func newKeptRig(t *testing.T, seed uint64, p retain.Policy) *keptRig {
+	r := &keptRig{rng: rand.New(rand.NewPCG(seed, 11))}
+	r.clock.at.Store(int64(time.Hour))
+	r.rig = newRig(t, Options{Now: r.clock.time})
+	r.retain = p
+	require.NoError(t, r.g.SetPolicy(p))
+	return r
+}
+
+// record takes up the records that the journal has and the rig does not: after a change of some blocks.
+func (r *keptRig) record(level record.Consistency, first, n int64, fill byte) {
+	next := moment{at: r.g.recordTime.Load(), level: level}
+	for b := range next.fill {
+		next.fill[b] = 0xb0
+	}
+	if len(r.past) > 0 {
+		next.fill = r.past[len(r.past)-1].fill
+	}
+	for b := first; b < first+n; b++ {
+		next.fill[b] = fill
+	}
+	r.past = append(r.past, next)
+	require.EqualValues(r.t, len(r.past), r.g.Head())
+}
+
+func (r *keptRig) step() {
+	r.clock.at.Add(int64(r.rng.ExpFloat64() * float64(time.Second)))
+	switch n := r.rng.IntN(40); {
+	case n < 25:
+		b, fill := r.rng.Int64N(40), byte(1+r.rng.IntN(250))
+		require.NoError(r.t, r.write(b, fill))
+		r.record(0, b, 1, fill)
+	case n < 27:
+		ext := record.Extent{Off: r.rng.Int64N(30) * record.BlockSize, Len: (1 + r.rng.Int64N(20)) * record.BlockSize}
+		require.NoError(r.t, r.g.Append([]Op{{Kind: record.KindTrim, Disk: r.g.Disks()[0], Ext: ext}}))
+		r.record(0, ext.Off/record.BlockSize, ext.Len/record.BlockSize, 0)
+	case n < 28:
+		_, err := r.g.Mark(record.Marker{Label: fmt.Sprint("m", len(r.past)), By: "test", Pinned: r.rng.IntN(10) == 0})
+		require.NoError(r.t, err)
+		r.record(record.Crash, 0, 0, 0)
+	case n < 29:
+		m, err := r.g.Cut(record.Marker{Label: fmt.Sprint("m", len(r.past)), By: "test", Asked: record.Application})
+		require.NoError(r.t, err)
+		r.record(record.Application, 0, 0, 0)
+		m.Consistency = record.Application
+		_, err = r.g.Conclude(m)
+		require.NoError(r.t, err)
+		r.record(0, 0, 0, 0)
+	case n < 33:
+		require.NoError(r.t, r.g.Apply())
+	case n < 35:
+		_, err := r.g.Expire(1)
+		require.NoError(r.t, err)
+		r.check()
+	case n < 36:
+		_, err := r.g.Thin()
+		require.NoError(r.t, err)
+	case n < 38:
+		r.clean()
+		r.check()
+	case n < 39:
+		require.NoError(r.t, r.s.Close())
+		if r.rng.IntN(2) == 0 {
+			require.NoError(r.t, r.fs.RemoveAll("state/index"))
+		}
+		r.open()
+		r.check()
+	}
+}
+
+// clean is a full pass.
+func (r *keptRig) clean() {
+	require.NoError(r.t, r.g.closeOriginals(0))
+	_, err := r.g.clean(1, func() error { return nil })
+	require.NoError(r.t, err)
+	r.checkOriginals()
+}
+
+// check compares the views of all kept points, and of some others, and has times lead to them exactly.
+func (r *keptRig) check() {
+	r.t.Helper()
+	for _, k := range r.g.KeptPoints() {
+		require.Equal(r.t, r.past[k.LSN-1].at, k.Time)
+		r.checkAt(k.LSN)
+	}
+	if len(r.past) == 0 {
+		return
+	}
+	h := r.g.Horizon()
+	if h > 0 {
+		r.checkAt(h)
+	}
+	r.checkAt(h + 1 + record.LSN(r.rng.Uint64N(uint64(r.g.Head()-h)+1))) // one behind the head is none
+	for range 5 {
+		at := r.rng.IntN(len(r.past))
+		t := r.past[at].at + r.rng.Int64N(int64(time.Second))
+		lsn, err := r.g.Resolve(record.Point{Form: record.FormTime, Time: time.Unix(0, t)})
+		if err != nil {
+			require.ErrorIs(r.t, err, ErrNoPoint)
+			continue
+		}
+		want := at
+		for want+1 < len(r.past) && r.past[want+1].at <= t {
+			want++
+		}
+		require.EqualValues(r.t, want+1, lsn, "at %d", t)
+	}
+}
+
+func (r *keptRig) checkAt(lsn record.LSN) {
+	r.t.Helper()
+	if lsn > r.g.Head() {
+		return
+	}
+	v, err := r.g.View(r.g.Disks()[0], lsn)
+	require.NoError(r.t, err)
+	defer v.Close()
+	b := make([]byte, rigBlocks*record.BlockSize)
+	require.NoError(r.t, v.ReadAt(b, 0, false))
+	for block, want := range r.past[lsn-1].fill {
+		require.Equal(r.t, want, b[block*record.BlockSize], "block %d at LSN %d", block, lsn)
+	}
+}
+
+// wanted is what a policy keeps beyond the horizon of all that ever was.
+func (r *keptRig) wanted(p retain.Policy) (lsns []record.LSN) {
+	h := r.g.Horizon()
+	markers, err := r.g.Markers()
+	require.NoError(r.t, err)
+	var points []retain.Point
+	for i, at := range r.past {
+		lsn := record.LSN(i + 1)
+		point := retain.Point{LSN: lsn, Time: at.at, Consistency: at.level}
+		point.Pinned = slices.ContainsFunc(markers, func(m record.Marker) bool { return m.LSN == lsn && m.Pinned })
+		if at.level != 0 || lsn <= h && (i+1 == len(r.past) || p.Ends(at.at, r.past[i+1].at)) {
+			points = append(points, point)
+		}
+	}
+	for i, why := range p.Keep(r.clock.at.Load(), points) {
+		if why.Kept() && points[i].LSN <= h {
+			lsns = append(lsns, points[i].LSN)
+		}
+	}
+	return lsns
+}
+
+// TestKeptPoints: whatever was expired, thinned and cleaned when, and however often the index was lost: what the policy keeps of all that ever was
+// is there, to the last byte, and nothing else.
+func TestKeptPoints(t *testing.T) {
+	for seed := range uint64(20) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
+			p := retain.Policy{Tiers: []retain.Tier{{Every: 2 * time.Second, For: 20 * time.Second}, {Every: 30 * time.Second, For: 4 * time.Minute}}, Markers: int(seed % 3)}
+			require.NoError(t, p.Validate())
+			r := newKeptRig(t, seed, p)
+			for range 600 {
+				r.step()
+			}
+			require.NoError(t, r.g.Apply())
+			for range 2 {
+				for range 20 {
+					_, err := r.g.Expire(1 << 40)
+					require.NoError(t, err)
+				}
+				_, err := r.g.Thin()
+				require.NoError(t, err)
+				r.clean()
+				r.check()
+				require.Equal(t, r.wanted(p), r.g.keptLSNs())
+				require.NotEmpty(t, r.g.KeptPoints())
+				r.clock.at.Add(int64(15 * time.Second))
+			}
+			was, size := r.g.keptLSNs(), r.g.set.Size()
+			did, err := r.g.Thin()
+			require.NoError(t, err)
+			if !did {
+				require.Equal(t, was, r.g.keptLSNs())
+			}
+			n, err := r.g.clean(1, func() error { return nil })
+			require.NoError(t, err)
+			require.True(t, did || n == 0 && size == r.g.set.Size(), "a second pass has nothing to do")
+			r.clock.at.Add(int64(10 * time.Minute))
+			require.NoError(t, r.g.SetPolicy(retain.Policy{}))
+			markers, err := r.g.Markers()
+			require.NoError(t, err)
+			for _, m := range markers {
+				if m.Pinned {
+					_, err := r.g.Unpin(m.Label)
+					require.NoError(t, err)
+				}
+			}
+			_, err = r.g.Thin()
+			require.NoError(t, err)
+			r.clean()
+			require.Empty(t, r.g.KeptPoints())
+			for _, f := range r.g.set.Files(segment.Originals) {
+				ended, err := r.g.allEnded(f)
+				require.NoError(t, err)
+				require.True(t, !ended || f == r.g.apply.orig.Current(), "%s holds nothing that anybody needs", f.Path)
+			}
+		})
+	}
+}
