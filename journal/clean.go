@@ -20,7 +20,7 @@ func (g *Group) Thin() (bool, error) {
 	g.apply.Lock()
 	defer g.apply.Unlock()
 	was := g.KeptPoints()
-	kept := g.chosen(was, g.expiredTo())
+	kept := g.chosen(g.Policy(), was, g.expiredTo())
 	if len(kept) == len(was) {
 		return false, nil
 	}
@@ -32,7 +32,7 @@ func (g *Group) giveUp() (bool, error) {
 	g.apply.Lock()
 	defer g.apply.Unlock()
 	was := g.KeptPoints()
-	order := retain.Sacrifice(g.judge(was, g.expiredTo()))
+	order := retain.Sacrifice(g.judge(g.Policy(), was, g.expiredTo()))
 	if len(order) == 0 {
 		return false, nil
 	}

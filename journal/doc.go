@@ -15,7 +15,7 @@
 //   - P3, prefix: after a crash the history is a prefix of what was appended,
 //     not shorter than the last Sync. If a damaged record lies before what is known
 //     to have been durable, the group does not open for writing, and says where.
-//   - P4, any point: for every LSN from Horizon to Newest, a view equals the disks
+//   - P4, any point: for every LSN from Horizon to Newest, and every kept point, a view equals the disks
 //     as of that record. Older ones may be viewed, too, if there are gaps: see Group.Viewable.
 //   - P7: damage is an error where it is read.
 //   - A [Feed] reads the records that are durable, each once and in their order: what it has read is never more than
@@ -29,7 +29,7 @@
 //
 //  1. be the only process that writes the state directory and the backings (the
 //     directory is locked, the backings are not);
-//  2. call Run, which syncs, indexes, applies and expires in the background, or
+//  2. call Run, which syncs, indexes, applies, expires and cleans in the background, or
 //     each of those itself (the tests do);
 //  3. close views, or their history is pinned, and feeds before the group.
 //
@@ -52,7 +52,10 @@
 //	  synced, renamed, directory       LSN and an older head: more is replayed. What it names is durable, and is not applied.
 //	9 expire: carry over, index, flush the expiry, or none of it; what is carried over names its horizon
 //	10 note its end among the originals, sync   segments that nothing refers to: log files are removed by the next open, originals by the next expiry
-//	11 remove the segments             some of them: without an index, the note says to which horizon
+//	11 remove the segments             some of them: without an index, the note says to which horizon, and what is kept beyond
+//	let go of kept points: note, index, flush   as before, or as after: an original of then may not do for a point that comes back
+//	clean a file of originals: copy a part, index it   both: the index finds one, and either is true
+//	flush the index, note, remove the files    files that nothing refers to: cleaned again
 //
 // A note (marker, amendment, definition) is a record like any other. Of those that belong together:
 //
@@ -81,7 +84,7 @@
 // # Concurrency
 //
 // A Store and a Group are safe for concurrent use. Locks are taken in this order: the Store's joining, the Group's
-// receiving, joining, apply, syncing, index, append, and pins, claims and the Store's open under any of them (the fields
+// receiving, joining, cleaning, apply, syncing, index, append, and pins, claims and the Store's open under any of them (the fields
 // say what each guards).
 //
 // # Limits
@@ -91,6 +94,5 @@
 // gap, it has no markers; and what became in it of older ones it does not know, but that those are not pinned which the writer had to let go of. A
 // damaged record of a bridge is not repaired.
 //
-// Disks keep their size. A disk that left its group can be viewed when it is in it again only. History is
-// forgotten from its oldest end only.
+// Disks keep their size. A disk that left its group can be viewed when it is in it again only.
 package journal

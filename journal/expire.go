@@ -22,15 +22,13 @@ func (g *Group) expireDue() error {
 	if err := g.expireAged(); err != nil {
 		return err
 	}
-	if g.o.Limit > 0 {
-		if excess := g.set.Size() - g.o.Limit; excess > 0 {
-			freed, err := g.Expire(excess)
-			if err == nil && freed == 0 && len(closedFiles(g.set.Files(segment.Log))) == 0 {
-				_, err = g.giveUp() // cleaned in its time
-			}
-			if err != nil {
-				return err
-			}
+	if excess := g.excess(); excess > 0 {
+		freed, err := g.Expire(excess)
+		if err == nil && freed == 0 && len(closedFiles(g.set.Files(segment.Log))) == 0 {
+			_, err = g.giveUp() // cleaned in its time
+		}
+		if err != nil {
+			return err
 		}
 	}
 	if u, err := g.fs.GetDiskUsage(g.dir); err == nil {
@@ -42,6 +40,24 @@ func (g *Group) expireDue() error {
 		}
 	}
 	return nil
+}
+
+// excess is by how many bytes the group's segments are too large.
+func (g *Group) excess() (excess int64) {
+	if limit := g.limit.Load(); limit > 0 {
+		excess = g.set.Size() - limit
+	}
+	if total := g.o.Total; total > 0 {
+		var sum, largest int64
+		for _, o := range g.store.Groups() {
+			size := o.set.Size()
+			sum, largest = sum+size, max(largest, size)
+		}
+		if g.set.Size() == largest {
+			excess = max(excess, sum-total)
+		}
+	}
+	return excess
 }
 
 // expireAged drops what is older than the window that is promised.
@@ -173,6 +189,19 @@ func (g *Group) oldestPin() record.LSN {
 	return pin
 }
 
+// oldestPinBut is oldestPin without one pin of the caller's own.
+func (g *Group) oldestPinBut(own record.LSN) record.LSN {
+	g.pins.Lock()
+	defer g.pins.Unlock()
+	pin := record.MaxLSN
+	for lsn, n := range g.pins.from {
+		if lsn != own || n > 1 {
+			pin = min(pin, lsn)
+		}
+	}
+	return pin
+}
+
 // raiseHorizon moves the horizon, beyond which some points are kept, unless somebody came to need another one meanwhile.
 func (g *Group) raiseHorizon(to record.LSN, needed []record.LSN, kept []KeptPoint) error {
 	g.pins.Lock()
@@ -199,8 +228,7 @@ func (g *Group) raiseHorizon(to record.LSN, needed []record.LSN, kept []KeptPoin
 
 // fresh are the points in log files that expire which a policy may keep: the last ones of its slots of time, and markers. next is the file behind them: while
 // nothing stands in it, the last record may be the last one of its slot.
-func (g *Group) fresh(files []*segment.File, next *segment.File, horizon record.LSN) (points []KeptPoint, err error) {
-	policy := g.Policy()
+func (g *Group) fresh(policy retain.Policy, files []*segment.File, next *segment.File, horizon record.LSN) (points []KeptPoint, err error) {
 	var at KeptPoint
 	marker, last := false, false
 	end := func(until int64) {
@@ -255,13 +283,14 @@ func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File, next *segm
 	}
 	g.apply.orig.Keep(g.o.keepExpire())
 	defer g.apply.orig.Keep(g.o.keepApply())
-	fresh, err := g.fresh(files, next, horizon)
+	policy := g.Policy()
+	fresh, err := g.fresh(policy, files, next, horizon)
 	if err != nil {
 		// Damaged history is not dropped: what could not be read may be what
 		// views behind it need.
 		return err
 	}
-	points, kept := g.needed(horizon, fresh)
+	points, kept := g.needed(policy, horizon, fresh)
 	if len(points) > 1 {
 		g.hadKept.Store(true)
 	}
@@ -286,13 +315,7 @@ func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File, next *segm
 		return err
 	}
 	defer e.reader.Close()
-	err = segment.ScanLog(files, files[0].Start(), func(f *segment.File, off int64, h record.Header) error {
-		if h.LSN > horizon {
-			return segment.ErrStop
-		}
-		return e.record(f, off, &h)
-	})
-	if err != nil {
+	if err := e.scan(files); err != nil {
 		return err
 	}
 	return e.finish(files)
@@ -313,6 +336,16 @@ type expiry struct {
 	buf     []byte
 	at      [viewStep]index.Pick // versions at the next point that is needed
 	after   [viewStep]index.Pick // newest versions
+}
+
+// scan decides about every record of the files up to the horizon.
+func (e *expiry) scan(files []*segment.File) error {
+	return segment.ScanLog(files, files[0].Start(), func(f *segment.File, off int64, h record.Header) error {
+		if h.LSN > e.horizon {
+			return segment.ErrStop
+		}
+		return e.record(f, off, &h)
+	})
 }
 
 func (e *expiry) record(f *segment.File, off int64, h *record.Header) error {
@@ -444,13 +477,18 @@ type move struct {
 	until record.LSN // 0: the next version is yet to be found
 }
 
+// carries is how many bytes are carried over of the blocks, at most.
+func (e *expiry) carries() int64 {
+	return int64(len(e.moves)) * (record.BlockSize + record.HeaderSize + 16)
+}
+
 // carryAll keeps versions of blocks as originals that views from the horizon on
 // need, up to the next version of each. Whether there is room is known before the first.
 func (e *expiry) carryAll() error {
 	if err := e.definitions(); err != nil {
 		return err
 	}
-	need := int64(len(e.moves))*(record.BlockSize+record.HeaderSize+16) + 2*record.BlockSize // and what end notes
+	need := e.carries() + 2*record.BlockSize // and what end notes
 	for _, d := range e.defined {
 		need += int64(len(d.Content)) + record.BlockSize
 	}
@@ -637,6 +675,12 @@ func (e *expiry) rest() (defined []definition, err error) {
 	}
 	if err := e.g.setKept(e.b); err != nil {
 		return nil, err
+	}
+	if window := e.g.Policy().EveryWrite; window > 0 && e.time > e.g.o.Now().UnixNano()-int64(window) {
+		e.g.eaten.Store(e.time)
+		if err := setStateLSN(e.b, stateEaten, record.LSN(e.time)); err != nil {
+			return nil, err
+		}
 	}
 	return defined, setStateLSN(e.b, stateHorizon, e.horizon)
 }

@@ -453,7 +453,8 @@ func (m *model) failOver() {
 		if !slices.ContainsFunc(in, func(o *disk.Disk) bool { return o.Name == name }) {
 			m.out[d] = true
 		}
-		if known.named(name) == nil {
+		never := known.named(name) == nil // or in a gap that it went back before: its backing is of another disk
+		if never {
 			m.forget(d)
 		}
 		_, err := m.fs.Stat(m.diskConfig(d).Backing)
@@ -461,7 +462,7 @@ func (m *model) failOver() {
 			i := slices.IndexFunc(known.table, func(t record.Disk) bool { return t.Name == name })
 			return i >= 0 && gap.After < known.table[i].Removed && known.table[i].Removed <= gap.Until // its backing is of before
 		})
-		if err != nil || inGap {
+		if err != nil || inGap || never {
 			m.putBacking(m.fs, d, m.image(d, head))
 		}
 	}

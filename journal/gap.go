@@ -63,7 +63,7 @@ func (g *Group) Newest() record.LSN {
 
 // NewestUpTo is the newest LSN that can be viewed, with all of the history from there on, and is not above another one; ok is false if there is none.
 func (g *Group) NewestUpTo(lsn record.LSN) (newest record.LSN, ok bool) {
-	for _, r := range g.windows() {
+	for _, r := range g.Windows() {
 		if r.First <= lsn {
 			newest, ok = min(r.Last, lsn), true
 		}
@@ -83,7 +83,7 @@ func (g *Group) Bridging() (after record.LSN, ok bool) {
 
 // Viewable are the LSNs that can be viewed, in their order: kept points, and those of windows.
 func (g *Group) Viewable() (all []Range) {
-	windows := g.windows()
+	windows := g.Windows()
 	for _, k := range g.KeptPoints() {
 		if len(windows) > 0 && k.LSN < windows[0].First {
 			all = append(all, Range{k.LSN, k.LSN})
@@ -92,8 +92,8 @@ func (g *Group) Viewable() (all []Range) {
 	return append(all, windows...)
 }
 
-// windows are the LSNs that can be viewed and that the log has, or has just lost, the records of. There are several if there are gaps.
-func (g *Group) windows() (all []Range) {
+// Windows are the LSNs that can be viewed and that the log has, or has just lost, the records of. There are several if there are gaps.
+func (g *Group) Windows() (all []Range) {
 	// The head first: a bridge that begins after it was read does not move it into its gap.
 	first, head := g.expiredTo(), g.Head()
 	for _, gap := range g.gapsNow() {
@@ -110,12 +110,12 @@ func (g *Group) windows() (all []Range) {
 
 func (g *Group) viewable(lsn record.LSN) bool {
 	// The windows first: what leaves them is kept before.
-	return slices.ContainsFunc(g.windows(), func(r Range) bool { return r.First <= lsn && lsn <= r.Last }) || g.isKept(lsn)
+	return slices.ContainsFunc(g.Windows(), func(r Range) bool { return r.First <= lsn && lsn <= r.Last }) || g.isKept(lsn)
 }
 
 // noPoint says why a point can not be viewed.
 func (g *Group) noPoint(point, why string) *PointError {
-	return &PointError{Group: g.name, Point: point, Why: why, Viewable: g.windows(), Kept: len(g.KeptPoints())}
+	return &PointError{Group: g.name, Point: point, Why: why, Viewable: g.Windows(), Kept: len(g.KeptPoints())}
 }
 
 // noneThere is a noPoint with the kept points around, of which before is how many lie before it.

@@ -108,6 +108,8 @@ type Group struct {
 	kept    atomic.Pointer[[]KeptPoint]
 	policy  atomic.Pointer[retain.Policy]
 	hadKept atomic.Bool  // any point was ever kept, or viewed, beyond the horizon
+	eaten   atomic.Int64 // see Window
+	limit   atomic.Int64 // of the segments, bytes; 0: none
 	hurry   atomic.Int32 // how many wait for the space that a Clean brings
 	// cleaning serialises Cleans.
 	cleaning struct {

@@ -4,12 +4,14 @@ import (
 	"cmp"
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
 	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 	"github.com/tidemark-cdp/tidemark/journal/retain"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
 // KeptPoint is a point that is kept though every write around it was forgotten.
@@ -58,28 +60,56 @@ func (g *Group) setKept(b *index.Batch) error {
 	if !g.hadKept.Load() {
 		return nil
 	}
-	list, _ := appendKept(nil, 0, g.KeptPoints(), nil)
+	list, _ := appendKept(nil, 0, nil, g.KeptPoints(), nil)
 	return b.SetState(stateKept, list)
 }
 
-// SetPolicy changes which points are kept from now on. What an older policy has let go of does not come back.
-func (g *Group) SetPolicy(p retain.Policy) error {
+// Window says since when every write can be viewed, and whether that is later than the policy promises, for lack of space. It is where the oldest file of the log
+// begins: nothing in it is older.
+func (g *Group) Window() (since time.Time, eaten bool) {
+	expired := g.expiredTo()
+	files, release := g.set.Hold(segment.Log)
+	defer release()
+	for len(files) > 1 && files[1].First-1 <= expired {
+		files = files[1:]
+	}
+	now, window := g.o.Now(), g.Policy().EveryWrite
+	if len(files) == 0 {
+		return now, false
+	}
+	return time.Unix(0, files[0].Created).UTC(), window > 0 && g.eaten.Load() > now.UnixNano()-int64(window)
+}
+
+// Kept are the points beyond the window, by ascending LSN, and why each is kept: an open view is no reason.
+func (g *Group) Kept() ([]KeptPoint, []retain.Reason) {
+	kept := g.KeptPoints()
+	_, why := g.judge(g.Policy(), kept, g.expiredTo())
+	return kept, why
+}
+
+// SetPolicy changes which points are kept from now on, and how large the group's segments may grow, in bytes (0: as Options say). What an older policy has
+// let go of does not come back.
+func (g *Group) SetPolicy(p retain.Policy, limit int64) error {
 	if err := p.Validate(); err != nil {
 		return fmt.Errorf("retention of group %s: %w", g.name, err)
 	}
 	g.policy.Store(&p)
+	g.limit.Store(cmp.Or(limit, g.o.Limit))
 	return nil
 }
+
+// Limit is how large the group's segments may grow, in bytes; 0: as far as the file system has room.
+func (g *Group) Limit() int64 { return g.limit.Load() }
 
 // Policy says which points are kept.
 func (g *Group) Policy() retain.Policy { return *g.policy.Load() }
 
-// needed are the points whose views an expiry to a horizon must leave as they are: what the policy, pins and holds keep, what open views are
+// needed are the points whose views an expiry to a horizon must leave as they are: what a policy, pins and holds keep, what open views are
 // of, and the horizon. kept are those of them that are kept from then on, of old ones and of new.
-func (g *Group) needed(horizon record.LSN, fresh []KeptPoint) (points []record.LSN, kept []KeptPoint) {
+func (g *Group) needed(policy retain.Policy, horizon record.LSN, fresh []KeptPoint) (points []record.LSN, kept []KeptPoint) {
 	old := slices.Clone(g.KeptPoints())
 	all := append(old, fresh...)
-	kept = g.chosen(all, horizon)
+	kept = g.chosen(policy, all, horizon)
 	for _, k := range kept {
 		points = append(points, k.LSN)
 	}
@@ -95,9 +125,9 @@ func (g *Group) needed(horizon record.LSN, fresh []KeptPoint) (points []record.L
 	return slices.Compact(points), kept
 }
 
-// chosen are those points, given by ascending LSN, that the policy, pins and holds keep beyond a horizon.
-func (g *Group) chosen(all []KeptPoint, horizon record.LSN) (kept []KeptPoint) {
-	_, why := g.judge(all, horizon)
+// chosen are those points, given by ascending LSN, that a policy, pins and holds keep beyond a horizon.
+func (g *Group) chosen(policy retain.Policy, all []KeptPoint, horizon record.LSN) (kept []KeptPoint) {
+	_, why := g.judge(policy, all, horizon)
 	for i := range all {
 		if why[i].Kept() {
 			kept = append(kept, all[i])
@@ -107,7 +137,7 @@ func (g *Group) chosen(all []KeptPoint, horizon record.LSN) (kept []KeptPoint) {
 }
 
 // judge says why each of some points, given by ascending LSN, is kept beyond a horizon, and what the policy knows of it.
-func (g *Group) judge(all []KeptPoint, horizon record.LSN) ([]retain.Point, []retain.Reason) {
+func (g *Group) judge(policy retain.Policy, all []KeptPoint, horizon record.LSN) ([]retain.Point, []retain.Reason) {
 	markers := map[record.LSN]record.Marker{}
 	var points, behind []retain.Point
 	g.append.Lock()
@@ -128,7 +158,7 @@ func (g *Group) judge(all []KeptPoint, horizon record.LSN) ([]retain.Point, []re
 		}
 		points = append(points, p)
 	}
-	why := g.Policy().Keep(g.o.Now().UnixNano(), slices.Concat(points, behind))
+	why := policy.Keep(g.o.Now().UnixNano(), slices.Concat(points, behind))
 	return points, why[:len(all)]
 }
 
@@ -137,28 +167,44 @@ func (g *Group) judge(all []KeptPoint, horizon record.LSN) ([]retain.Point, []re
 //	offset size field
 //	  0     1   format version, 1
 //	  1     4   which part of the list this is, 0, 1, …
-//	  5     4   number of points, then each:
+//	  5     4   number of points
+//	  9     4   number of disks that had a discontinuity, of the first part; then each:
+//	        4   disk
+//	        8   LSN of the last one
+//	            then each point:
 //	        8   LSN
 //	        8   time, Unix nanoseconds
 //	        8   until, Unix nanoseconds
 //	        2   length of the marker that is there, 0: none; then the marker, as [record.Marker.Append] writes it
 //
-// Integers are little-endian. The list in the index has one part, and no markers.
+// Integers are little-endian. The list in the index has one part, and neither disks nor markers.
 const (
 	keptVersion = 1
-	keptHead    = 9
+	keptHead    = 13
+	keptDisk    = 12
 	keptFixed   = 26
-	keptPart    = 1 << 20 // bytes of a part, about
+	keptBytes   = 1 << 20 // of a part, about
 )
 
+// keptPart is a part of a list of kept points.
+type keptPart struct {
+	number  int
+	since   map[record.DiskID]record.LSN
+	kept    []KeptPoint
+	markers []record.Marker
+}
+
 // appendKept encodes points from the first on, to a part of a list, and returns the rest.
-func appendKept(b []byte, part int, kept []KeptPoint, marker func(record.LSN) (record.Marker, bool)) (_ []byte, rest []KeptPoint) {
+func appendKept(b []byte, part int, since map[record.DiskID]record.LSN, kept []KeptPoint, marker func(record.LSN) (record.Marker, bool)) (_ []byte, rest []KeptPoint) {
 	le := binary.LittleEndian
 	at := len(b)
 	b = le.AppendUint32(append(b, keptVersion), uint32(part))
-	b = le.AppendUint32(b, 0)
+	b = le.AppendUint32(le.AppendUint32(b, 0), uint32(len(since)))
+	for _, id := range slices.Sorted(maps.Keys(since)) {
+		b = le.AppendUint64(le.AppendUint32(b, uint32(id)), uint64(since[id]))
+	}
 	n := 0
-	for ; n < len(kept) && (marker == nil || len(b)-at < keptPart); n++ {
+	for ; n < len(kept) && (marker == nil || len(b)-at < keptBytes); n++ {
 		k := kept[n]
 		b = le.AppendUint64(le.AppendUint64(le.AppendUint64(b, uint64(k.LSN)), uint64(k.Time)), uint64(k.Until))
 		var payload []byte
@@ -174,48 +220,50 @@ func appendKept(b []byte, part int, kept []KeptPoint, marker func(record.LSN) (r
 }
 
 // decodeKept reads a part of a list.
-func decodeKept(b []byte) (part int, kept []KeptPoint, markers []record.Marker, err error) {
-	bad := func(what string, err error) (int, []KeptPoint, []record.Marker, error) {
-		if err != nil {
-			return 0, nil, nil, fmt.Errorf("list of kept points: %s: %w", what, err)
-		}
-		return 0, nil, nil, fmt.Errorf("%w: list of kept points: %s", record.ErrCorrupt, what)
+func decodeKept(b []byte) (p keptPart, err error) {
+	bad := func(format string, args ...any) (keptPart, error) {
+		return keptPart{}, fmt.Errorf("list of kept points: "+format, args...)
 	}
 	le := binary.LittleEndian
 	if len(b) < keptHead {
-		return bad(fmt.Sprintf("%d bytes", len(b)), nil)
+		return bad("%w: %d bytes", record.ErrCorrupt, len(b))
 	}
 	if b[0] != keptVersion {
-		return bad("read", fmt.Errorf("format version %d, this program knows %d: use a newer one", b[0], keptVersion))
+		return bad("format version %d, this program knows %d: use a newer one", b[0], keptVersion)
 	}
-	part, n := int(le.Uint32(b[1:])), int64(le.Uint32(b[5:]))
+	n, disks := int64(le.Uint32(b[5:])), int64(le.Uint32(b[9:]))
+	p = keptPart{number: int(le.Uint32(b[1:])), since: map[record.DiskID]record.LSN{}}
 	b = b[keptHead:]
-	if n*keptFixed > int64(len(b)) {
-		return bad(fmt.Sprintf("%d points in %d bytes", n, len(b)), nil)
+	if disks*keptDisk+n*keptFixed > int64(len(b)) {
+		return bad("%w: %d disks and %d points in %d bytes", record.ErrCorrupt, disks, n, len(b))
 	}
-	for range n {
+	for ; disks > 0; disks-- {
+		p.since[record.DiskID(le.Uint32(b))] = record.LSN(le.Uint64(b[4:]))
+		b = b[keptDisk:]
+	}
+	for last := record.LSN(0); n > 0; n-- {
 		if len(b) < keptFixed {
-			return bad("it is cut short", nil)
+			return bad("%w: it is cut short", record.ErrCorrupt)
 		}
 		k := KeptPoint{record.LSN(le.Uint64(b)), int64(le.Uint64(b[8:])), int64(le.Uint64(b[16:]))}
 		size := int(le.Uint16(b[24:]))
 		b = b[keptFixed:]
-		if size > len(b) || len(kept) > 0 && k.LSN <= kept[len(kept)-1].LSN {
-			return bad(fmt.Sprintf("point at LSN %d", k.LSN), nil)
+		if size > len(b) || k.LSN <= last {
+			return bad("%w: the point at LSN %d", record.ErrCorrupt, k.LSN)
 		}
 		if size > 0 {
 			m, err := record.DecodeMarker(k.LSN, k.Time, b[:size])
 			if err != nil {
-				return bad("marker", err)
+				return bad("the marker at LSN %d: %w", k.LSN, err)
 			}
-			markers = append(markers, m)
+			p.markers = append(p.markers, m)
 		}
-		kept, b = append(kept, k), b[size:]
+		p.kept, b, last = append(p.kept, k), b[size:], k.LSN
 	}
 	if len(b) > 0 {
-		return bad(fmt.Sprintf("%d bytes too many", len(b)), nil)
+		return bad("%w: %d bytes too many", record.ErrCorrupt, len(b))
 	}
-	return part, kept, markers, nil
+	return p, nil
 }
 
 // noteExpired notes among the originals that the index has come to a horizon, and what is kept beyond it, durably: without an index nothing else
@@ -233,10 +281,17 @@ func (g *Group) noteExpired(horizon record.LSN) error {
 		}
 		return g.append.markers.all[i], true
 	}
+	since := map[record.DiskID]record.LSN{}
+	for _, d := range g.disks.Load().all {
+		if lsn := d.KnownSince(); lsn > 0 {
+			since[d.ID] = lsn
+		}
+	}
 	var err error
 	for part, rest := 0, g.KeptPoints(); err == nil && len(rest) > 0; part++ {
 		var b []byte
-		b, rest = appendKept(nil, part, rest, marker)
+		b, rest = appendKept(nil, part, since, rest, marker)
+		since = nil
 		note.Kind = record.KindKept
 		err = g.keep(note, b)
 	}
@@ -255,33 +310,30 @@ func (g *Group) noteExpired(horizon record.LSN) error {
 
 // keptReader gathers the lists of kept points among the originals, in the order in which they were written: the last one counts of which all is there.
 type keptReader struct {
-	last keptList
-	next keptList
+	last, next keptList
 }
 
 type keptList struct {
-	parts   int
-	kept    []KeptPoint
-	markers []record.Marker
-	err     error // why it can not be read
+	keptPart       // of all its parts; number is how many there are
+	err      error // why it can not be read
 }
 
 // add takes a part of a list up, or why it can not be read.
 func (r *keptReader) add(payload []byte, err error) {
-	var part int
-	var l keptList
+	var p keptPart
 	if err == nil {
-		part, l.kept, l.markers, err = decodeKept(payload)
+		p, err = decodeKept(payload)
 	}
-	if err == nil && part == 0 {
+	if err == nil && p.number == 0 {
 		r.next = keptList{} // what was before is of a list that a crash cut off
+		r.next.since = p.since
 	}
-	if err == nil && part != r.next.parts {
-		err = fmt.Errorf("%w: list of kept points: part %d behind %d others", record.ErrCorrupt, part, r.next.parts)
+	if err == nil && p.number != r.next.number {
+		err = fmt.Errorf("%w: list of kept points: part %d behind %d others", record.ErrCorrupt, p.number, r.next.number)
 	}
 	n := &r.next
-	n.parts++
-	n.kept, n.markers = append(n.kept, l.kept...), append(n.markers, l.markers...)
+	n.number++
+	n.kept, n.markers = append(n.kept, p.kept...), append(n.markers, p.markers...)
 	n.err = cmp.Or(n.err, err)
 }
 

@@ -33,7 +33,7 @@ func newKeptRig(t *testing.T, seed uint64, p retain.Policy) *keptRig {
 	r.clock.at.Store(int64(time.Hour))
 	r.rig = newRig(t, Options{Now: r.clock.time})
 	r.retain = p
-	require.NoError(t, r.g.SetPolicy(p))
+	require.NoError(t, r.g.SetPolicy(p, 0))
 	return r
 }
 
@@ -210,7 +210,7 @@ func TestKeptPoints(t *testing.T) {
 			require.NoError(t, err)
 			require.True(t, did || n == 0 && size == r.g.set.Size(), "a second pass has nothing to do")
 			r.clock.at.Add(int64(10 * time.Minute))
-			require.NoError(t, r.g.SetPolicy(retain.Policy{}))
+			require.NoError(t, r.g.SetPolicy(retain.Policy{}, 0))
 			markers, err := r.g.Markers()
 			require.NoError(t, err)
 			for _, m := range markers {
@@ -230,4 +230,50 @@ func TestKeptPoints(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestTheListOfKeptPoints: what is written is read, in parts too, and nothing else is taken for it.
+func TestTheListOfKeptPoints(t *testing.T) {
+	var kept []KeptPoint
+	for i := range 60000 {
+		kept = append(kept, KeptPoint{record.LSN(3 * (i + 1)), int64(i), int64(i + 1)})
+	}
+	label := func(lsn record.LSN) (record.Marker, bool) {
+		m := record.Marker{LSN: lsn, Label: fmt.Sprint("m", lsn), By: "test", Asked: record.Crash, Consistency: record.Crash}
+		return m, lsn%30 == 0
+	}
+	var r keptReader
+	since := map[record.DiskID]record.LSN{1: 5, 7: 9}
+	parts := 0
+	for rest := kept; len(rest) > 0; parts++ {
+		var b []byte
+		b, rest = appendKept(nil, parts, since, rest, label)
+		r.add(b, nil)
+		since = nil
+		for _, n := range []int{0, 5, keptHead - 1, keptHead + 3, len(b) / 2, len(b) - 1} {
+			_, err := decodeKept(b[:n])
+			require.ErrorIs(t, err, record.ErrCorrupt)
+		}
+		_, err := decodeKept(append(slices.Clone(b), 0))
+		require.ErrorIs(t, err, record.ErrCorrupt)
+	}
+	require.Greater(t, parts, 1)
+	r.end()
+	require.NoError(t, r.last.err)
+	require.Equal(t, kept, r.last.kept)
+	require.Len(t, r.last.markers, 6000)
+	require.Equal(t, map[record.DiskID]record.LSN{1: 5, 7: 9}, r.last.since)
+	_, err := decodeKept([]byte{2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0})
+	require.ErrorContains(t, err, "format version 2")
+	r.add(nil, record.ErrCorrupt)
+	r.end()
+	require.ErrorIs(t, r.last.err, record.ErrCorrupt, "a damaged list is not the one before it")
+	first, _ := appendKept(nil, 0, nil, kept[:1], label)
+	second, _ := appendKept(nil, 1, nil, kept[1:2], label)
+	r.add(first, nil)
+	r.add(second, nil) // a crash, and then the whole list again
+	r.add(first, nil)
+	r.end()
+	require.NoError(t, r.last.err)
+	require.Equal(t, kept[:1], r.last.kept)
 }

@@ -29,6 +29,9 @@ type Options struct {
 	// Limit is how large a group's segments may grow before its oldest history
 	// is expired, bytes; 0: as far as the file system has room.
 	Limit int64
+	// Total is how large the segments of all groups together may grow before the oldest history of the largest is expired, bytes; 0: as
+	// far as the file system has room.
+	Total int64
 	// Unapplied is how many bytes of records a group's backings may be
 	// behind before writes wait. A round of applying begins at two thirds of it. A record
 	// counts as a block at least. By default it is the group's part of half the memory, 1 GiB
@@ -125,7 +128,7 @@ func (o Options) Validate() error {
 	for _, f := range []struct {
 		name string
 		v    int64
-	}{{"reserve", o.Reserve}, {"limit", o.Limit}, {"unapplied", o.Unapplied}, {"index cache", o.IndexCache}} {
+	}{{"reserve", o.Reserve}, {"limit", o.Limit}, {"total", o.Total}, {"unapplied", o.Unapplied}, {"index cache", o.IndexCache}} {
 		if f.v < 0 {
 			errs = append(errs, fmt.Errorf("%s of %d bytes: it must not be negative", f.name, f.v))
 		}

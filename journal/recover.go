@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 
@@ -35,6 +36,7 @@ func (s *Store) openGroup(gc GroupConfig, newID uint32) (*Group, error) {
 	g.append.markers.labels = map[string]record.LSN{}
 	g.pins.points, g.pins.from = map[record.LSN]int{}, map[record.LSN]int{}
 	g.policy.Store(&gc.Retain)
+	g.limit.Store(cmp.Or(gc.Limit, s.o.Limit))
 	g.cleaning.needs = needs{}
 	g.pins.holds = map[*Hold]record.LSN{}
 	g.pins.markers = map[record.LSN]bool{}
@@ -70,7 +72,8 @@ func (g *Group) closeOnError() error {
 type recovery struct {
 	g        *Group
 	logs     []*segment.File
-	fresh    bool // the index knew nothing of the group
+	fresh    bool                         // the index knew nothing of the group
+	since    map[record.DiskID]record.LSN // of disks that had a discontinuity which the log may have forgotten
 	mark     index.Watermark
 	origFile uint32          // originals up to this file were committed before the crash
 	applied  record.LSN      // the backings hold every record up to here
@@ -309,6 +312,11 @@ func (r *recovery) state() (err error) {
 		return err
 	}
 	g.horizon.Store(max(g.horizon.Load(), uint64(horizon)))
+	eaten, err := g.stateLSN(stateEaten)
+	if err != nil {
+		return err
+	}
+	g.eaten.Store(int64(eaten))
 	for len(r.logs) > 1 && r.logs[1].First-1 <= g.expiredTo() {
 		r.logs = r.logs[1:]
 	}
@@ -329,7 +337,7 @@ func (r *recovery) state() (err error) {
 		if err != nil {
 			return err
 		}
-		d.SetKnownSince(known)
+		d.SetKnownSince(max(known, r.since[d.ID]))
 	}
 	err = g.ix.Definitions(func(d index.Definition) error {
 		g.append.definitions.set(d.Definition, d.At)
@@ -350,8 +358,8 @@ func (r *recovery) keptState() error {
 	if err != nil || b == nil {
 		return err
 	}
-	_, kept, _, err := decodeKept(b)
-	r.g.kept.Store(&kept)
+	list, err := decodeKept(b)
+	r.g.kept.Store(&list.kept)
 	r.g.hadKept.Store(true)
 	return err
 }
@@ -385,6 +393,7 @@ func (r *recovery) expired() (horizon record.LSN, err error) {
 		return horizon, nil
 	}
 	r.g.kept.Store(&list.last.kept)
+	r.since = list.last.since
 	for _, m := range list.last.markers {
 		r.g.append.markers.set(m)
 		r.g.append.pend.markers = append(r.g.append.pend.markers, index.MarkerChange{Marker: m})

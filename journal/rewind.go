@@ -44,7 +44,7 @@ func (s *Store) rewind(g *Group, to record.LSN) (err error) {
 	if err := g.pinFrom(to); err != nil {
 		return err
 	}
-	gc := GroupConfig{Name: g.name, Received: true, Retain: g.Policy()}
+	gc := GroupConfig{Name: g.name, Received: true, Retain: g.Policy(), Limit: g.limit.Load()}
 	var left []*disk.Disk
 	back := func() {
 		g.unpinFrom(to)

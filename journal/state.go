@@ -13,6 +13,7 @@ const (
 	stateApplied = "applied" // LSN: the backings hold every record up to it, durably
 	stateHorizon = "horizon" // LSN up to which history has expired
 	stateKept    = "kept"    // list of the points that are kept beyond the horizon, see appendKept; never set: there never were any
+	stateEaten   = "eaten"   // time of the newest record that expired though the policy promised it still, Unix nanoseconds
 	stateRebuild = "rebuild" // not empty while the index is made again from the segments
 )
 

@@ -49,8 +49,9 @@ type GroupConfig struct {
 	// Begin is what a group begins with that follows another daemon's and has no records yet; nil: a group that is
 	// begun begins with LSN 1, and is this daemon's.
 	Begin *record.Beginning
-	// Retain says which points are kept.
+	// Retain says which points are kept, and Limit how large the group's segments may grow, bytes; 0: as Options say.
 	Retain retain.Policy
+	Limit  int64
 	// Received says that its journal comes from another daemon's: without one it is not begun here. Open leaves it out then.
 	Received bool
 }

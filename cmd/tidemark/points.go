@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"fmt"
+	"math"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -36,12 +38,21 @@ func (a *app) points() *cobra.Command {
 
 func printPoints(cmd *cobra.Command, p api.Points) error {
 	w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
-	fmt.Fprintf(w, "every LSN from %d (horizon) to %d (head); durable to %d\n", p.Horizon, p.Head, p.Durable)
+	fmt.Fprintf(w, "every LSN from %d (horizon) to %d (head), since %s; durable to %d\n", p.Horizon, p.Head, p.Since.Format(time.RFC3339), p.Durable)
 	for _, r := range p.Earlier {
 		fmt.Fprintf(w, "every LSN from %d to %d, before a gap\n", r.First, r.Last)
 	}
 	fmt.Fprintln(w, "LSN\tTIME\tCONSISTENCY\tBY\tLABEL\t")
+	kept := p.Kept
+	plain := func(before uint64) {
+		for ; len(kept) > 0 && kept[0].LSN <= before; kept = kept[1:] {
+			if kept[0].LSN < before {
+				fmt.Fprintf(w, "%d\t%s\tcrash\t\t\tkept: %s\n", kept[0].LSN, kept[0].Time.Format(time.RFC3339Nano), strings.Join(kept[0].Why, ", "))
+			}
+		}
+	}
 	for _, m := range p.Markers {
+		plain(m.LSN)
 		label, more := m.Label, m.Description
 		if m.Pinned {
 			label += " (pinned)"
@@ -51,5 +62,6 @@ func printPoints(cmd *cobra.Command, p api.Points) error {
 		}
 		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\n", m.LSN, m.Time.Format(time.RFC3339Nano), m.Consistency, m.By, label, more)
 	}
+	plain(math.MaxUint64)
 	return w.Flush()
 }

@@ -53,6 +53,7 @@ func (c *control) handler() http.Handler {
 	handle("PATCH /v1/groups/{group}/markers/{label}", c.amend)
 	handle("DELETE /v1/groups/{group}/markers/{label}", c.remove)
 	handle("GET /v1/groups/{group}/points", c.points)
+	handle("GET /v1/groups/{group}/retention", c.retention)
 	handle("GET /v1/groups/{group}/definitions", c.definitions)
 	handle("POST /v1/groups/{group}/thaw", c.thaw)
 	handle("POST /v1/reload", c.reload)
@@ -144,6 +145,7 @@ func (c *control) status(*http.Request) (any, error) {
 		if k, err := c.keepers.get(g.Name()); err == nil {
 			k.status(&a)
 		}
+		retained(g, &a)
 		c.replication.status(g, &a)
 		if err := c.rollbacks.problem(g.Name()); err != nil {
 			a.Problems = append(a.Problems, err.Error())

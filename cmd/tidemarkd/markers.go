@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os/user"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -158,11 +159,18 @@ func (c *control) points(r *http.Request) (any, error) {
 		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
 	}
 	p := api.Points{
-		Group: g.Name(), Horizon: uint64(g.Horizon()), Durable: uint64(min(g.Durable(), g.Newest())), Head: uint64(g.Newest()), Markers: []api.Marker{},
+		Group: g.Name(), Horizon: uint64(g.Horizon()), Durable: uint64(min(g.Durable(), g.Newest())), Head: uint64(g.Newest()), Kept: []api.Kept{}, Markers: []api.Marker{},
 	}
-	for _, r := range g.Viewable() {
+	p.Since, _ = g.Window()
+	for _, r := range g.Windows() {
 		if r.First < g.Horizon() {
 			p.Earlier = append(p.Earlier, api.Range{First: uint64(r.First), Last: uint64(r.Last)})
+		}
+	}
+	for _, k := range kept(g.Kept()) {
+		// As a marker without a label, in the eyes of a filter.
+		if match(record.Marker{Time: k.Time, Consistency: record.Crash, Pinned: slices.Contains(k.Why, "pinned")}) {
+			p.Kept = append(p.Kept, k)
 		}
 	}
 	markers, err := g.Markers()

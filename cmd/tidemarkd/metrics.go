@@ -153,6 +153,18 @@ var groupGauges = []struct {
 		}
 		return 0
 	}},
+	{desc("tidemark_group_window_seconds", "How long every write is kept at present."), func(g *journal.Group) float64 {
+		since, _ := g.Window()
+		return time.Since(since).Seconds()
+	}},
+	{desc("tidemark_group_window_promised_seconds", "How long every write is to be kept; 0: as long as there is room."), func(g *journal.Group) float64 { return g.Policy().EveryWrite.Seconds() }},
+	{desc("tidemark_group_window_eaten", "1 if less is kept than is to be, for lack of space."), func(g *journal.Group) float64 {
+		if _, eaten := g.Window(); eaten {
+			return 1
+		}
+		return 0
+	}},
+	{desc("tidemark_group_kept_points", "How many points are kept beyond the continuous window."), func(g *journal.Group) float64 { return float64(len(g.KeptPoints())) }},
 	{desc("tidemark_group_journal_bytes", "What the group's segments take up."), func(g *journal.Group) float64 { return float64(g.JournalBytes()) }},
 	{desc("tidemark_group_unapplied_bytes", "How far the backings are behind."), func(g *journal.Group) float64 { return float64(g.Unapplied()) }},
 	{desc("tidemark_group_active", "1 if the group takes writes."), func(g *journal.Group) float64 {

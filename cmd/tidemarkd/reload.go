@@ -176,11 +176,29 @@ func (r *reloader) keep(name string, now, want config.Group, did did) config.Gro
 	if reflect.DeepEqual(now, next) {
 		return now
 	}
+	if !reflect.DeepEqual(now.Retain, next.Retain) {
+		if !did(r.retain(name, next), "group %s: retention as configured", name) {
+			next.Retain = now.Retain
+		}
+		if now.Retain = next.Retain; reflect.DeepEqual(now, next) {
+			return next
+		}
+	}
 	r.keepers.remove(name)
 	if !did(r.keepers.put(name, next), "group %s: guests, markers, definitions and replicas as configured", name) {
 		return now
 	}
 	return next
+}
+
+// retain has a group keep what it is to keep from now on.
+func (r *reloader) retain(name string, conf config.Group) error {
+	g, err := r.store.Group(name)
+	if err != nil {
+		return err
+	}
+	gc := groupConfig(name, conf)
+	return g.SetPolicy(gc.Retain, gc.Limit)
 }
 
 // adopt implements adopter: the group's configuration is a file in the state directory until the operator takes it into his own.
@@ -306,7 +324,8 @@ func (r *reloader) adoptDisks(group string, disks map[string]config.Disk, fn fun
 
 // groupConfig is the journal's part of a group.
 func groupConfig(name string, g config.Group) journal.GroupConfig {
-	gc := journal.GroupConfig{Name: name, Received: g.Received}
+	gc := journal.GroupConfig{Name: name, Received: g.Received, Limit: int64(g.Retain.Limit)}
+	gc.Retain, _ = g.Retain.Policy() // the configuration is valid
 	for disk, d := range g.Disks {
 		gc.Disks = append(gc.Disks, journal.DiskConfig{Name: disk, Backing: d.Backing})
 	}

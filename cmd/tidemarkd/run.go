@@ -175,7 +175,7 @@ func openStore(c config.Config, log *zap.Logger) (*journal.Store, error) {
 		groups = append(groups, groupConfig(name, c.Groups[name]))
 	}
 	return journal.Open(c.StateDir, groups, journal.Options{
-		Log: log, SegmentSize: int64(c.Journal.Segment), Limit: int64(c.Journal.Limit), Reserve: int64(c.Journal.Reserve),
+		Log: log, SegmentSize: int64(c.Journal.Segment), Limit: int64(c.Journal.Limit), Total: int64(c.Journal.Total), Reserve: int64(c.Journal.Reserve),
 		Unapplied: int64(c.Journal.Unapplied), IndexCache: int64(c.Journal.IndexCache),
 	})
 }

@@ -75,6 +75,9 @@ func (b *Batch) Delete(disk record.DiskID, u Unit, lsn record.LSN) error {
 	return b.b.Delete(b.key, nil)
 }
 
+// Discard ends a batch that is not committed.
+func (b *Batch) Discard() { _ = b.b.Close() }
+
 // Commit applies the batch. It is durable after a later [DB.Flush]. The batch
 // must not be used again.
 func (b *Batch) Commit(w Watermark) error {

@@ -156,16 +156,20 @@ type RolledBackDisk struct {
 
 // Group is a group's state.
 type Group struct {
-	Name         string `json:"name"`
-	State        string `json:"state"` // active, full, failed
-	Error        string `json:"error,omitempty"`
-	Head         uint64 `json:"head"`
-	Durable      uint64 `json:"durable"`
-	Applied      uint64 `json:"applied"`
-	Horizon      uint64 `json:"horizon"`
-	JournalBytes int64  `json:"journal_bytes"`
-	Unapplied    int64  `json:"unapplied_bytes"`
-	Disks        []Disk `json:"disks"`
+	Name    string `json:"name"`
+	State   string `json:"state"` // active, full, failed
+	Error   string `json:"error,omitempty"`
+	Head    uint64 `json:"head"`
+	Durable uint64 `json:"durable"`
+	Applied uint64 `json:"applied"`
+	Horizon uint64 `json:"horizon"`
+	// Since is when the continuous window begins, Promised how long it is to be; 0: as long as there is room.
+	Since        time.Time `json:"since"`
+	Promised     float64   `json:"promised_seconds,omitempty"`
+	KeptPoints   int       `json:"kept_points"` // beyond it
+	JournalBytes int64     `json:"journal_bytes"`
+	Unapplied    int64     `json:"unapplied_bytes"`
+	Disks        []Disk    `json:"disks"`
 
 	Epoch uint64 `json:"epoch"`
 	Role  string `json:"role"` // writes, follows
@@ -376,12 +380,46 @@ type Reloaded struct {
 
 // Points is the answer to GET /v1/groups/GROUP/points.
 type Points struct {
-	Group   string   `json:"group"`
-	Horizon uint64   `json:"horizon"`
-	Durable uint64   `json:"durable"`
-	Head    uint64   `json:"head"`
-	Earlier []Range  `json:"earlier,omitempty"` // what can be viewed beyond gaps, before the horizon
-	Markers []Marker `json:"markers"`
+	Group   string    `json:"group"`
+	Horizon uint64    `json:"horizon"`
+	Durable uint64    `json:"durable"`
+	Head    uint64    `json:"head"`
+	Since   time.Time `json:"since"`             // when the continuous window begins
+	Earlier []Range   `json:"earlier,omitempty"` // what can be viewed beyond gaps, before the horizon
+	Kept    []Kept    `json:"kept"`              // points beyond all of these
+	Markers []Marker  `json:"markers"`
+}
+
+// Kept is a point that is kept beyond the continuous window.
+type Kept struct {
+	LSN   uint64    `json:"lsn"`
+	Time  time.Time `json:"time"`
+	Until time.Time `json:"until"` // from time up to, and not with, this, the disks were what they are there
+	Why   []string  `json:"why"`   // pinned, held, newest markers, each 1h; nothing: an open view needs it
+}
+
+// Retention is the answer to GET /v1/groups/GROUP/retention: what is kept, and what would go now. With every_write=24h, tier=1h=30d (several) or markers=10, it is
+// what a policy of these would do.
+type Retention struct {
+	Group      string          `json:"group"`
+	EveryWrite float64         `json:"every_write_seconds"` // 0: as long as there is room
+	Tiers      []RetentionTier `json:"tiers"`
+	Markers    int             `json:"markers"`
+	Limit      int64           `json:"limit_bytes"` // 0: none
+	Used       int64           `json:"used_bytes"`
+	Since      time.Time       `json:"since"` // when the continuous window begins
+	Eaten      bool            `json:"eaten"` // it is shorter than promised, for lack of space
+	Kept       []Kept          `json:"kept"`  // then
+	// What would go now: history up to an LSN, of which points are kept, and points that are kept now.
+	Horizon uint64 `json:"horizon"`
+	Gone    []Kept `json:"gone"`
+	Frees   int64  `json:"frees_bytes"` // at least
+}
+
+// RetentionTier keeps a point for each slot of time.
+type RetentionTier struct {
+	Every float64 `json:"every_seconds"`
+	For   float64 `json:"for_seconds"`
 }
 
 // Range is the LSNs from First to Last.

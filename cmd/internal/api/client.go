@@ -153,6 +153,12 @@ func (c *Client) Points(ctx context.Context, group string, f Filter) (p Points, 
 	return p, err
 }
 
+// Retention asks what a group keeps, and what would go. Of p, what is not empty is asked for in the stead of what is configured.
+func (c *Client) Retention(ctx context.Context, group string, p url.Values) (r Retention, err error) {
+	err = c.do(ctx, http.MethodGet, groupPath(group, "/retention?"+p.Encode()), nil, &r)
+	return r, err
+}
+
 // Definitions asks for the definitions in force at a point.
 func (c *Client) Definitions(ctx context.Context, group, point string) (d Definitions, err error) {
 	err = c.do(ctx, http.MethodGet, groupPath(group, "/definitions?point="+url.QueryEscape(point)), nil, &d)

@@ -73,9 +73,10 @@ type TLS struct {
 	ClientCA string `yaml:"client_ca"` // if set, clients need a certificate of it
 }
 
-// Journal says how much each group's journal may take.
+// Journal says how much the groups's journal may take.
 type Journal struct {
-	Limit      Size `yaml:"limit"`       // 0: as far as the file system has room
+	Limit      Size `yaml:"limit"`       // of each group; 0: as far as the file system has room
+	Total      Size `yaml:"total"`       // of all groups; 0: as far as the file system has room
 	Segment    Size `yaml:"segment"`     // of a segment file
 	Reserve    Size `yaml:"reserve"`     // left free on the file system
 	Unapplied  Size `yaml:"unapplied"`   // how far backings may be behind
@@ -95,6 +96,8 @@ type Group struct {
 	Trusted bool `yaml:"trusted"`
 	// Replicas are peers that the group is shipped to while this daemon writes it.
 	Replicas []string `yaml:"replicas"`
+	// Retain says which points are kept.
+	Retain Retain `yaml:"retain"`
 	// RPO is how far a replica may be behind before that is a problem; 0: as far as it likes.
 	RPO time.Duration `yaml:"rpo"`
 	// Received says that the group's journal came from another daemon: it is never begun here.
@@ -382,6 +385,8 @@ func (g *Group) validate() error {
 			add(fmt.Sprintf("replicas[%d]", i), fmt.Errorf("%s is given twice", peer))
 		}
 	}
+	_, err := g.Retain.Policy()
+	add("retain", err)
 	if g.RPO < 0 {
 		add("rpo", fmt.Errorf("%v: it must not be negative", g.RPO))
 	}

@@ -1,0 +1,113 @@
+package main
+
+import (
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+	"github.com/tidemark-cdp/tidemark/cmd/internal/config"
+	"github.com/tidemark-cdp/tidemark/journal"
+	"github.com/tidemark-cdp/tidemark/journal/retain"
+)
+
+// kept are points for people.
+func kept(points []journal.KeptPoint, why []retain.Reason) []api.Kept {
+	all := make([]api.Kept, len(points))
+	for i, k := range points {
+		all[i] = api.Kept{LSN: uint64(k.LSN), Time: time.Unix(0, k.Time).UTC(), Until: time.Unix(0, k.Until).UTC(), Why: []string{}}
+		if why != nil {
+			all[i].Why = reasons(why[i])
+		}
+	}
+	return all
+}
+
+func reasons(r retain.Reason) []string {
+	all := []string{}
+	add := func(is bool, what string) {
+		if is {
+			all = append(all, what)
+		}
+	}
+	add(r.Pinned, "pinned")
+	add(r.Held, "held")
+	add(r.Marker, "newest markers")
+	add(r.Tier > 0, "each "+config.Span(r.Tier).String())
+	return all
+}
+
+// retention answers what a group keeps, and what would go now.
+func (c *control) retention(r *http.Request) (any, error) {
+	g, err := c.store.Group(r.PathValue("group"))
+	if err != nil {
+		return nil, err
+	}
+	policy, err := asked(g.Policy(), r.URL.Query())
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
+	}
+	plan, err := g.Plan(policy)
+	if err != nil {
+		return nil, err
+	}
+	a := api.Retention{
+		Group: g.Name(), EveryWrite: policy.EveryWrite.Seconds(), Tiers: []api.RetentionTier{}, Markers: policy.Markers, Limit: g.Limit(), Used: g.JournalBytes(),
+		Kept: kept(plan.Kept, plan.Why), Horizon: uint64(plan.Horizon), Gone: kept(plan.Gone, nil), Frees: plan.Frees(),
+	}
+	a.Since, a.Eaten = g.Window()
+	for _, t := range policy.Tiers {
+		a.Tiers = append(a.Tiers, api.RetentionTier{Every: t.Every.Seconds(), For: t.For.Seconds()})
+	}
+	return a, nil
+}
+
+// asked is a policy with what a query says otherwise.
+func asked(p retain.Policy, q url.Values) (retain.Policy, error) {
+	if s := q.Get("every_write"); s != "" {
+		every, err := config.ParseSpan(s)
+		if err != nil {
+			return p, err
+		}
+		p.EveryWrite = time.Duration(every)
+	}
+	if s := q.Get("markers"); s != "" {
+		n, err := strconv.Atoi(s)
+		if err != nil {
+			return p, fmt.Errorf("markers: %w", err)
+		}
+		p.Markers = n
+	}
+	if q.Has("tier") {
+		want := config.Retain{Tiers: map[string]config.Span{}}
+		for _, s := range q["tier"] {
+			every, span, ok := strings.Cut(s, "=")
+			if !ok {
+				return p, fmt.Errorf("tier %q: expected EVERY=FOR, as 1h=30d", s)
+			}
+			var err error
+			if want.Tiers[every], err = config.ParseSpan(span); err != nil {
+				return p, err
+			}
+		}
+		tiers, err := want.Policy()
+		if err != nil {
+			return p, err
+		}
+		p.Tiers = tiers.Tiers
+	}
+	return p, p.Validate()
+}
+
+// retained fills in what a group keeps, and what it does not though it should.
+func retained(g *journal.Group, a *api.Group) {
+	var eaten bool
+	a.Since, eaten = g.Window()
+	a.Promised, a.KeptPoints = g.Policy().EveryWrite.Seconds(), len(g.KeptPoints())
+	if eaten {
+		a.Problems = append(a.Problems, fmt.Sprintf("space has run short: every write is kept since %s, and is to be for %s: raise the limit, or promise less", a.Since.Format(time.RFC3339), config.Span(g.Policy().EveryWrite)))
+	}
+}

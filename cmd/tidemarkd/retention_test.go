@@ -1,0 +1,101 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+)
+
+const retained2s = `
+journal: {segment: 1MiB, reserve: 16MiB}
+groups:
+  web01:
+    disks: {vda: {backing: %DIR/vda.raw}}
+    retain: {every_write: 2s, tiers: {1s: 10m}}
+`
+
+// TestRetention: the window moves on by time, what the policy keeps beyond it can be viewed, what it does not is an error that names what is around it, and a
+// policy that keeps less lets the rest go.
+func TestRetention(t *testing.T) {
+	need(t, "qemu-io")
+	d := &served{t: t, dir: t.TempDir()}
+	d.raw("vda.raw", 16<<20)
+	d.configure(retained2s)
+	d.start()
+	write := func(pattern int) {
+		tool(t, "qemu-io", "-f", "raw", "-c", fmt.Sprintf("write -P %d 0 3M", pattern), "-c", "flush", d.uri("web01/vda"))
+	}
+	write(1)
+	d.ok("mark", "web01", "first", "--pin")
+	began := d.group("web01").Head
+	for pattern := 2; pattern < 8; pattern++ {
+		write(pattern)
+		time.Sleep(700 * time.Millisecond) // slots of the tier
+	}
+	var g api.Group
+	eventually(t, func() bool {
+		write(9)
+		g = d.group("web01")
+		return g.Horizon > began && g.KeptPoints >= 4
+	})
+	require.EqualValues(t, 2, g.Promised)
+	require.Empty(t, g.Problems)
+	read := func(point string, pattern int) {
+		t.Helper()
+		tool(t, "qemu-io", "-r", "-f", "raw", "-c", fmt.Sprintf("read -P %d 0 3M", pattern), d.uri("web01/vda@"+point))
+	}
+	read("first", 1)
+	var p api.Points
+	require.NoError(t, json.Unmarshal([]byte(d.ok("points", "web01", "--json")), &p))
+	require.GreaterOrEqual(t, len(p.Kept), 4)
+	require.Equal(t, p.Kept[0].LSN, began)
+	require.Contains(t, p.Kept[0].Why, "pinned")
+	tiered := p.Kept[slices.IndexFunc(p.Kept, func(k api.Kept) bool { return slices.Contains(k.Why, "each 1s") })]
+	for _, at := range []string{fmt.Sprintf("lsn:%d", tiered.LSN), tiered.Time.Format(time.RFC3339Nano), tiered.Until.Add(-1).Format(time.RFC3339Nano)} {
+		tool(t, "qemu-io", "-r", "-f", "raw", "-c", "read 0 3M", d.uri("web01/vda@"+at))
+	}
+	require.Contains(t, d.ok("points", "web01"), "kept: each 1s")
+	gone := uint64(0)
+	for i := range len(p.Kept) - 1 {
+		if p.Kept[i+1].LSN > p.Kept[i].LSN+1 {
+			gone = p.Kept[i].LSN + 1
+			break
+		}
+	}
+	out, code := d.tidemark("restore", fmt.Sprintf("web01/vda@lsn:%d", gone), "--to", d.path("copy.raw"))
+	require.NotZero(t, code)
+	require.Contains(t, out, "the kept points around it, lsn:")
+
+	out = d.ok("retain", "web01")
+	require.Contains(t, out, "for 2s; since")
+	require.Contains(t, out, "pinned")
+	_, code = d.tidemark("retain", "web01", "--every-write", "1h")
+	require.Equal(t, 2, code)
+	out, code = d.tidemark("retain", "web01", "--dry-run", "--every-write", "1h")
+	require.NotZero(t, code)
+	require.Contains(t, out, "the tier keeps nothing")
+	var r api.Retention
+	require.NoError(t, json.Unmarshal([]byte(d.ok("retain", "web01", "--dry-run", "--tier", "1h=2h", "--json")), &r))
+	require.NotEmpty(t, r.Gone)
+	require.Positive(t, r.Frees)
+	require.Equal(t, p.Kept[0].LSN, r.Kept[0].LSN)
+	metrics := d.metrics()
+	require.Contains(t, metrics, `tidemark_group_window_promised_seconds{group="web01"} 2`)
+	require.Contains(t, metrics, `tidemark_group_kept_points{group="web01"}`)
+
+	used := d.group("web01").JournalBytes
+	d.configure(strings.ReplaceAll(retained2s, ", tiers: {1s: 10m}", ""))
+	require.Contains(t, d.ok("reload"), "retention as configured")
+	eventually(t, func() bool { return d.group("web01").KeptPoints == 1 && d.group("web01").JournalBytes < used })
+	d.stop()
+	d.start()
+	read("first", 1)
+	d.stop()
+}
