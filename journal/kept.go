@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"maps"
+	"math"
 	"slices"
 	"time"
 
@@ -78,6 +79,33 @@ func (g *Group) Window() (since time.Time, eaten bool) {
 		return now, false
 	}
 	return time.Unix(0, files[0].Created).UTC(), window > 0 && g.eaten.Load() > now.UnixNano()-int64(window)
+}
+
+// foreseeAfter is how much of a window must have been written before its end is foreseen: the first minutes say little.
+const foreseeAfter = 10 * time.Minute
+
+// Foresee says how many bytes of log the window that is promised will take if guests go on to write as they have since it began, and how many there is room for,
+// by the group's limit and the file system. ok is false while that can not be said: nothing is promised, it is all there, or too little was written yet.
+func (g *Group) Foresee() (need, room int64, ok bool) {
+	since, _ := g.Window()
+	window, so := g.Policy().EveryWrite, g.o.Now().Sub(since)
+	if window == 0 || so >= window || so < min(foreseeAfter, window/4) {
+		return 0, 0, false
+	}
+	var logs int64
+	for _, f := range g.set.Files(segment.Log) {
+		logs += f.Alloc()
+	}
+	rest := g.set.Size() - logs
+	room = math.MaxInt64
+	if limit := g.Limit(); limit > 0 {
+		room = limit - rest
+	}
+	if u, err := g.fs.GetDiskUsage(g.dir); err == nil {
+		room = min(room, logs+int64(u.AvailBytes)-g.o.keepLog())
+	}
+	need = int64(float64(logs) * float64(window) / float64(so))
+	return need, max(room, 0), true
 }
 
 // Kept are the points beyond the window, by ascending LSN, and why each is kept: an open view is no reason.

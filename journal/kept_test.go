@@ -277,3 +277,72 @@ func TestTheListOfKeptPoints(t *testing.T) {
 	require.NoError(t, r.last.err)
 	require.Equal(t, kept[:1], r.last.kept)
 }
+
+// TestAWindowThatDoesNotFit is said long before it is full.
+func TestAWindowThatDoesNotFit(t *testing.T) {
+	r := newKeptRig(t, 1, retain.Policy{EveryWrite: 10 * time.Hour})
+	_, _, ok := r.g.Foresee()
+	require.False(t, ok, "nothing was written yet")
+	for i := range 100 {
+		require.NoError(t, r.write(int64(i), 1))
+	}
+	r.clock.at.Add(int64(time.Hour))
+	need, room, ok := r.g.Foresee()
+	require.True(t, ok)
+	require.InDelta(t, 10*r.g.JournalBytes(), need, float64(r.g.JournalBytes()))
+	require.Greater(t, room, need, "there is no limit")
+	require.NoError(t, r.g.SetPolicy(r.retain, need-1))
+	need, room, ok = r.g.Foresee()
+	require.True(t, ok)
+	require.Less(t, room, need)
+	require.NoError(t, r.g.SetPolicy(retain.Policy{EveryWrite: time.Minute}, need-1))
+	_, _, ok = r.g.Foresee()
+	require.False(t, ok, "it is all there")
+}
+
+// TestASmallLimitEatsTheWindow: less is kept than is promised, and said, after a restart too; points are given up, the finest first, and what is pinned is not.
+func TestASmallLimitEatsTheWindow(t *testing.T) {
+	p := retain.Policy{EveryWrite: time.Hour, Tiers: []retain.Tier{{Every: 10 * time.Second, For: 2 * time.Hour}, {Every: 5 * time.Minute, For: 4 * time.Hour}}}
+	r := newKeptRig(t, 1, p)
+	_, err := r.g.Mark(record.Marker{Label: "pinned", By: "test", Pinned: true})
+	require.NoError(t, err)
+	r.record(record.Crash, 0, 0, 0)
+	write := func(n int) {
+		for i := range n {
+			r.clock.at.Add(int64(5 * time.Second))
+			require.NoError(t, r.write(int64(i%40), byte(i)))
+			r.record(0, int64(i%40), 1, byte(i))
+		}
+		require.NoError(t, r.g.Apply())
+	}
+	write(300)
+	_, eaten := r.g.Window()
+	require.False(t, eaten)
+	_, err = r.g.Expire(1 << 40)
+	require.NoError(t, err)
+	_, eaten = r.g.Window()
+	require.True(t, eaten)
+	r.check()
+	was := r.wanted(p)
+	require.Equal(t, was, r.g.keptLSNs(), "the window goes, and what is kept of it stays")
+	require.NoError(t, r.s.Close())
+	r.open()
+	_, eaten = r.g.Window()
+	require.True(t, eaten)
+	require.NoError(t, r.g.SetPolicy(p, 300<<10))
+	for range 40 {
+		write(5)
+		require.NoError(t, r.g.expireDue())
+		require.NoError(t, r.g.closeOriginals(0))
+		_, err := r.g.Clean()
+		require.NoError(t, err)
+	}
+	r.check()
+	kept, why := r.g.Kept()
+	require.EqualValues(t, 1, kept[0].LSN)
+	require.True(t, why[0].Pinned)
+	require.Less(t, len(kept), len(was))
+	r.clock.at.Add(int64(2 * time.Hour))
+	_, eaten = r.g.Window()
+	require.False(t, eaten, "that was long ago")
+}

@@ -165,6 +165,16 @@ var groupGauges = []struct {
 		return 0
 	}},
 	{desc("tidemark_group_kept_points", "How many points are kept beyond the continuous window."), func(g *journal.Group) float64 { return float64(len(g.KeptPoints())) }},
+	{desc("tidemark_group_window_needs_bytes", "What the window that is promised will take if guests go on to write as they do; 0: that can not be said yet."), func(g *journal.Group) float64 {
+		need, _, _ := g.Foresee()
+		return float64(need)
+	}},
+	{desc("tidemark_group_window_room_bytes", "What there is room for of that."), func(g *journal.Group) float64 {
+		_, room, _ := g.Foresee()
+		return float64(room)
+	}},
+	{desc("tidemark_group_limit_bytes", "How large the group's segments may grow; 0: as far as the file system has room."), func(g *journal.Group) float64 { return float64(g.Limit()) }},
+	{desc("tidemark_group_journaled_bytes", "How many bytes of records were journaled since the daemon was started."), func(g *journal.Group) float64 { return float64(g.Appended()) }},
 	{desc("tidemark_group_journal_bytes", "What the group's segments take up."), func(g *journal.Group) float64 { return float64(g.JournalBytes()) }},
 	{desc("tidemark_group_unapplied_bytes", "How far the backings are behind."), func(g *journal.Group) float64 { return float64(g.Unapplied()) }},
 	{desc("tidemark_group_active", "1 if the group takes writes."), func(g *journal.Group) float64 {

@@ -107,6 +107,9 @@ func retained(g *journal.Group, a *api.Group) {
 	var eaten bool
 	a.Since, eaten = g.Window()
 	a.Promised, a.KeptPoints = g.Policy().EveryWrite.Seconds(), len(g.KeptPoints())
+	if need, room, ok := g.Foresee(); ok && !eaten && need > room {
+		a.Problems = append(a.Problems, fmt.Sprintf("every write is to be kept for %s: as guests write at present, that takes %d bytes, and there is room for %d: raise the limit, or promise less", config.Span(g.Policy().EveryWrite), need, room))
+	}
 	if eaten {
 		a.Problems = append(a.Problems, fmt.Sprintf("space has run short: every write is kept since %s, and is to be for %s: raise the limit, or promise less", a.Since.Format(time.RFC3339), config.Span(g.Policy().EveryWrite)))
 	}
