@@ -20,11 +20,8 @@ func (g *Group) Thin() (bool, error) {
 	g.apply.Lock()
 	defer g.apply.Unlock()
 	was := g.KeptPoints()
-	kept := g.chosen(g.Policy(), was, g.expiredTo())
-	if len(kept) == len(was) {
-		return false, nil
-	}
-	return true, g.letGoLocked(kept)
+	kept := g.chosen(g.Policy(), was, g.expiredTo(), g.early())
+	return g.letGoLocked(kept)
 }
 
 // giveUp lets go of some of the points that are kept for the policy's sake alone, those that go first, as space is short. It reports whether there were any.
@@ -32,7 +29,15 @@ func (g *Group) giveUp() (bool, error) {
 	g.apply.Lock()
 	defer g.apply.Unlock()
 	was := g.KeptPoints()
-	order := retain.Sacrifice(g.judge(g.Policy(), was, g.expiredTo()))
+	points, why := g.judge(g.Policy(), was, g.expiredTo())
+	g.pins.Lock()
+	for i := range was {
+		if g.pins.points[was[i].LSN] > 0 {
+			why[i] = retain.Reason{} // open views need it: it stays
+		}
+	}
+	g.pins.Unlock()
+	order := retain.Sacrifice(points, why)
 	if len(order) == 0 {
 		return false, nil
 	}
@@ -44,12 +49,12 @@ func (g *Group) giveUp() (bool, error) {
 			kept = append(kept, was[i])
 		}
 	}
-	return true, g.letGoLocked(kept)
+	return g.letGoLocked(kept)
 }
 
 // letGoLocked keeps no other points than those given, and those that somebody has come to need meanwhile. It is durable when it returns: what Apply keeps from
-// then on may not do for the others. g.apply is held.
-func (g *Group) letGoLocked(kept []KeptPoint) error {
+// then on may not do for the others. It reports whether any went. g.apply is held.
+func (g *Group) letGoLocked(kept []KeptPoint) (bool, error) {
 	was := g.KeptPoints()
 	stay := func(lsn record.LSN) {
 		i, ok := findKept(was, lsn)
@@ -65,6 +70,11 @@ func (g *Group) letGoLocked(kept []KeptPoint) error {
 	for lsn := range g.pins.points {
 		stay(lsn)
 	}
+	if len(kept) == len(was) {
+		g.pins.Unlock()
+		g.append.Unlock()
+		return false, nil
+	}
 	g.kept.Store(&kept)
 	g.pins.Unlock()
 	var gone []record.Marker
@@ -78,47 +88,31 @@ func (g *Group) letGoLocked(kept []KeptPoint) error {
 	b := g.ix.NewBatch()
 	for _, m := range gone {
 		if err := b.DeleteMarker(m); err != nil {
-			return g.fail(err)
+			return true, g.fail(err)
 		}
 	}
 	if err := g.setKept(b); err != nil {
-		return g.fail(err)
+		return true, g.fail(err)
 	}
 	if err := g.noteExpired(g.expiredTo()); errors.Is(err, segment.ErrFull) {
-		return err // the points are gone, and come back if the index is lost before the next note
+		return true, err // the points are gone, and come back if the index is lost before the next note
 	} else if err != nil {
-		return g.fail(err)
+		return true, g.fail(err)
 	}
 	if err := errors.Join(g.commit(b), g.store.ix.Flush()); err != nil {
-		return g.fail(err)
+		return true, g.fail(err)
 	}
 	g.log.Info("let go of points beyond the window", zap.Int("points", len(was)-len(kept)), zap.Int("kept", len(kept)))
-	return nil
+	return true, nil
 }
 
-// pinnedPoints are the LSNs of open views beyond the window, and the oldest point that can be viewed at all.
-func (g *Group) pinnedPoints() (points []record.LSN, oldest record.LSN) {
-	horizon := g.expiredTo()
-	oldest = horizon
-	g.pins.Lock()
-	defer g.pins.Unlock()
-	for lsn := range g.pins.points {
-		if lsn < horizon {
-			points, oldest = append(points, lsn), min(oldest, lsn)
-		}
-	}
-	if kept := g.KeptPoints(); len(kept) > 0 {
-		oldest = min(oldest, kept[0].LSN)
-	}
-	return points, oldest
-}
-
-// allPoints are the LSNs beyond the window that somebody may view, in their order, and the horizon.
+// allPoints are the LSNs beyond the window that can be viewed, in their order, and the horizon.
 func (g *Group) allPoints() []record.LSN {
-	points, _ := g.pinnedPoints()
-	points = append(append(points, g.keptLSNs()...), g.expiredTo())
-	slices.Sort(points)
-	return slices.Compact(points)
+	points, horizon := g.keptLSNs(), g.expiredTo()
+	if n := len(points); n == 0 || points[n-1] < horizon {
+		points = append(points, horizon)
+	}
+	return points
 }
 
 // cleanBytes is how many bytes of a file are looked at with backings and originals held, and cleanShare which part of a file must be needed for it to stay as it is: a half.
@@ -379,7 +373,7 @@ func (g *Group) origins(d *disk.Disk, first, n int64, fn func(first, n int64, si
 	if err := g.apply.kept.Find(d.ID, first, g.expiredTo(), picks); err != nil {
 		return err
 	}
-	_, oldest := g.pinnedPoints()
+	oldest := g.allPoints()[0]
 	since := func(p *index.Pick) record.LSN { return max(oldest, p.Until, d.KnownSince()) }
 	for i := 0; i < len(picks); {
 		j := i + 1

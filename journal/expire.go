@@ -23,11 +23,7 @@ func (g *Group) expireDue() error {
 		return err
 	}
 	if excess := g.excess(); excess > 0 {
-		freed, err := g.Expire(excess)
-		if err == nil && freed == 0 && len(closedFiles(g.set.Files(segment.Log))) == 0 {
-			_, err = g.giveUp() // cleaned in its time
-		}
-		if err != nil {
+		if _, err := g.Expire(excess); err != nil {
 			return err
 		}
 	}
@@ -41,6 +37,9 @@ func (g *Group) expireDue() error {
 	}
 	return nil
 }
+
+// logCanGo reports whether there is a file of the window yet that may expire, if not at present: before it, no kept point goes.
+func (g *Group) logCanGo() bool { return len(closedFiles(g.set.Files(segment.Log))) > 0 }
 
 // excess is by how many bytes the group's segments are too large.
 func (g *Group) excess() (excess int64) {
@@ -90,7 +89,7 @@ func (g *Group) expireForSpace() (bool, error) {
 	}
 	g.hurry.Add(1)
 	defer g.hurry.Add(-1)
-	for n == 0 && err == nil {
+	for n == 0 && err == nil && !g.logCanGo() {
 		var more bool
 		if more, err = g.giveUp(); err != nil || !more {
 			break
@@ -121,8 +120,7 @@ func (g *Group) expire(excess int64, held record.LSN) (freed int64, err error) {
 	defer g.apply.Unlock()
 	files := g.set.Files(segment.Log)
 	closed := closedFiles(files)
-	pin, applied := g.oldestPin(), min(g.Applied(), g.Durable())
-	n := min(retain.Expire(closed, excess, min(pin, held), applied), expireFiles)
+	n := min(g.mayGo(closed, excess, held), expireFiles)
 	if n == 0 {
 		if len(closed) == 0 {
 			return 0, g.closeLog()
@@ -141,7 +139,7 @@ func (g *Group) expire(excess int64, held record.LSN) (freed int64, err error) {
 	if errors.Is(err, segment.ErrFull) {
 		// There is no room to carry over what views behind a near horizon
 		// need. Behind the farthest one, they need next to nothing.
-		n = retain.Expire(closed, math.MaxInt64, min(pin, held), applied)
+		n = g.mayGo(closed, math.MaxInt64, held)
 		g.log.Warn("no room to expire the oldest history alone: expiring all that may go", zap.Error(err))
 		err = g.expireUpTo(closed[n-1].Last, files[:n], files[n])
 	}
@@ -149,6 +147,11 @@ func (g *Group) expire(excess int64, held record.LSN) (freed int64, err error) {
 		err = fmt.Errorf("expire history up to LSN %d: %w", closed[n-1].Last, err)
 	}
 	return before - g.set.Size(), err
+}
+
+// mayGo is how many of the oldest closed files may go for some bytes, as far as pins, and holds from an LSN on, allow.
+func (g *Group) mayGo(closed []retain.File, excess int64, held record.LSN) int {
+	return retain.Expire(closed, excess, min(g.oldestPin(), held), min(g.Applied(), g.Durable()))
 }
 
 // closedFiles are the log files that no record is added to.
@@ -189,21 +192,8 @@ func (g *Group) oldestPin() record.LSN {
 	return pin
 }
 
-// oldestPinBut is oldestPin without one pin of the caller's own.
-func (g *Group) oldestPinBut(own record.LSN) record.LSN {
-	g.pins.Lock()
-	defer g.pins.Unlock()
-	pin := record.MaxLSN
-	for lsn, n := range g.pins.from {
-		if lsn != own || n > 1 {
-			pin = min(pin, lsn)
-		}
-	}
-	return pin
-}
-
 // raiseHorizon moves the horizon, beyond which some points are kept, unless somebody came to need another one meanwhile.
-func (g *Group) raiseHorizon(to record.LSN, needed []record.LSN, kept []KeptPoint) error {
+func (g *Group) raiseHorizon(to record.LSN, kept []KeptPoint) error {
 	g.pins.Lock()
 	defer g.pins.Unlock()
 	for lsn := range g.pins.from {
@@ -212,7 +202,7 @@ func (g *Group) raiseHorizon(to record.LSN, needed []record.LSN, kept []KeptPoin
 		}
 	}
 	for lsn := range g.pins.points {
-		if _, ok := slices.BinarySearch(needed, lsn); !ok && lsn < to {
+		if _, ok := findKept(kept, lsn); !ok && lsn < to {
 			return fmt.Errorf("%w: LSN %d", errHeld, lsn)
 		}
 	}
@@ -226,13 +216,16 @@ func (g *Group) raiseHorizon(to record.LSN, needed []record.LSN, kept []KeptPoin
 	return nil
 }
 
-// fresh are the points in log files that expire which a policy may keep: the last ones of its slots of time, and markers. next is the file behind them: while
-// nothing stands in it, the last record may be the last one of its slot.
+// fresh are the points in log files that expire which a policy may keep: the last ones of its slots of time, and markers; and those that open views are of, the
+// horizon among them. next is the file behind them: while nothing stands in it, the last record may be the last one of its slot.
 func (g *Group) fresh(policy retain.Policy, files []*segment.File, next *segment.File, horizon record.LSN) (points []KeptPoint, err error) {
-	var at KeptPoint
+	viewed := g.viewed()
+	// Of the horizon's record, which is gone: no later than the file behind it.
+	at := KeptPoint{LSN: files[0].First - 1, Time: files[0].Created}
+	begun := false
 	marker, last := false, false
 	end := func(until int64) {
-		if at.LSN != 0 && g.viewable(at.LSN) && (marker || last || policy.Ends(at.Time, until)) {
+		if viewed[at.LSN] || begun && g.viewable(at.LSN) && (marker || last || policy.Ends(at.Time, until)) {
 			at.Until = until
 			points = append(points, at)
 		}
@@ -244,7 +237,7 @@ func (g *Group) fresh(policy retain.Policy, files []*segment.File, next *segment
 		}
 		if h.LSN != at.LSN { // of a bridge, several have one
 			end(h.Time)
-			at = KeptPoint{LSN: h.LSN, Time: h.Time}
+			at, begun = KeptPoint{LSN: h.LSN, Time: h.Time}, true
 		}
 		marker = marker || h.Kind == record.KindMarker
 		return nil
@@ -290,12 +283,12 @@ func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File, next *segm
 		// views behind it need.
 		return err
 	}
-	points, kept := g.needed(policy, horizon, fresh)
+	points, kept := g.needed(policy, horizon, fresh, g.early())
 	if len(points) > 1 {
 		g.hadKept.Store(true)
 	}
 	old, was := g.expiredTo(), g.KeptPoints()
-	if err := g.raiseHorizon(horizon, points, kept); err != nil {
+	if err := g.raiseHorizon(horizon, kept); err != nil {
 		return err
 	}
 	defer func() {
@@ -306,8 +299,10 @@ func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File, next *segm
 			if serr := g.apply.orig.Sync(); serr != nil {
 				err = g.fail(serr)
 			}
+			g.pins.Lock()
 			g.horizon.Store(uint64(old))
 			g.kept.Store(&was)
+			g.pins.Unlock()
 		}
 	}()
 	e := expiry{g: g, old: old, horizon: horizon, points: points, b: g.ix.NewBatch(), forget: map[*disk.Disk][]int64{}, carried: map[*disk.Disk][]int64{}}

@@ -376,8 +376,8 @@ func TestAnOpenViewKeepsItsPoint(t *testing.T) {
 	_, err = r.g.Expire(1 << 30)
 	require.NoError(t, err)
 	require.Greater(t, r.g.Horizon(), record.LSN(20))
-	_, err = r.g.View(r.g.Disks()[0], 20)
-	require.ErrorIs(t, err, ErrNoPoint, "others can not come to it")
+	_, err = r.g.View(r.g.Disks()[0], 21)
+	require.ErrorIs(t, err, ErrNoPoint)
 	for i := range 200 {
 		require.NoError(t, r.write(int64(i%50), byte(i)))
 	}
@@ -401,8 +401,56 @@ func TestAnOpenViewKeepsItsPoint(t *testing.T) {
 		require.Equal(t, want, b[0])
 	}
 	v.Close()
+	// Who had it open may come back after a restart, if nothing was let go of before.
+	require.NoError(t, r.s.Close())
+	require.NoError(t, r.fs.RemoveAll("state/index"))
+	r.open()
+	v, err = r.g.View(r.g.Disks()[0], 20)
+	require.NoError(t, err)
+	for i := range 200 {
+		require.NoError(t, r.write(int64(i%50), byte(i)))
+	}
+	require.NoError(t, r.g.Apply())
+	_, err = r.g.Expire(1 << 30)
+	require.NoError(t, err)
+	require.NoError(t, v.ReadAt(b, 19*record.BlockSize, false))
+	require.EqualValues(t, 19, b[0])
+	did, err := r.g.Thin()
+	require.NoError(t, err)
+	require.False(t, did)
+	v.Close()
+	did, err = r.g.Thin()
+	require.NoError(t, err)
+	require.True(t, did)
 	require.Positive(t, clean())
 	r.checkOriginals()
+}
+
+// TestAViewOfTheHorizonKeepsIt: its record is gone, and nothing else says when that was.
+func TestAViewOfTheHorizonKeepsIt(t *testing.T) {
+	r := newRig(t, Options{})
+	fill := func() {
+		for i := range 100 {
+			require.NoError(t, r.write(int64(i%50), byte(i)))
+		}
+		require.NoError(t, r.g.Apply())
+		_, err := r.g.Expire(1 << 30)
+		require.NoError(t, err)
+	}
+	fill()
+	at := r.g.Horizon()
+	v, err := r.g.View(r.g.Disks()[0], at)
+	require.NoError(t, err)
+	defer v.Close()
+	want := make([]byte, 50*record.BlockSize)
+	require.NoError(t, v.ReadAt(want, 0, false))
+	for range 3 {
+		fill()
+		require.Equal(t, []record.LSN{at}, r.g.keptLSNs())
+		got := make([]byte, len(want))
+		require.NoError(t, v.ReadAt(got, 0, false))
+		require.True(t, bytes.Equal(want, got))
+	}
 }
 
 // flip changes a byte of the first file whose name has a part, at the first

@@ -141,6 +141,9 @@ func (g *Group) notViewable(lsn record.LSN) *PointError {
 	}
 	kept := g.KeptPoints()
 	before, _ := findKept(kept, lsn)
+	if lsn >= g.expiredTo() {
+		return g.noPoint(fmt.Sprintf("lsn:%d", lsn), why)
+	}
 	return g.noneThere(fmt.Sprintf("lsn:%d", lsn), why, kept, before)
 }
 

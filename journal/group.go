@@ -111,6 +111,7 @@ type Group struct {
 	eaten   atomic.Int64 // see Window
 	limit   atomic.Int64 // of the segments, bytes; 0: none
 	hurry   atomic.Int32 // how many wait for the space that a Clean brings
+	settled atomic.Int64 // until then, Unix nanoseconds, what was kept stays so, see chosen; 0: background work was never begun
 	// cleaning serialises Cleans.
 	cleaning struct {
 		sync.Mutex

@@ -115,6 +115,12 @@ func (g *Group) Kept() ([]KeptPoint, []retain.Reason) {
 	return kept, why
 }
 
+// PinnedAlone reports whether nothing but pins, open views and the newest log file keeps anything any more: a limit below that can not be kept.
+func (g *Group) PinnedAlone() bool {
+	_, why := g.Kept()
+	return !g.logCanGo() && !slices.ContainsFunc(why, func(r retain.Reason) bool { return r.Kept() && !r.Pinned })
+}
+
 // SetPolicy changes which points are kept from now on, and how large the group's segments may grow, in bytes (0: as Options say). What an older policy has
 // let go of does not come back.
 func (g *Group) SetPolicy(p retain.Policy, limit int64) error {
@@ -132,39 +138,52 @@ func (g *Group) Limit() int64 { return g.limit.Load() }
 // Policy says which points are kept.
 func (g *Group) Policy() retain.Policy { return *g.policy.Load() }
 
-// needed are the points whose views an expiry to a horizon must leave as they are: what a policy, pins and holds keep, what open views are
-// of, and the horizon. kept are those of them that are kept from then on, of old ones and of new.
-func (g *Group) needed(policy retain.Policy, horizon record.LSN, fresh []KeptPoint) (points []record.LSN, kept []KeptPoint) {
-	old := slices.Clone(g.KeptPoints())
-	all := append(old, fresh...)
-	kept = g.chosen(policy, all, horizon)
+// needed are the points whose views an expiry to a horizon must leave as they are: those that are kept from then on, of old ones and of new, and the
+// horizon.
+func (g *Group) needed(policy retain.Policy, horizon record.LSN, fresh []KeptPoint, early bool) (points []record.LSN, kept []KeptPoint) {
+	all := slices.Clone(g.KeptPoints())
+	for _, k := range fresh {
+		if len(all) == 0 || k.LSN > all[len(all)-1].LSN { // the horizon may be kept already
+			all = append(all, k)
+		}
+	}
+	kept = g.chosen(policy, all, horizon, early)
 	for _, k := range kept {
 		points = append(points, k.LSN)
 	}
-	points = append(points, horizon)
-	g.pins.Lock()
-	for lsn := range g.pins.points {
-		if lsn < horizon {
-			points = append(points, lsn)
-		}
+	if n := len(points); n == 0 || points[n-1] != horizon {
+		points = append(points, horizon)
 	}
-	g.pins.Unlock()
-	slices.Sort(points)
-	return slices.Compact(points), kept
+	return points, kept
 }
 
-// chosen are those points, given by ascending LSN, that a policy, pins and holds keep beyond a horizon.
-func (g *Group) chosen(policy retain.Policy, all []KeptPoint, horizon record.LSN) (kept []KeptPoint) {
+// viewed are the LSNs that somebody has a view of.
+func (g *Group) viewed() map[record.LSN]bool {
+	all := map[record.LSN]bool{}
+	g.pins.Lock()
+	defer g.pins.Unlock()
+	for lsn := range g.pins.points {
+		all[lsn] = true
+	}
+	return all
+}
+
+// early reports whether who had a view open before a start has yet to come back.
+func (g *Group) early() bool { return g.o.Now().UnixNano() < g.settled.Load() }
+
+// chosen are those points, given by ascending LSN, that a policy, pins and open views keep beyond a horizon; early, all that were kept so far too.
+func (g *Group) chosen(policy retain.Policy, all []KeptPoint, horizon record.LSN, early bool) (kept []KeptPoint) {
 	_, why := g.judge(policy, all, horizon)
+	viewed := g.viewed()
 	for i := range all {
-		if why[i].Kept() {
+		if why[i].Kept() || viewed[all[i].LSN] || early && g.isKept(all[i].LSN) {
 			kept = append(kept, all[i])
 		}
 	}
 	return kept
 }
 
-// judge says why each of some points, given by ascending LSN, is kept beyond a horizon, and what the policy knows of it.
+// judge says why each of some points, given by ascending LSN, is kept beyond a horizon, but for open views, and what the policy knows of it.
 func (g *Group) judge(policy retain.Policy, all []KeptPoint, horizon record.LSN) ([]retain.Point, []retain.Reason) {
 	markers := map[record.LSN]record.Marker{}
 	var points, behind []retain.Point

@@ -200,15 +200,19 @@ func TestKeptPoints(t *testing.T) {
 				require.NotEmpty(t, r.g.KeptPoints())
 				r.clock.at.Add(int64(15 * time.Second))
 			}
+			_, err := r.g.Thin()
+			require.NoError(t, err)
+			r.clean()
 			was, size := r.g.keptLSNs(), r.g.set.Size()
+			r.clock.at.Add(-int64(time.Second)) // no point is let go of by the time that a pass takes
 			did, err := r.g.Thin()
 			require.NoError(t, err)
-			if !did {
-				require.Equal(t, was, r.g.keptLSNs())
-			}
+			require.False(t, did, "a second pass has nothing to do")
+			require.Equal(t, was, r.g.keptLSNs())
 			n, err := r.g.clean(1, func() error { return nil })
 			require.NoError(t, err)
-			require.True(t, did || n == 0 && size == r.g.set.Size(), "a second pass has nothing to do")
+			require.Zero(t, n)
+			require.Equal(t, size, r.g.set.Size())
 			r.clock.at.Add(int64(10 * time.Minute))
 			require.NoError(t, r.g.SetPolicy(retain.Policy{}, 0))
 			markers, err := r.g.Markers()
@@ -336,6 +340,13 @@ func TestASmallLimitEatsTheWindow(t *testing.T) {
 		require.NoError(t, r.g.closeOriginals(0))
 		_, err := r.g.Clean()
 		require.NoError(t, err)
+		was := len(r.g.KeptPoints())
+		if r.g.excess() > 0 && !r.g.logCanGo() {
+			did, err := r.g.giveUp()
+			require.NoError(t, err)
+			require.True(t, did)
+			require.Less(t, was-len(r.g.KeptPoints()), was/4+2, "not all at once")
+		}
 	}
 	r.check()
 	kept, why := r.g.Kept()

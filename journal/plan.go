@@ -20,8 +20,8 @@ type Plan struct {
 	Originals int64           // of what no point is of then, beside those files
 }
 
-// Frees is how many bytes come free, at least.
-func (p *Plan) Frees() int64 { return p.Log - p.Carried + p.Originals }
+// Frees is about how many bytes come free: less while files of originals stay that are needed by half.
+func (p *Plan) Frees() int64 { return max(p.Log-p.Carried+p.Originals, 0) }
 
 // Plan says what a policy would let go of now. Nothing changes. What happens meanwhile may be in it or not.
 func (g *Group) Plan(policy retain.Policy) (plan Plan, err error) {
@@ -31,6 +31,7 @@ func (g *Group) Plan(policy retain.Policy) (plan Plan, err error) {
 	if err := g.Index(); err != nil {
 		return plan, err
 	}
+	held := min(g.oldestPin(), g.oldestHold())
 	from := g.pinAll()
 	defer g.unpinFrom(from)
 	files, release := g.set.Hold(segment.Log)
@@ -42,14 +43,14 @@ func (g *Group) Plan(policy retain.Policy) (plan Plan, err error) {
 	var fresh []KeptPoint
 	closed := closedFiles(files)
 	passed := policy.Passed(g.o.Now().UnixNano(), closed)
-	n := retain.Expire(closed, passed, min(g.oldestPinBut(from), g.oldestHold()), min(g.Applied(), g.Durable()))
+	n := retain.Expire(closed, passed, held, min(g.Applied(), g.Durable()))
 	if n > 0 {
 		plan.Horizon = closed[n-1].Last
 		if fresh, err = g.fresh(policy, files[:n], files[n], plan.Horizon); err != nil {
 			return plan, err
 		}
 	}
-	points, kept := g.needed(policy, plan.Horizon, fresh)
+	points, kept := g.needed(policy, plan.Horizon, fresh, false)
 	if err := g.planLog(&plan, files[:n], points); err != nil {
 		return plan, err
 	}

@@ -37,7 +37,7 @@ func (g *Group) Resolve(p record.Point) (record.LSN, error) {
 			return refuse("it is being taken")
 		}
 		if lsn <= g.expiredTo() && !g.isKept(lsn) {
-			return refuse("its history has expired")
+			return 0, g.notViewable(lsn)
 		}
 		return lsn, nil
 	case record.FormTime, record.FormAgo:
@@ -123,7 +123,7 @@ func (g *Group) resolveTime(t int64, point string, refuse func(string) (record.L
 func (g *Group) keptAt(t int64, point string) (record.LSN, error) {
 	kept := g.KeptPoints()
 	before := sort.Search(len(kept), func(i int) bool { return kept[i].Time > t })
-	if before > 0 && t < max(kept[before-1].Until, kept[before-1].Time+1) {
+	if before > 0 && t < kept[before-1].Until {
 		return kept[before-1].LSN, nil
 	}
 	return 0, g.noneThere(point, "it is older than the horizon, and not kept", kept, before)

@@ -389,7 +389,7 @@ func (r *recovery) expired() (horizon record.LSN, err error) {
 	}
 	r.g.hadKept.Store(true)
 	if err := list.last.err; err != nil {
-		r.g.log.Error("which points were kept beyond the horizon is not known any more", zap.Error(err))
+		r.g.log.Error("which points were kept beyond the horizon is not known any more: those before it can not be viewed, pinned ones neither", zap.Error(err))
 		return horizon, nil
 	}
 	r.g.kept.Store(&list.last.kept)

@@ -27,6 +27,7 @@ func (g *Group) startLoops(ctx context.Context) {
 		return // they run
 	}
 	ctx, g.loops.cancel = context.WithCancel(ctx)
+	g.settled.CompareAndSwap(0, g.o.Now().Add(settleTime).UnixNano())
 	g.loops.wg.Go(func() { g.runCommits(ctx) })
 	g.loops.wg.Go(func() { g.runApplies(ctx) })
 	g.loops.wg.Go(func() { g.runCleans(ctx) })
@@ -153,6 +154,8 @@ func (g *Group) applyDue(now time.Time) bool {
 const (
 	// cleanEvery is how often a group looks for points that are kept no longer, and for what nobody needs then.
 	cleanEvery = 15 * time.Second
+	// settleTime is how long after a start points stay of which views were open before: exports and mounts are made again by who had them.
+	settleTime = 30 * time.Second
 	// cleanRest is how many times as long as a step of cleaning took the next one waits.
 	cleanRest = 3
 	// cleanHold is how long a step waits at most for a guest that writes much.
@@ -186,6 +189,9 @@ func (g *Group) runCleans(ctx context.Context) {
 		}
 		if err == nil {
 			_, err = g.clean(cleanShare, rest)
+		}
+		if err == nil && g.excess() > 0 && !g.logCanGo() {
+			_, err = g.giveUp() // what they took is cleaned up before more of them go
 		}
 		if err != nil && ctx.Err() == nil {
 			g.log.Warn("what nobody needs any more is not cleaned up", zap.Error(err))

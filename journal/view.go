@@ -179,7 +179,7 @@ func (v *View) ReadAt(p []byte, off int64, nowait bool) error {
 func (v *View) readStep(s *viewScratch, p []byte, off, first int64, n int, nowait bool) error {
 	picks := s.picks[:n]
 	for try := 0; ; try++ {
-		r, err := v.find(picks, first, try > 0)
+		forgotten, err := v.find(picks, first, try > 0)
 		if err != nil {
 			return err
 		}
@@ -190,7 +190,7 @@ func (v *View) readStep(s *viewScratch, p []byte, off, first int64, n int, nowai
 		if err != nil {
 			return err
 		}
-		if !v.overtaken(r, picks, first) {
+		if !v.overtaken(forgotten, picks, first) {
 			return v.checkKnown(picks, first)
 		}
 		if try == maxRetries {
@@ -202,26 +202,28 @@ func (v *View) readStep(s *viewScratch, p []byte, off, first int64, n int, nowai
 // maxRetries bounds how often a read follows blocks that move.
 const maxRetries = 16
 
-// find looks blocks up, and returns the reader that did, released.
-func (v *View) find(picks []index.Pick, first int64, fresh bool) (*index.Reader, error) {
+// find looks blocks up, and returns what was forgotten before, see overtaken.
+func (v *View) find(picks []index.Pick, first int64, fresh bool) (forgotten uint64, err error) {
 	reader := func() (*index.Reader, error) { return v.g.ix.Reader(v.lsn) }
 	if fresh {
 		reader = v.g.ix.FreshReader
 	}
 	r, err := reader()
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
+	forgotten = r.Forgotten()
 	if err := r.Find(v.d.ID, first, v.lsn, picks); err != nil {
 		r.Close()
-		return nil, err
+		return 0, err
 	}
 	r.Release()
-	return r, nil
+	return forgotten, nil
 }
 
-// overtaken reports whether a block that was read from the backing has an original now that its reader may not have found.
-func (v *View) overtaken(r *index.Reader, picks []index.Pick, first int64) bool {
+// overtaken reports whether a block that was read from the backing has an original now that was not found: it is captured, or something was forgotten since the
+// look-up.
+func (v *View) overtaken(forgotten uint64, picks []index.Pick, first int64) bool {
 	missing := false
 	for i := range picks {
 		if picks[i].Found {
@@ -231,7 +233,7 @@ func (v *View) overtaken(r *index.Reader, picks []index.Pick, first int64) bool 
 			return true
 		}
 	}
-	return missing && !r.Current()
+	return missing && forgotten != v.g.ix.Forgotten()
 }
 
 // checkKnown refuses blocks whose content at the view's LSN is lost: the
@@ -441,7 +443,7 @@ func (v *View) appendRuns(runs []zeroRun, picks []index.Pick, first int64, ext r
 func (v *View) extentsStep(picks []index.Pick, first int64, ext record.Extent, fn func(int64, bool)) error {
 	var runs []zeroRun
 	for try := 0; ; try++ {
-		r, err := v.find(picks, first, try > 0)
+		forgotten, err := v.find(picks, first, try > 0)
 		if err != nil {
 			return err
 		}
@@ -451,7 +453,7 @@ func (v *View) extentsStep(picks []index.Pick, first int64, ext record.Extent, f
 			runs = v.appendRuns(runs, picks, first, record.Extent{Off: done, Len: n}, zero)
 			done += n
 		})
-		if !v.overtaken(r, picks, first) {
+		if !v.overtaken(forgotten, picks, first) {
 			break
 		}
 		if try == maxRetries {

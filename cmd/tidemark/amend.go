@@ -14,8 +14,8 @@ func (a *app) pin() *cobra.Command {
 	yes := true
 	return a.amendment(amendment{
 		use: "pin GROUP LABEL", args: 2, is: "pinned",
-		short: "Keep a marker, and the history behind it, from expiring",
-		long: `Keep a marker, and all history behind it, from expiring until it is unpinned. When a journal is full of
+		short: "Keep a marker's point from expiring",
+		long: `Keep what the disks were at a marker until it is unpinned, whatever the policy says. When a file system is full of
 what is pinned, its guests' writes fail.`,
 		do: func(ctx context.Context, c *api.Client, args []string) (api.Marker, error) {
 			return c.Amend(ctx, args[0], args[1], api.Amendment{Pinned: &yes})
@@ -27,7 +27,7 @@ func (a *app) unpin() *cobra.Command {
 	no := false
 	return a.amendment(amendment{
 		use: "unpin GROUP LABEL", args: 2, is: "not pinned",
-		short: "Let a pinned marker expire with its history",
+		short: "Let a pinned marker expire",
 		do: func(ctx context.Context, c *api.Client, args []string) (api.Marker, error) {
 			return c.Amend(ctx, args[0], args[1], api.Amendment{Pinned: &no})
 		},

@@ -40,7 +40,7 @@ func (a *app) export() *cobra.Command {
 With --scratch they can be written, so that a VM boots from them: what is written goes to a scratch area, never to the group's
 disks or history. A scratch export stays, also over restarts of the daemon, until "tidemark unexport" throws it away or "tidemark
 promote" makes it a group of its own; with --once it goes when its last client has been gone for a minute. As long as it is
-there, no history from its point on expires.`,
+there, its point is kept.`,
 		Example: `  tidemark export web01@before-upgrade --scratch --name test
   qemu-system-x86_64 … -drive driver=nbd,server.type=unix,server.path=/run/tidemark/nbd.sock,export=scratch/test/vda`,
 		Args: args(cobra.ExactArgs(1)),

@@ -44,15 +44,18 @@ func printPoints(cmd *cobra.Command, p api.Points) error {
 	}
 	fmt.Fprintln(w, "LSN\tTIME\tCONSISTENCY\tBY\tLABEL\t")
 	kept := p.Kept
-	plain := func(before uint64) {
-		for ; len(kept) > 0 && kept[0].LSN <= before; kept = kept[1:] {
-			if kept[0].LSN < before {
-				fmt.Fprintf(w, "%d\t%s\tcrash\t\t\tkept: %s\n", kept[0].LSN, kept[0].Time.Format(time.RFC3339Nano), strings.Join(kept[0].Why, ", "))
+	// why prints the kept points before an LSN that have no marker, and returns why that one is kept.
+	why := func(at uint64) string {
+		for ; len(kept) > 0 && kept[0].LSN <= at; kept = kept[1:] {
+			if kept[0].LSN == at {
+				return " kept: " + strings.Join(kept[0].Why, ", ")
 			}
+			fmt.Fprintf(w, "%d\t%s\tcrash\t\t\tkept: %s\n", kept[0].LSN, kept[0].Time.Format(time.RFC3339Nano), strings.Join(kept[0].Why, ", "))
 		}
+		return ""
 	}
 	for _, m := range p.Markers {
-		plain(m.LSN)
+		beyond := why(m.LSN)
 		label, more := m.Label, m.Description
 		if m.Pinned {
 			label += " (pinned)"
@@ -60,8 +63,8 @@ func printPoints(cmd *cobra.Command, p api.Points) error {
 		if m.Note != "" {
 			more += " [" + m.Asked + " was asked for: " + m.Note + "]"
 		}
-		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\n", m.LSN, m.Time.Format(time.RFC3339Nano), m.Consistency, m.By, label, more)
+		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\n", m.LSN, m.Time.Format(time.RFC3339Nano), m.Consistency, m.By, label, more+beyond)
 	}
-	plain(math.MaxUint64)
+	why(math.MaxUint64)
 	return w.Flush()
 }

@@ -25,7 +25,7 @@ func (a *app) retain() *cobra.Command {
 		Use:   "retain GROUP",
 		Short: "Show what a group keeps, and what another policy would",
 		Long: `Show how long every write of a group is kept, which points beyond that, and why. With --dry-run, show what would go now, and how much space
-that would free: by the policy that is configured, or with the flags in its stead. Nothing is changed: a policy is the configuration's (see retain in
+that would free: by the policy that is configured, of which each flag replaces its part. Nothing is changed: a policy is the configuration's (see retain in
 docs/operating.md), and takes effect with a reload.`,
 		Example: `  tidemark retain web01
   tidemark retain web01 --dry-run --every-write 12h --tier 1m=2d --tier 1h=30d --markers 5`,
@@ -46,12 +46,15 @@ docs/operating.md), and takes effect with a reload.`,
 		if len(q) > 0 && !dry {
 			return api.Retention{}, usage(errors.New("a policy that is not the configuration's can be looked at only: add --dry-run"))
 		}
+		if dry {
+			q.Set("plan", "true")
+		}
 		return c.Retention(ctx, args[0], q)
-	}, func(cmd *cobra.Command, r api.Retention) error { return printRetention(cmd, r, dry) })
+	}, printRetention)
 	fl := cmd.Flags()
 	fl.BoolVar(&dry, "dry-run", false, "show what would go now, and what that would free")
 	fl.StringVar(&everyWrite, "every-write", "", "how long every write is kept: 24h, 7d; 0: as long as there is room")
-	fl.StringArrayVar(&tiers, "tier", nil, "keep a point each EVERY for FOR, as 1h=30d; several")
+	fl.StringArrayVar(&tiers, "tier", nil, "keep a point each EVERY for FOR, as 1h=30d; several, or none")
 	fl.IntVar(&markers, "markers", 0, "how many of the newest markers are kept")
 	return cmd
 }
@@ -60,7 +63,7 @@ func span(seconds float64) string {
 	return config.Span(time.Duration(seconds * float64(time.Second))).String()
 }
 
-func printRetention(cmd *cobra.Command, r api.Retention, dry bool) error {
+func printRetention(cmd *cobra.Command, r api.Retention) error {
 	w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
 	every := "as long as there is room"
 	if r.EveryWrite > 0 {
@@ -78,16 +81,18 @@ func printRetention(cmd *cobra.Command, r api.Retention, dry bool) error {
 		limit = "at most " + size(r.Limit)
 	}
 	fmt.Fprintf(w, "space\t%s of %s\n", size(r.Used), limit)
-	if r.Eaten {
+	if r.Short {
 		fmt.Fprintln(w, "PROBLEM\tspace has run short: less is kept than is to be")
 	}
-	if dry {
-		fmt.Fprintf(w, "would go now\tevery write up to LSN %d, but for the points below, and %d points; frees %s at least\n", r.Horizon, len(r.Gone), size(max(r.Frees, 0)))
-		for _, k := range r.Gone {
+	kept := r.Kept
+	if would := r.Would; would != nil {
+		fmt.Fprintf(w, "would go now\tevery write up to LSN %d, but for the points below, and %d points; frees about %s\n", would.Horizon, len(would.Gone), size(would.Frees))
+		for _, k := range would.Gone {
 			fmt.Fprintf(w, "  goes\tLSN %d\t%s\n", k.LSN, k.Time.Format(time.RFC3339Nano))
 		}
+		kept = would.Kept
 	}
-	for _, k := range r.Kept {
+	for _, k := range kept {
 		fmt.Fprintf(w, "  kept\tLSN %d\t%s\t%s\n", k.LSN, k.Time.Format(time.RFC3339Nano), strings.Join(k.Why, ", "))
 	}
 	return w.Flush()

@@ -167,13 +167,17 @@ func (c *control) points(r *http.Request) (any, error) {
 			p.Earlier = append(p.Earlier, api.Range{First: uint64(r.First), Last: uint64(r.Last)})
 		}
 	}
+	markers, err := g.Markers()
 	for _, k := range kept(g.Kept()) {
-		// As a marker without a label, in the eyes of a filter.
-		if match(record.Marker{Time: k.Time, Consistency: record.Crash, Pinned: slices.Contains(k.Why, "pinned")}) {
+		// One without a marker is as good as a crash-consistent one without a label, in the eyes of a filter.
+		m := record.Marker{Time: k.Time, Consistency: record.Crash}
+		if i := slices.IndexFunc(markers, func(m record.Marker) bool { return uint64(m.LSN) == k.LSN }); i >= 0 {
+			m = markers[i]
+		}
+		if match(m) {
 			p.Kept = append(p.Kept, k)
 		}
 	}
-	markers, err := g.Markers()
 	for _, m := range markers {
 		if match(m) {
 			p.Markers = append(p.Markers, marker(g, m))

@@ -158,8 +158,8 @@ var groupGauges = []struct {
 		return time.Since(since).Seconds()
 	}},
 	{desc("tidemark_group_window_promised_seconds", "How long every write is to be kept; 0: as long as there is room."), func(g *journal.Group) float64 { return g.Policy().EveryWrite.Seconds() }},
-	{desc("tidemark_group_window_eaten", "1 if less is kept than is to be, for lack of space."), func(g *journal.Group) float64 {
-		if _, eaten := g.Window(); eaten {
+	{desc("tidemark_group_window_short", "1 if less is kept than is to be, for lack of space."), func(g *journal.Group) float64 {
+		if _, short := g.Window(); short {
 			return 1
 		}
 		return 0

@@ -34,7 +34,6 @@ func reasons(r retain.Reason) []string {
 		}
 	}
 	add(r.Pinned, "pinned")
-	add(r.Held, "held")
 	add(r.Marker, "newest markers")
 	add(r.Tier > 0, "each "+config.Span(r.Tier).String())
 	return all
@@ -46,22 +45,26 @@ func (c *control) retention(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	policy, err := asked(g.Policy(), r.URL.Query())
+	q := r.URL.Query()
+	policy, err := asked(g.Policy(), q)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
+	}
+	a := api.Retention{
+		Group: g.Name(), EveryWrite: policy.EveryWrite.Seconds(), Tiers: []api.RetentionTier{}, Markers: policy.Markers, Limit: g.Limit(), Used: g.JournalBytes(), Kept: kept(g.Kept()),
+	}
+	a.Since, a.Short = g.Window()
+	for _, t := range policy.Tiers {
+		a.Tiers = append(a.Tiers, api.RetentionTier{Every: t.Every.Seconds(), For: t.For.Seconds()})
+	}
+	if q.Get("plan") != "true" {
+		return a, nil
 	}
 	plan, err := g.Plan(policy)
 	if err != nil {
 		return nil, err
 	}
-	a := api.Retention{
-		Group: g.Name(), EveryWrite: policy.EveryWrite.Seconds(), Tiers: []api.RetentionTier{}, Markers: policy.Markers, Limit: g.Limit(), Used: g.JournalBytes(),
-		Kept: kept(plan.Kept, plan.Why), Horizon: uint64(plan.Horizon), Gone: kept(plan.Gone, nil), Frees: plan.Frees(),
-	}
-	a.Since, a.Eaten = g.Window()
-	for _, t := range policy.Tiers {
-		a.Tiers = append(a.Tiers, api.RetentionTier{Every: t.Every.Seconds(), For: t.For.Seconds()})
-	}
+	a.Would = &api.RetentionPlan{Horizon: uint64(plan.Horizon), Kept: kept(plan.Kept, plan.Why), Gone: kept(plan.Gone, nil), Frees: plan.Frees()}
 	return a, nil
 }
 
@@ -70,7 +73,7 @@ func asked(p retain.Policy, q url.Values) (retain.Policy, error) {
 	if s := q.Get("every_write"); s != "" {
 		every, err := config.ParseSpan(s)
 		if err != nil {
-			return p, err
+			return p, fmt.Errorf("every_write: %w", err)
 		}
 		p.EveryWrite = time.Duration(every)
 	}
@@ -82,35 +85,48 @@ func asked(p retain.Policy, q url.Values) (retain.Policy, error) {
 		p.Markers = n
 	}
 	if q.Has("tier") {
-		want := config.Retain{Tiers: map[string]config.Span{}}
-		for _, s := range q["tier"] {
-			every, span, ok := strings.Cut(s, "=")
-			if !ok {
-				return p, fmt.Errorf("tier %q: expected EVERY=FOR, as 1h=30d", s)
-			}
-			var err error
-			if want.Tiers[every], err = config.ParseSpan(span); err != nil {
-				return p, err
-			}
+		var err error
+		if p.Tiers, err = askedTiers(q["tier"]); err != nil {
+			return p, fmt.Errorf("tier: %w", err)
 		}
-		tiers, err := want.Policy()
-		if err != nil {
-			return p, err
-		}
-		p.Tiers = tiers.Tiers
 	}
 	return p, p.Validate()
 }
 
+func askedTiers(all []string) ([]retain.Tier, error) {
+	want := config.Retain{Tiers: map[string]config.Span{}}
+	for _, s := range all {
+		every, span, ok := strings.Cut(s, "=")
+		if s == "none" && len(all) == 1 {
+			return nil, nil
+		}
+		if !ok {
+			return nil, fmt.Errorf("%q: expected EVERY=FOR, as 1h=30d, or none", s)
+		}
+		if _, ok := want.Tiers[every]; ok {
+			return nil, fmt.Errorf("each %s is given twice", every)
+		}
+		var err error
+		if want.Tiers[every], err = config.ParseSpan(span); err != nil {
+			return nil, err
+		}
+	}
+	p, err := want.Policy()
+	return p.Tiers, err
+}
+
 // retained fills in what a group keeps, and what it does not though it should.
 func retained(g *journal.Group, a *api.Group) {
-	var eaten bool
-	a.Since, eaten = g.Window()
+	var short bool
+	a.Since, short = g.Window()
 	a.Promised, a.KeptPoints = g.Policy().EveryWrite.Seconds(), len(g.KeptPoints())
-	if need, room, ok := g.Foresee(); ok && !eaten && need > room {
+	if need, room, ok := g.Foresee(); ok && !short && need > room {
 		a.Problems = append(a.Problems, fmt.Sprintf("every write is to be kept for %s: as guests write at present, that takes %d bytes, and there is room for %d: raise the limit, or promise less", config.Span(g.Policy().EveryWrite), need, room))
 	}
-	if eaten {
+	if limit := g.Limit(); limit > 0 && g.JournalBytes() > limit && g.PinnedAlone() {
+		a.Problems = append(a.Problems, fmt.Sprintf("the journal takes %d bytes, and its limit is %d: what is left is pinned, or open; unpin, close, or raise the limit", g.JournalBytes(), limit))
+	}
+	if short {
 		a.Problems = append(a.Problems, fmt.Sprintf("space has run short: every write is kept since %s, and is to be for %s: raise the limit, or promise less", a.Since.Format(time.RFC3339), config.Span(g.Policy().EveryWrite)))
 	}
 }

@@ -90,7 +90,7 @@ type Reader struct {
 func (g *Group) Reader(upTo record.LSN) (*Reader, error) {
 	g.pool.Lock()
 	for i := len(g.pool.readers) - 1; i >= 0; i-- {
-		if r := g.pool.readers[i]; r.mark >= upTo && r.Current() {
+		if r := g.pool.readers[i]; r.mark >= upTo && r.gen == g.Forgotten() {
 			g.pool.readers = slices.Delete(g.pool.readers, i, i+1)
 			g.pool.Unlock()
 			return r, nil
@@ -118,8 +118,11 @@ func (g *Group) FreshReader() (*Reader, error) {
 // have been in the backing when it was made, and is not now.
 func (g *Group) Forgetting() { g.forgotten.Add(1) }
 
-// Current reports whether nothing was forgotten since the reader was made. The reader may have been released.
-func (r *Reader) Current() bool { return r.gen == r.g.forgotten.Load() }
+// Forgotten counts the calls of Forgetting.
+func (g *Group) Forgotten() uint64 { return g.forgotten.Load() }
+
+// Forgotten is what Group.Forgotten was when the reader was made, or before.
+func (r *Reader) Forgotten() uint64 { return r.gen }
 
 // maxIdle bounds the readers that are kept for the next who asks.
 const maxIdle = 32

@@ -29,9 +29,6 @@ type Tier struct {
 // MaxPoints bounds how many points a policy may keep.
 const MaxPoints = 1 << 16
 
-// Zero reports whether the policy promises nothing.
-func (p Policy) Zero() bool { return p.EveryWrite == 0 && len(p.Tiers) == 0 && p.Markers == 0 }
-
 // Validate reports every fault of the policy at once: what can not be, and what contradicts itself.
 func (p Policy) Validate() error {
 	var errs []error
@@ -72,13 +69,11 @@ type Point struct {
 	Time        int64              // of its record, Unix nanoseconds
 	Consistency record.Consistency // of its marker; 0: it has none
 	Pinned      bool
-	Held        int64 // until then nobody may let go of it, Unix nanoseconds; 0: they may
 }
 
 // Reason says why a point is kept; the zero Reason, that it is not.
 type Reason struct {
 	Pinned bool
-	Held   bool
 	Marker bool          // it is one of the newest markers
 	Tier   time.Duration // the slot's length, of the thinnest tier that keeps it; 0: none does
 }
@@ -93,7 +88,7 @@ func (p Policy) Keep(now int64, points []Point) []Reason {
 	left := p.Markers
 	for i := len(points) - 1; i >= 0; i-- {
 		at := &points[i]
-		why[i].Pinned, why[i].Held = at.Pinned, at.Held > now
+		why[i].Pinned = at.Pinned
 		if at.Consistency != 0 && left > 0 {
 			why[i].Marker = true
 			left--
@@ -139,21 +134,11 @@ func (p Policy) Ends(first, next int64) bool {
 	return slices.ContainsFunc(p.Tiers, func(t Tier) bool { return t.slot(first) != t.slot(next) })
 }
 
-// SlotEnd is the last instant of the slot of the finest tier that a time lies in, both Unix nanoseconds; ok is false if there are no tiers.
-func (p Policy) SlotEnd(at int64) (end int64, ok bool) {
-	for _, t := range p.Tiers {
-		if e := t.end(t.slot(at)) - 1; !ok || e < end {
-			end, ok = e, true
-		}
-	}
-	return end, ok
-}
-
 // Sacrifice lists the points that are kept, by index, in the order in which they are given up when there is no room for all: of the finest tier
-// first, the oldest first, then markers that are kept for their number. What is pinned or held is not among them.
+// first, the oldest first, then markers that are kept for their number. What is pinned is not among them.
 func Sacrifice(points []Point, why []Reason) (order []int) {
 	for i, r := range why {
-		if r.Kept() && !r.Pinned && !r.Held {
+		if r.Kept() && !r.Pinned {
 			order = append(order, i)
 		}
 	}

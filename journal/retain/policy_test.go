@@ -20,8 +20,8 @@ func TestKeep(t *testing.T) {
 	ago := func(d time.Duration) int64 { return now - int64(d) }
 	points := []Point{
 		{LSN: 1, Time: ago(26 * time.Hour)}, // its slot has ended too long ago
-		{LSN: 2, Time: ago(26 * time.Hour), Held: now + 1},
-		{LSN: 3, Time: ago(26 * time.Hour), Held: now},
+		{LSN: 2, Time: ago(26 * time.Hour)},
+		{LSN: 3, Time: ago(26 * time.Hour), Consistency: record.Crash},
 		{LSN: 4, Time: ago(26 * time.Hour), Consistency: record.Crash, Pinned: true},
 		{LSN: 5, Time: ago(10*time.Hour - time.Minute), Consistency: record.Application},
 		{LSN: 6, Time: ago(10*time.Hour - 2*time.Minute), Consistency: record.Crash},
@@ -34,7 +34,7 @@ func TestKeep(t *testing.T) {
 	}
 	hour, minute := Reason{Tier: time.Hour}, Reason{Tier: time.Minute}
 	why := p.Keep(now, points)
-	require.Equal(t, []Reason{{}, {Held: true}, {}, {Pinned: true}, hour, {}, {}, {}, {Marker: true, Tier: time.Hour}, {}, minute, hour}, why)
+	require.Equal(t, []Reason{{}, {}, {}, {Pinned: true}, hour, {}, {}, {}, {Marker: true, Tier: time.Hour}, {}, minute, hour}, why)
 	require.Equal(t, []int{10, 4, 11, 8}, Sacrifice(points, why))
 }
 
@@ -72,9 +72,6 @@ func history(rng *rand.Rand) (points []Point) {
 		if rng.IntN(10) == 0 {
 			p.Consistency = record.Crash + record.Consistency(rng.IntN(3))
 			p.Pinned = rng.IntN(8) == 0
-			if rng.IntN(8) == 0 {
-				p.Held = at + rng.Int64N(int64(5*day))
-			}
 		}
 		points = append(points, p)
 	}
@@ -142,19 +139,6 @@ func TestEachSlotHasItsPoint(t *testing.T) {
 			i := slices.IndexFunc(got, func(k Point) bool { return k.Time/int64(time.Hour) == slot && k.Consistency >= at.Consistency })
 			require.GreaterOrEqual(t, i, 0, "seed %d: LSN %d", seed, at.LSN)
 		}
-	}
-}
-
-func TestSlotEnd(t *testing.T) {
-	_, ok := Policy{}.SlotEnd(5)
-	require.False(t, ok)
-	p := Policy{Tiers: []Tier{{time.Minute, time.Hour}, {7 * time.Minute, day}}}
-	for at := int64(-20 * time.Minute); at < int64(20*time.Minute); at += int64(7 * time.Second) {
-		end, ok := p.SlotEnd(at)
-		require.True(t, ok)
-		require.GreaterOrEqual(t, end, at)
-		require.False(t, p.Ends(at, end), "at %d", at)
-		require.True(t, p.Ends(at, end+1), "at %d", at)
 	}
 }
 

@@ -164,8 +164,8 @@ type Group struct {
 	Applied uint64 `json:"applied"`
 	Horizon uint64 `json:"horizon"`
 	// Since is when the continuous window begins, Promised how long it is to be; 0: as long as there is room.
-	Since        time.Time `json:"since"`
-	Promised     float64   `json:"promised_seconds,omitempty"`
+	Since        time.Time `json:"window_since"`
+	Promised     float64   `json:"window_promised_seconds,omitempty"`
 	KeptPoints   int       `json:"kept_points"` // beyond it
 	JournalBytes int64     `json:"journal_bytes"`
 	Unapplied    int64     `json:"unapplied_bytes"`
@@ -384,7 +384,7 @@ type Points struct {
 	Horizon uint64    `json:"horizon"`
 	Durable uint64    `json:"durable"`
 	Head    uint64    `json:"head"`
-	Since   time.Time `json:"since"`             // when the continuous window begins
+	Since   time.Time `json:"window_since"`      // when the continuous window begins
 	Earlier []Range   `json:"earlier,omitempty"` // what can be viewed beyond gaps, before the horizon
 	Kept    []Kept    `json:"kept"`              // points beyond all of these
 	Markers []Marker  `json:"markers"`
@@ -395,11 +395,11 @@ type Kept struct {
 	LSN   uint64    `json:"lsn"`
 	Time  time.Time `json:"time"`
 	Until time.Time `json:"until"` // from time up to, and not with, this, the disks were what they are there
-	Why   []string  `json:"why"`   // pinned, held, newest markers, each 1h; nothing: an open view needs it
+	Why   []string  `json:"why"`   // pinned, newest markers, each 1h; nothing: an open view needs it
 }
 
-// Retention is the answer to GET /v1/groups/GROUP/retention: what is kept, and what would go now. With every_write=24h, tier=1h=30d (several) or markers=10, it is
-// what a policy of these would do.
+// Retention is the answer to GET /v1/groups/GROUP/retention: what is kept. With plan=true, what would go now, too; every_write=24h, tier=1h=30d (several; none: no tier)
+// and markers=10 each replace their part of the policy then.
 type Retention struct {
 	Group      string          `json:"group"`
 	EveryWrite float64         `json:"every_write_seconds"` // 0: as long as there is room
@@ -407,13 +407,18 @@ type Retention struct {
 	Markers    int             `json:"markers"`
 	Limit      int64           `json:"limit_bytes"` // 0: none
 	Used       int64           `json:"used_bytes"`
-	Since      time.Time       `json:"since"` // when the continuous window begins
-	Eaten      bool            `json:"eaten"` // it is shorter than promised, for lack of space
-	Kept       []Kept          `json:"kept"`  // then
-	// What would go now: history up to an LSN, of which points are kept, and points that are kept now.
-	Horizon uint64 `json:"horizon"`
-	Gone    []Kept `json:"gone"`
-	Frees   int64  `json:"frees_bytes"` // at least
+	Since      time.Time       `json:"window_since"` // when the continuous window begins
+	Short      bool            `json:"window_short"` // it is shorter than promised, for lack of space
+	Kept       []Kept          `json:"kept"`
+	Would      *RetentionPlan  `json:"would,omitempty"`
+}
+
+// RetentionPlan is what would become of a group's history now.
+type RetentionPlan struct {
+	Horizon uint64 `json:"horizon"`     // up to which it would expire
+	Kept    []Kept `json:"kept"`        // points beyond that
+	Gone    []Kept `json:"gone"`        // points that are kept now, and would not be
+	Frees   int64  `json:"frees_bytes"` // about
 }
 
 // RetentionTier keeps a point for each slot of time.

@@ -73,7 +73,7 @@ type TLS struct {
 	ClientCA string `yaml:"client_ca"` // if set, clients need a certificate of it
 }
 
-// Journal says how much the groups's journal may take.
+// Journal says how much the groups' journals may take.
 type Journal struct {
 	Limit      Size `yaml:"limit"`       // of each group; 0: as far as the file system has room
 	Total      Size `yaml:"total"`       // of all groups; 0: as far as the file system has room

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -30,7 +31,7 @@ func (r Retain) Policy() (retain.Policy, error) {
 		errs = append(errs, err)
 		p.Tiers = append(p.Tiers, retain.Tier{Every: time.Duration(every), For: time.Duration(r.Tiers[key])})
 	}
-	slices.SortFunc(p.Tiers, func(a, b retain.Tier) int { return int(min(max(a.Every-b.Every, -1), 1)) })
+	slices.SortFunc(p.Tiers, func(a, b retain.Tier) int { return cmp.Compare(a.Every, b.Every) })
 	if err := errors.Join(errs...); err != nil {
 		return p, err
 	}
