@@ -197,6 +197,9 @@ func (g *Group) keepBlocks(d *disk.Disk, ext record.Extent, content []byte, flag
 		}
 		ext.Off, ext.Len, content = ext.Off+most, ext.Len-most, content[most:]
 	}
+	if from >= until {
+		return fmt.Errorf("keep what %v of disk %s held: from LSN %d until LSN %d", ext, d.Name, from, until)
+	}
 	h := record.Header{LSN: until, Durable: from, Extent: ext, Disk: d.ID, Kind: record.KindOriginal, Flags: flags | record.FlagExact}
 	if content == nil {
 		h.Kind = record.KindHole

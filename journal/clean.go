@@ -53,37 +53,26 @@ func (g *Group) giveUp() (bool, error) {
 }
 
 // letGoLocked keeps no other points than those given, and those that somebody has come to need meanwhile. It is durable when it returns: what Apply keeps from
-// then on may not do for the others. It reports whether any went. g.apply is held.
+// then on may not do for the others. It reports whether any went; without room to note that, none do. g.apply is held.
 func (g *Group) letGoLocked(kept []KeptPoint) (bool, error) {
 	was := g.KeptPoints()
-	stay := func(lsn record.LSN) {
-		i, ok := findKept(was, lsn)
-		if at, in := findKept(kept, lsn); ok && !in {
-			kept = slices.Insert(kept, at, was[i])
-		}
+	g.pins.Lock()
+	kept = g.withPinned(kept)
+	g.pins.Unlock()
+	if len(kept) == len(was) {
+		return false, nil
+	}
+	if err := g.noteExpired(g.expiredTo(), kept, g.currentMarker); errors.Is(err, segment.ErrFull) {
+		return false, err
+	} else if err != nil {
+		return false, g.fail(err)
 	}
 	g.append.Lock()
 	g.pins.Lock()
-	for lsn := range g.pins.markers {
-		stay(lsn)
-	}
-	for lsn := range g.pins.points {
-		stay(lsn)
-	}
-	if len(kept) == len(was) {
-		g.pins.Unlock()
-		g.append.Unlock()
-		return false, nil
-	}
+	kept = g.withPinned(kept)
 	g.kept.Store(&kept)
 	g.pins.Unlock()
-	var gone []record.Marker
-	for _, m := range g.append.markers.all {
-		if _, ok := findKept(kept, m.LSN); !ok && m.LSN <= g.expiredTo() {
-			gone = append(gone, m)
-		}
-	}
-	g.append.markers.expire(g.expiredTo(), kept)
+	gone := g.append.markers.expire(g.expiredTo(), kept)
 	g.append.Unlock()
 	b := g.ix.NewBatch()
 	for _, m := range gone {
@@ -94,16 +83,29 @@ func (g *Group) letGoLocked(kept []KeptPoint) (bool, error) {
 	if err := g.setKept(b); err != nil {
 		return true, g.fail(err)
 	}
-	if err := g.noteExpired(g.expiredTo()); errors.Is(err, segment.ErrFull) {
-		return true, err // the points are gone, and come back if the index is lost before the next note
-	} else if err != nil {
-		return true, g.fail(err)
-	}
 	if err := errors.Join(g.commit(b), g.store.ix.Flush()); err != nil {
 		return true, g.fail(err)
 	}
 	g.log.Info("let go of points beyond the window", zap.Int("points", len(was)-len(kept)), zap.Int("kept", len(kept)))
 	return true, nil
+}
+
+// withPinned are some kept points with those others that are kept at present and pinned, or viewed. g.pins is held.
+func (g *Group) withPinned(kept []KeptPoint) []KeptPoint {
+	was := g.KeptPoints()
+	stay := func(lsn record.LSN) {
+		i, ok := findKept(was, lsn)
+		if at, in := findKept(kept, lsn); ok && !in {
+			kept = slices.Insert(slices.Clone(kept), at, was[i])
+		}
+	}
+	for lsn := range g.pins.markers {
+		stay(lsn)
+	}
+	for lsn := range g.pins.points {
+		stay(lsn)
+	}
+	return kept
 }
 
 // allPoints are the LSNs beyond the window that can be viewed, in their order, and the horizon.
@@ -149,10 +151,16 @@ func (g *Group) clean(share int64, pause func() error) (freed int64, err error) 
 		if most {
 			continue
 		}
-		if err := g.cleanFile(f, pause); err != nil {
-			if errors.Is(err, segment.ErrFull) {
-				break // what comes free now makes room for it
-			}
+		delete(g.cleaning.needs, f.Number) // what is copied is needed here no more
+		switch err := g.cleanFile(f, pause); {
+		case errors.Is(err, record.ErrCorrupt):
+			g.log.Error("a file of originals is damaged, and stays", zap.Error(err))
+			g.cleaning.needs[f.Number] = allNeeded
+			continue
+		case errors.Is(err, segment.ErrFull):
+			// What comes free now makes room for it.
+			return freed, g.dropCleaned(gone)
+		case err != nil:
 			return 0, fmt.Errorf("clean %s: %w", f.Path, err)
 		}
 		gone = append(gone, f)
@@ -177,7 +185,7 @@ func (g *Group) mostlyNeeded(f *segment.File, share int64) (bool, error) {
 			return true, err
 		}
 		var err error
-		if n, err = readNeeds(f, points); err != nil {
+		if n, err = g.readNeeds(f, points); err != nil {
 			return true, err
 		}
 		g.cleaning.needs[f.Number] = n
@@ -201,21 +209,59 @@ type fileNeeds struct {
 	of    map[Range]int64
 }
 
-func readNeeds(f *segment.File, points []record.LSN) (n fileNeeds, err error) {
+// allNeeded is of a file that can not be cleaned.
+var allNeeded = fileNeeds{total: 1, of: map[Range]int64{{0, record.MaxLSN - 1}: 1}}
+
+// readNeeds counts what the index finds in a file, and some point is of: the rest may have been copied already.
+func (g *Group) readNeeds(f *segment.File, points []record.LSN) (n fileNeeds, err error) {
+	reader, err := g.ix.FreshReader()
+	if err != nil {
+		return n, err
+	}
+	defer reader.Close()
 	n.of = map[Range]int64{}
-	_, err = f.Scan(f.Start(), func(_ int64, h record.Header) error {
+	_, err = f.Scan(f.Start(), func(off int64, h record.Header) error {
 		if h.Extent.Len == 0 {
 			return nil
 		}
 		n.total += h.Size()
-		if lives(points, &h) {
-			first, _ := retain.First(points, h.Durable)
-			i, _ := slices.BinarySearch(points, h.LSN)
-			n.of[Range{first, points[i-1]}] += h.Size()
+		if !lives(points, &h) {
+			return nil
 		}
-		return nil
+		first, _ := retain.First(points, h.Durable)
+		i, _ := slices.BinarySearch(points, h.LSN)
+		return eachFound(reader, f, off, &h, func(_, blocks int) error {
+			n.of[Range{first, points[i-1]}] += h.Size() * int64(blocks) / int64(record.Blocks(h.Extent.Len))
+			return nil
+		})
 	})
 	return n, err
+}
+
+// eachFound calls fn with the runs of an original's blocks that the index finds where it stands: others were copied elsewhere, or forgotten, and another one is of the same
+// LSN.
+func eachFound(reader *index.Reader, f *segment.File, off int64, h *record.Header, fn func(first, n int) error) error {
+	entries := appendOriginal(nil, h, f.Number, off)
+	for i := 0; i < len(entries); {
+		n := 0
+		for ; i+n < len(entries); n++ {
+			e := &entries[i+n]
+			now, ok, err := reader.At(e.Disk, e.Unit, e.LSN)
+			if err != nil {
+				return err
+			}
+			if !ok || now != e.Version {
+				break
+			}
+		}
+		if n > 0 {
+			if err := fn(i, n); err != nil {
+				return err
+			}
+		}
+		i += n + 1
+	}
+	return nil
 }
 
 // needed is how many bytes any of some points is of.
@@ -272,25 +318,20 @@ func (g *Group) cleanStep(f *segment.File, from int64) (end int64, err error) {
 			return nil
 		}
 		if !lives(points, &h) {
-			for _, e := range appendOriginal(nil, &h, f.Number, off) {
-				// Another one may be of the same LSN, see dropStale.
-				if is, err := reader.Has(&e); err != nil {
-					return err
-				} else if !is {
-					continue
+			return eachFound(reader, f, off, &h, func(first, n int) error {
+				for _, e := range appendOriginal(nil, &h, f.Number, off)[first : first+n] {
+					if err := b.Delete(e.Disk, e.Unit, e.LSN); err != nil {
+						return err
+					}
 				}
-				if err := b.Delete(e.Disk, e.Unit, e.LSN); err != nil {
-					return err
-				}
-			}
-			return nil
+				return nil
+			})
 		}
 		var err error
 		if buf, err = f.VerifyPayload(off, h, buf); err != nil {
 			return err
 		}
-		h.Flags |= record.FlagCarried
-		return g.keep(h, buf[:h.Payload])
+		return eachFound(reader, f, off, &h, func(first, n int) error { return g.keep(partOf(&h, first, n), partBytes(&h, buf, first, n)) })
 	})
 	if err != nil && !errors.Is(err, segment.ErrStop) {
 		g.apply.gathered, g.apply.pending = g.apply.gathered[:0], nil // what of it was written counts, and is true
@@ -310,8 +351,31 @@ func (g *Group) cleanStep(f *segment.File, from int64) (end int64, err error) {
 	return end, nil
 }
 
+// partOf is what carries over some blocks of an original.
+func partOf(h *record.Header, first, n int) record.Header {
+	part := *h
+	part.Flags |= record.FlagCarried
+	part.Extent.Off += int64(first) * record.BlockSize
+	part.Extent.Len = min(int64(n)*record.BlockSize, h.Extent.End()-part.Extent.Off)
+	if h.Kind == record.KindOriginal {
+		part.Sums = h.Sums[4*first : 4*(first+n)]
+	}
+	return part
+}
+
+// partBytes is their content.
+func partBytes(h *record.Header, content []byte, first, n int) []byte {
+	if h.Kind != record.KindOriginal {
+		return nil
+	}
+	return content[first*record.BlockSize : min((first+n)*record.BlockSize, h.Payload)]
+}
+
 // dropCleaned removes files that nothing durable refers to any more. What they said of the horizon and of definitions is said again first.
 func (g *Group) dropCleaned(gone []*segment.File) error {
+	if len(gone) == 0 {
+		return nil
+	}
 	g.apply.Lock()
 	defer g.apply.Unlock()
 	if err := g.ended(); err != nil {
@@ -324,7 +388,7 @@ func (g *Group) dropCleaned(gone []*segment.File) error {
 	if err := g.carryDefinitions(horizon); err != nil {
 		return err
 	}
-	if err := g.noteExpired(horizon); err != nil {
+	if err := g.noteExpired(horizon, g.KeptPoints(), g.currentMarker); err != nil {
 		if errors.Is(err, segment.ErrFull) {
 			return nil
 		}
@@ -374,7 +438,15 @@ func (g *Group) origins(d *disk.Disk, first, n int64, fn func(first, n int64, si
 		return err
 	}
 	oldest := g.allPoints()[0]
-	since := func(p *index.Pick) record.LSN { return max(oldest, p.Until, d.KnownSince()) }
+	since := func(p *index.Pick) record.LSN {
+		switch {
+		case p.Found: // a part of the same, kept when there was no room for the rest
+			return p.LSN
+		case p.Until != 0:
+			return max(p.Until, d.KnownSince())
+		}
+		return max(oldest, d.KnownSince())
+	}
 	for i := 0; i < len(picks); {
 		j := i + 1
 		for j < len(picks) && since(&picks[j]) == since(&picks[i]) {

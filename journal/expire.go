@@ -94,7 +94,9 @@ func (g *Group) expireForSpace() (bool, error) {
 		if more, err = g.giveUp(); err != nil || !more {
 			break
 		}
-		n, err = g.Clean()
+		if err = g.closeOriginals(0); err == nil {
+			n, err = g.Clean()
+		}
 	}
 	if err != nil {
 		g.log.Error("the journal is full and its oldest history can not be expired", zap.Error(err))
@@ -234,6 +236,9 @@ func (g *Group) fresh(policy retain.Policy, files []*segment.File, next *segment
 	err = segment.ScanLog(files, files[0].Start(), func(_ *segment.File, _ int64, h record.Header) error {
 		if h.LSN > horizon {
 			return segment.ErrStop
+		}
+		if !g.viewable(h.LSN) {
+			return nil // of a bridge, with the time of the last record before it
 		}
 		if h.LSN != at.LSN { // of a bridge, several have one
 			end(h.Time)
@@ -375,7 +380,7 @@ func (e *expiry) run(d *disk.Disk, h *record.Header, first, n int64) error {
 			return err
 		}
 		for i := range at {
-			if at[i].LSN != h.LSN {
+			if !at[i].Found || at[i].LSN != h.LSN {
 				continue // a newer one there: that one decides
 			}
 			block := first + int64(i)
@@ -457,7 +462,7 @@ func (e *expiry) older(d *disk.Disk, block int64, lsn record.LSN) error {
 	}
 	// Where it ends, only the records that expire say.
 	until, err := e.reader.Next(d.ID, block, e.old)
-	if err != nil || until != lsn {
+	if err != nil {
 		return err
 	}
 	e.moves = append(e.moves, move{d, block, inexact[0], until})
@@ -619,7 +624,7 @@ func (e *expiry) finish(files []*segment.File) error {
 	if err := g.syncLog(); err != nil {
 		return err
 	}
-	if err := g.noteExpired(e.horizon); errors.Is(err, segment.ErrFull) {
+	if err := g.noteExpired(e.horizon, g.KeptPoints(), g.currentMarker); errors.Is(err, segment.ErrFull) {
 		g.log.Warn("the files of expired history stay until there is room to note that it has expired", zap.Error(err))
 		return nil // the next expiry of them does
 	} else if err != nil {

@@ -3,6 +3,7 @@ package journal
 import (
 	"cmp"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"maps"
 	"math"
@@ -288,14 +289,14 @@ func decodeKept(b []byte) (p keptPart, err error) {
 		p.since[record.DiskID(le.Uint32(b))] = record.LSN(le.Uint64(b[4:]))
 		b = b[keptDisk:]
 	}
-	for last := record.LSN(0); n > 0; n-- {
+	for ; n > 0; n-- {
 		if len(b) < keptFixed {
 			return bad("%w: it is cut short", record.ErrCorrupt)
 		}
 		k := KeptPoint{record.LSN(le.Uint64(b)), int64(le.Uint64(b[8:])), int64(le.Uint64(b[16:]))}
 		size := int(le.Uint16(b[24:]))
 		b = b[keptFixed:]
-		if size > len(b) || k.LSN <= last {
+		if size > len(b) || len(p.kept) > 0 && k.LSN <= p.kept[len(p.kept)-1].LSN {
 			return bad("%w: the point at LSN %d", record.ErrCorrupt, k.LSN)
 		}
 		if size > 0 {
@@ -305,7 +306,7 @@ func decodeKept(b []byte) (p keptPart, err error) {
 			}
 			p.markers = append(p.markers, m)
 		}
-		p.kept, b, last = append(p.kept, k), b[size:], k.LSN
+		p.kept, b = append(p.kept, k), b[size:]
 	}
 	if len(b) > 0 {
 		return bad("%w: %d bytes too many", record.ErrCorrupt, len(b))
@@ -315,19 +316,10 @@ func decodeKept(b []byte) (p keptPart, err error) {
 
 // noteExpired notes among the originals that the index has come to a horizon, and what is kept beyond it, durably: without an index nothing else
 // says so once some of the files are gone, and what was carried over would count for nothing. g.apply is held.
-func (g *Group) noteExpired(horizon record.LSN) error {
+func (g *Group) noteExpired(horizon record.LSN, kept []KeptPoint, marker func(record.LSN) (record.Marker, bool)) error {
 	g.apply.orig.Keep(0) // what it takes is little, and the files that go are much
 	defer g.apply.orig.Keep(g.o.keepApply())
 	note := record.Header{Flags: record.FlagCarried, LSN: horizon + 1, Durable: horizon}
-	marker := func(lsn record.LSN) (record.Marker, bool) {
-		g.append.Lock()
-		defer g.append.Unlock()
-		i, ok := g.append.markers.find(lsn)
-		if !ok {
-			return record.Marker{}, false
-		}
-		return g.append.markers.all[i], true
-	}
 	since := map[record.DiskID]record.LSN{}
 	for _, d := range g.disks.Load().all {
 		if lsn := d.KnownSince(); lsn > 0 {
@@ -335,7 +327,7 @@ func (g *Group) noteExpired(horizon record.LSN) error {
 		}
 	}
 	var err error
-	for part, rest := 0, g.KeptPoints(); err == nil && len(rest) > 0; part++ {
+	for part, rest := 0, kept; err == nil && len(rest) > 0; part++ {
 		var b []byte
 		b, rest = appendKept(nil, part, since, rest, marker)
 		since = nil
@@ -353,6 +345,44 @@ func (g *Group) noteExpired(horizon record.LSN) error {
 		return fmt.Errorf("note that history has expired up to LSN %d: %w", horizon, err)
 	}
 	return nil
+}
+
+// currentMarker is the marker at an LSN.
+func (g *Group) currentMarker(lsn record.LSN) (record.Marker, bool) {
+	g.append.Lock()
+	defer g.append.Unlock()
+	i, ok := g.append.markers.find(lsn)
+	if !ok {
+		return record.Marker{}, false
+	}
+	return g.append.markers.all[i], true
+}
+
+// readKept reads the newest list of kept points among the originals, and up to where history had expired by the newest note. ever is false if there
+// never was a list.
+func (g *Group) readKept() (l keptList, horizon record.LSN, ever bool, err error) {
+	var list keptReader
+	for _, f := range g.set.Files(segment.Originals) {
+		take := func(off int64, h record.Header) error {
+			switch h.Kind {
+			case record.KindExpired:
+				horizon = max(horizon, h.Durable)
+				list.end()
+			case record.KindKept:
+				list.add(f.VerifyPayload(off, h, nil))
+				ever = true
+			}
+			return nil
+		}
+		end, err := f.Scan(f.Start(), take)
+		if errors.Is(err, record.ErrCorrupt) {
+			err = f.Resync(end, take) // what stands behind damage is newer
+		}
+		if err != nil {
+			return l, 0, false, fmt.Errorf("find what has expired: %w", err)
+		}
+	}
+	return list.last, horizon, ever, nil
 }
 
 // keptReader gathers the lists of kept points among the originals, in the order in which they were written: the last one counts of which all is there.

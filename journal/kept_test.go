@@ -240,7 +240,7 @@ func TestKeptPoints(t *testing.T) {
 func TestTheListOfKeptPoints(t *testing.T) {
 	var kept []KeptPoint
 	for i := range 60000 {
-		kept = append(kept, KeptPoint{record.LSN(3 * (i + 1)), int64(i), int64(i + 1)})
+		kept = append(kept, KeptPoint{record.LSN(3 * i), int64(i), int64(i + 1)})
 	}
 	label := func(lsn record.LSN) (record.Marker, bool) {
 		m := record.Marker{LSN: lsn, Label: fmt.Sprint("m", lsn), By: "test", Asked: record.Crash, Consistency: record.Crash}

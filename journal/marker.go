@@ -48,15 +48,21 @@ func (t *markers) remove(lsn record.LSN) (m record.Marker, ok bool) {
 	return m, true
 }
 
-// expire forgets the markers whose records are at or below the horizon, and not kept.
-func (t *markers) expire(horizon record.LSN, kept []KeptPoint) {
-	for i := 0; i < len(t.all) && t.all[i].LSN <= horizon; {
-		if _, ok := findKept(kept, t.all[i].LSN); ok {
-			i++
-		} else {
-			t.remove(t.all[i].LSN)
+// expire forgets the markers whose records are at or below the horizon, and not kept, and returns them.
+func (t *markers) expire(horizon record.LSN, kept []KeptPoint) (gone []record.Marker) {
+	t.all = slices.DeleteFunc(t.all, func(m record.Marker) bool {
+		if _, ok := findKept(kept, m.LSN); ok || m.LSN > horizon {
+			return false
+		}
+		gone = append(gone, m)
+		return true
+	})
+	for _, m := range gone {
+		if t.labels[m.Label] == m.LSN {
+			delete(t.labels, m.Label)
 		}
 	}
+	return gone
 }
 
 // amend does what an amendment says, and returns what the index must learn of it. The marker may

@@ -38,20 +38,20 @@ func (r *recovery) dropStale() error {
 					return err
 				}
 				at := place{e.Disk, e.Unit.Index}
-				if overwrote(&picks[0], &h, g.expiredTo()) {
-					live[at] = true
-					continue
-				}
-				if _, seen := live[at]; !seen {
-					live[at] = false
-				}
-				if e.Until != 0 && retain.Lives(kept, e.LSN, e.Until) {
-					continue
-				}
+				window := overwrote(&picks[0], &h, g.expiredTo())
+				live[at] = live[at] || window
 				// Another one may be of the same LSN: one that ended later, and was kept when this one was forgotten.
-				if is, err := reader.Has(&e); err != nil {
+				now, ok, err := reader.At(e.Disk, e.Unit, e.LSN)
+				if err != nil {
 					return err
-				} else if !is {
+				}
+				if window || e.Until != 0 && retain.Lives(kept, e.LSN, e.Until) {
+					if !ok || now.Until != e.Until {
+						b.Set([]index.Entry{e})
+					}
+					continue
+				}
+				if now != e.Version {
 					continue
 				}
 				if err := b.Delete(e.Disk, e.Unit, e.LSN); err != nil {

@@ -366,35 +366,18 @@ func (r *recovery) keptState() error {
 
 // expired is the horizon that the last expiry came to, as far as the originals say. What is kept beyond it is taken up.
 func (r *recovery) expired() (horizon record.LSN, err error) {
-	var list keptReader
-	ever := false
-	for _, f := range r.g.set.Files(segment.Originals) {
-		_, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
-			switch h.Kind {
-			case record.KindExpired:
-				horizon = max(horizon, h.Durable)
-				list.end()
-			case record.KindKept:
-				list.add(f.VerifyPayload(off, h, nil))
-				ever = true
-			}
-			return nil
-		})
-		if err != nil && !errors.Is(err, record.ErrCorrupt) {
-			return 0, fmt.Errorf("find what has expired: %w", err)
-		}
-	}
-	if !ever {
-		return horizon, nil
+	list, horizon, ever, err := r.g.readKept()
+	if err != nil || !ever {
+		return horizon, err
 	}
 	r.g.hadKept.Store(true)
-	if err := list.last.err; err != nil {
+	if err := list.err; err != nil {
 		r.g.log.Error("which points were kept beyond the horizon is not known any more: those before it can not be viewed, pinned ones neither", zap.Error(err))
 		return horizon, nil
 	}
-	r.g.kept.Store(&list.last.kept)
-	r.since = list.last.since
-	for _, m := range list.last.markers {
+	r.g.kept.Store(&list.kept)
+	r.since = list.since
+	for _, m := range list.markers {
 		r.g.append.markers.set(m)
 		r.g.append.pend.markers = append(r.g.append.pend.markers, index.MarkerChange{Marker: m})
 	}
@@ -453,11 +436,16 @@ func (r *recovery) originals() error {
 // A crash tears only what was appended after the last commit. The header of each
 // original says which round it was kept for: one of a round that the backings have durably was synced.
 func (r *recovery) originalsTail(f *segment.File, end int64, cause error) error {
-	behind, applied, err := r.originalsBehind(f, end)
+	behind, durable, err := r.originalsBehind(f, end)
 	if err != nil {
 		return err
 	}
-	if applied && !r.copied(f) {
+	if !durable && (behind || cause != nil) {
+		if durable, err = r.notedBehind(f); err != nil {
+			return err
+		}
+	}
+	if durable && !r.copied(f) {
 		if cause == nil {
 			cause = fmt.Errorf("%w: %s: nothing at %d, and originals behind it", record.ErrCorrupt, f.Path, end)
 		}
@@ -503,17 +491,36 @@ func (r *recovery) restoreRewind() (err error) {
 }
 
 // originalsBehind reports whether any valid original stands at or behind off, and
-// whether one of them is of a round that was applied: what a crash left of an append is not.
-func (r *recovery) originalsBehind(f *segment.File, off int64) (any, applied bool, err error) {
+// whether what stands before one of them was durable: it is of a round that was applied, or notes the end of an expiry. What a crash left of an append is neither.
+func (r *recovery) originalsBehind(f *segment.File, off int64) (any, durable bool, err error) {
 	err = f.Resync(off, func(_ int64, h record.Header) error {
 		any = true
-		if h.Flags&record.FlagCarried == 0 && h.LSN <= r.applied {
-			applied = true
+		if h.Kind == record.KindExpired || h.Flags&record.FlagCarried == 0 && h.LSN <= r.applied {
+			durable = true
 			return segment.ErrStop
 		}
 		return nil
 	})
-	return any, applied, err
+	return any, durable, err
+}
+
+// notedBehind reports whether the end of an expiry is noted in a later file of originals.
+func (r *recovery) notedBehind(f *segment.File) (noted bool, err error) {
+	for _, later := range r.g.set.Files(segment.Originals) {
+		if later.Number <= f.Number || noted {
+			continue
+		}
+		_, err := later.Scan(later.Start(), func(_ int64, h record.Header) error {
+			if noted = h.Kind == record.KindExpired; noted {
+				return segment.ErrStop
+			}
+			return nil
+		})
+		if err != nil && !errors.Is(err, segment.ErrStop) && !errors.Is(err, record.ErrCorrupt) {
+			return false, err
+		}
+	}
+	return noted, nil
 }
 
 // believe verifies a record that nothing says was durable. It may have been read from
@@ -568,7 +575,23 @@ func (r *recovery) commitOriginals(entries []index.Entry) error {
 			return err
 		}
 	}
-	b.Set(entries)
+	// Of several with one LSN, see dropStale, the last counts.
+	type key struct {
+		disk  record.DiskID
+		block int64
+		lsn   record.LSN
+	}
+	last := make(map[key]int, len(entries))
+	for i, e := range entries {
+		last[key{e.Disk, e.Unit.Index, e.LSN}] = i
+	}
+	unique := entries[:0]
+	for i, e := range entries {
+		if last[key{e.Disk, e.Unit.Index, e.LSN}] == i {
+			unique = append(unique, e)
+		}
+	}
+	b.Set(unique)
 	return b.Commit(r.g.index.mark)
 }
 
@@ -685,14 +708,24 @@ func (g *Group) start(r *recovery) error {
 // those behind the horizon, which an expiry forgot and a crash brought back.
 func (g *Group) dropEmpty(last record.LSN) error {
 	var empty []*segment.File
+	expired := false
 	files := g.set.Files(segment.Log)
 	for i, f := range files[:len(files)-1] {
-		if f.First > last || f.First <= g.expiredTo() && files[i+1].First-1 <= g.expiredTo() {
-			empty = append(empty, f)
+		gone := f.First <= g.expiredTo() && files[i+1].First-1 <= g.expiredTo()
+		if f.First > last || gone {
+			empty, expired = append(empty, f), expired || gone
 		}
 	}
 	if len(empty) == 0 {
 		return nil
+	}
+	if expired {
+		// The crash came before the note that they may go.
+		if err := g.noteExpired(g.expiredTo(), g.KeptPoints(), g.currentMarker); errors.Is(err, segment.ErrFull) {
+			return nil // the next expiry does
+		} else if err != nil {
+			return err
+		}
 	}
 	return g.set.Remove(empty...)
 }

@@ -266,8 +266,20 @@ func (g *Group) keepOriginals(to record.LSN) error {
 		return err
 	}
 	// The index is made again, and with it the horizon and what is kept beyond it, which nothing else may say.
+	// What records behind the LSN did to markers of before the horizon never happened: they are as the newest note has them, and the log goes on from there.
 	if h := g.expiredTo(); h > 0 {
-		if err := g.noteExpired(h); err != nil {
+		noted, _, _, err := g.readKept()
+		if err != nil {
+			return err
+		}
+		marker := func(lsn record.LSN) (record.Marker, bool) {
+			i := slices.IndexFunc(noted.markers, func(m record.Marker) bool { return m.LSN == lsn })
+			if i < 0 {
+				return g.currentMarker(lsn)
+			}
+			return noted.markers[i], true
+		}
+		if err := g.noteExpired(h, g.KeptPoints(), marker); err != nil {
 			return err
 		}
 	}

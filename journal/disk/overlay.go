@@ -10,7 +10,7 @@ import (
 // place is where a block's bytes stand. The zero place is nowhere: the layer
 // does not hold the block.
 type place struct {
-	lsn  record.LSN // of the record
+	lsn  record.LSN // of the first record, of this layer and those below, that the block was changed by
 	file uint32     // number of the segment; zeroes for a block of zeroes
 	off  uint32     // of the block in the segment; of zeroes: 1 if its space may be freed
 	sum  uint32     // checksum of the block
@@ -99,16 +99,33 @@ func (l *layer) grow(n int64) *chunk {
 	return l.chunkAt(*at - 1)
 }
 
-// insert sets the places of n blocks from first on. fn is called for each.
+// insert sets the places of n blocks from first on. fn is called for each. Those that the layer has keep their LSN.
 func (l *layer) insert(first, n int64, fn func(i int64) place) {
 	for i := int64(0); i < n; {
 		block := first + i
 		c := l.grow(block >> chunkBits)
+		below := l.zeroAt(block) // of all of the chunk
 		for j := block & (chunkBlocks - 1); j < chunkBlocks && i < n; j++ {
-			c[j] = fn(i)
+			c[j] = fn(i).over(c[j].or(below))
 			i++
 		}
 	}
+}
+
+// or is the place, or another one if it is nowhere.
+func (p place) or(q place) place {
+	if p.file == 0 {
+		return q
+	}
+	return p
+}
+
+// over is the place of a block that had another one.
+func (p place) over(old place) place {
+	if old.file != 0 {
+		p.lsn = old.lsn
+	}
+	return p
 }
 
 // insertZero makes n blocks from first on zeroes.
@@ -119,11 +136,30 @@ func (l *layer) insertZero(first, n int64, p place) {
 			l.insert(first, k, func(int64) place { return p })
 		} else {
 			for n := first >> nodeBits; n < first>>nodeBits+unitNodes; n++ {
-				delete(l.nodes, n) // its slots are lost until the layer is dropped
+				l.zeroNode(n, p)
 			}
-			l.zero[first>>unitBits] = p
+			l.zero[first>>unitBits] = p.over(l.zero[first>>unitBits])
 		}
 		first, n = first+k, n-k
+	}
+}
+
+// zeroNode makes the blocks zeroes that a node's chunks have.
+func (l *layer) zeroNode(n int64, p place) {
+	pos, ok := l.nodes[n]
+	if !ok {
+		return
+	}
+	for _, at := range l.nodeAt(pos) {
+		if at == 0 {
+			continue
+		}
+		c := l.chunkAt(at - 1)
+		for j := range c {
+			if c[j].file != 0 {
+				c[j] = p.over(c[j])
+			}
+		}
 	}
 }
 
@@ -168,15 +204,17 @@ func lookup(newer, older *layer, first int64, places []place) (any bool) {
 		j := int(block & (chunkBlocks - 1))
 		run := min(chunkBlocks-j, len(places)-i)
 		for k := range run {
-			p := below
-			if o != nil && o[j+k].file != 0 {
-				p = o[j+k]
+			was, p := below, between
+			if o != nil {
+				was = o[j+k].or(below)
 			}
-			if between.file != 0 {
-				p = between
+			if n != nil {
+				p = n[j+k].or(between)
 			}
-			if n != nil && n[j+k].file != 0 {
-				p = n[j+k]
+			if p.file != 0 {
+				p = p.over(was)
+			} else {
+				p = was
 			}
 			places[i+k] = p
 			any = any || p.file != 0

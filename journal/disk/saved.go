@@ -65,7 +65,9 @@ func (d *Disk) overlaid() (nodes []int64, units map[int64]place) {
 	if frozen != nil {
 		nodes = append(nodes, frozen.numbers...)
 		for u, p := range frozen.zero {
-			if _, ok := units[u]; !ok {
+			if newer, ok := units[u]; ok {
+				units[u] = newer.over(p)
+			} else {
 				units[u] = p
 			}
 		}

@@ -60,7 +60,7 @@ type Batch struct {
 // NewBatch makes an empty batch.
 func (g *Group) NewBatch() *Batch { return &Batch{g: g, b: g.db.NewBatch()} }
 
-// Set adds versions. They are kept, and may be sorted, until Commit.
+// Set adds versions, each once. They are kept, and may be sorted, until Commit.
 func (b *Batch) Set(entries []Entry) {
 	if len(b.entries) == 0 {
 		b.entries = entries

@@ -275,18 +275,17 @@ func (r *Reader) Chain(disk record.DiskID, block int64, lsn record.LSN, fn func(
 	return r.it.Error()
 }
 
-// Has reports whether the index has a version as an entry says.
-func (r *Reader) Has(e *Entry) (bool, error) {
-	ok := r.seek(e.Disk, e.Unit, e.LSN) && bytes.Equal(r.it.Key(), r.key)
-	if !ok {
-		return false, r.it.Error()
+// At is the version of a unit at an LSN; ok is false if there is none.
+func (r *Reader) At(disk record.DiskID, u Unit, lsn record.LSN) (v Version, ok bool, err error) {
+	if !r.seek(disk, u, lsn) || !bytes.Equal(r.it.Key(), r.key) {
+		return v, false, r.it.Error()
 	}
 	b, err := r.it.ValueAndErr()
 	if err != nil {
-		return false, err
+		return v, false, err
 	}
-	v, err := decodeVersion(b)
-	return v == e.Version, err
+	v, err = decodeVersion(b)
+	return v, err == nil, err
 }
 
 // Next is the LSN of the oldest version of a block above lsn, in any class; MaxLSN if there is none.

@@ -72,7 +72,7 @@ const (
 	// counts only once its version's LSN (Durable) is not above the horizon:
 	// until then the expiry has not happened.
 	FlagCarried uint8 = 1 << 1
-	// FlagExact marks an original whose LSN is that of a record which overwrote all of its blocks: from there on it is what
+	// FlagExact marks an original whose LSN is that of the first record that overwrote its blocks, each of them: from there on it is what
 	// none of them holds. Of others it may be a later one's.
 	FlagExact uint8 = 1 << 2
 )

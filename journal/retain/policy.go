@@ -110,7 +110,7 @@ func (t Tier) keep(now int64, points []Point, why []Reason) {
 				best = j
 			}
 		}
-		if t.end(slot)+int64(t.For) > now {
+		if int64(t.For) > now-t.end(slot) {
 			why[best].Tier = t.Every
 		}
 		i = j

@@ -158,3 +158,11 @@ func TestLives(t *testing.T) {
 		require.Equal(t, c.want, Lives(kept, c.from, c.until), "%+v", c)
 	}
 }
+
+// TestATierOfManyYears is kept.
+func TestATierOfManyYears(t *testing.T) {
+	p := Policy{Tiers: []Tier{{365 * day, 250 * 365 * day}}}
+	require.NoError(t, p.Validate())
+	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC).UnixNano()
+	require.True(t, p.Keep(now, []Point{{LSN: 1, Time: now - int64(time.Hour)}})[0].Kept())
+}
