@@ -86,7 +86,7 @@ func TestReadersBesideEverything(t *testing.T) {
 		if r.g.JournalBytes() > 2<<20 {
 			_, err := r.g.Expire(256 << 10)
 			if err != nil {
-				require.ErrorIs(t, err, errHeld)
+				require.ErrorIs(t, err, errNeeded)
 			}
 		}
 	})

@@ -31,6 +31,8 @@ var (
 	ErrDiscontinuity = errors.New("the backing was changed outside of Tidemark, and what else differs there is not known")
 	// ErrPinned is wrapped when a marker is pinned that would be deleted.
 	ErrPinned = errors.New("marker is pinned")
+	// ErrHeld is wrapped when a marker is held that would be deleted, or whose hold would end earlier.
+	ErrHeld = errors.New("marker is held")
 	// ErrNoPoint is wrapped when a point names nothing that can be viewed.
 	ErrNoPoint = errors.New("no such point")
 	// ErrNotFound is wrapped when a group or disk is not known.
@@ -45,9 +47,9 @@ var (
 	ErrWouldBlock = osfile.ErrWouldBlock
 )
 
-// errHeld is wrapped when an expiry gives way to a view that was opened, or a marker
+// errNeeded is wrapped when an expiry gives way to a view that was opened, or a marker
 // that was pinned, meanwhile.
-var errHeld = errors.New("history that is to expire is held")
+var errNeeded = errors.New("history that is to expire is needed")
 
 // PointError says why a point can not be viewed, and what can be.
 type PointError struct {

@@ -135,7 +135,7 @@ func (g *Group) expire(excess int64, held record.LSN) (freed int64, err error) {
 		return 0, err
 	}
 	err = g.expireUpTo(closed[n-1].Last, files[:n], files[n])
-	if errors.Is(err, errHeld) {
+	if errors.Is(err, errNeeded) {
 		return 0, nil // the next look finds the pin
 	}
 	if errors.Is(err, segment.ErrFull) {
@@ -200,17 +200,17 @@ func (g *Group) raiseHorizon(to record.LSN, kept []KeptPoint) error {
 	defer g.pins.Unlock()
 	for lsn := range g.pins.from {
 		if lsn < to {
-			return fmt.Errorf("%w: from LSN %d on", errHeld, lsn)
+			return fmt.Errorf("%w: from LSN %d on", errNeeded, lsn)
 		}
 	}
 	for lsn := range g.pins.points {
 		if _, ok := findKept(kept, lsn); !ok && lsn < to {
-			return fmt.Errorf("%w: LSN %d", errHeld, lsn)
+			return fmt.Errorf("%w: LSN %d", errNeeded, lsn)
 		}
 	}
 	for lsn := range g.pins.markers {
 		if _, ok := findKept(kept, lsn); !ok && lsn <= to {
-			return fmt.Errorf("%w: marker LSN %d", errHeld, lsn)
+			return fmt.Errorf("%w: marker LSN %d", errNeeded, lsn)
 		}
 	}
 	g.kept.Store(&kept) // first: what can be viewed can be viewed at any instant

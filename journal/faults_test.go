@@ -722,7 +722,7 @@ func TestSlowReadersHoldUpNoWrite(t *testing.T) {
 	})
 	wg.Go(func() {
 		_, err := r.g.Expire(1)
-		require.True(t, err == nil || errors.Is(err, errHeld), err)
+		require.True(t, err == nil || errors.Is(err, errNeeded), err)
 	})
 	require.Eventually(t, func() bool { return hanging.Load() == 2 }, 10*time.Second, time.Millisecond)
 

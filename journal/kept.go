@@ -119,7 +119,7 @@ func (g *Group) Kept() ([]KeptPoint, []retain.Reason) {
 // PinnedAlone reports whether nothing but pins, open views and the newest log file keeps anything any more: a limit below that can not be kept.
 func (g *Group) PinnedAlone() bool {
 	_, why := g.Kept()
-	return !g.logCanGo() && !slices.ContainsFunc(why, func(r retain.Reason) bool { return r.Kept() && !r.Pinned })
+	return !g.logCanGo() && !slices.ContainsFunc(why, func(r retain.Reason) bool { return r.Kept() && !r.Pinned && !r.Held })
 }
 
 // SetPolicy changes which points are kept from now on, and how large the group's segments may grow, in bytes (0: as Options say). What an older policy has
@@ -188,25 +188,35 @@ func (g *Group) chosen(policy retain.Policy, all []KeptPoint, horizon record.LSN
 func (g *Group) judge(policy retain.Policy, all []KeptPoint, horizon record.LSN) ([]retain.Point, []retain.Reason) {
 	markers := map[record.LSN]record.Marker{}
 	var points, behind []retain.Point
+	now := g.o.Now()
+	held := func(m record.Marker) int64 {
+		if m.Held.IsZero() {
+			return 0
+		}
+		return m.Held.UnixNano()
+	}
 	g.append.Lock()
 	for _, m := range g.append.markers.all {
 		if m.Pending {
 			continue
 		}
+		if !m.Pinned && !m.Held.IsZero() && !m.IsHeld(now) {
+			g.unpinMarker(m.LSN) // its hold has ended
+		}
 		markers[m.LSN] = m
 		if m.LSN > horizon { // of slots that end behind it
-			behind = append(behind, retain.Point{LSN: m.LSN, Time: m.Time.UnixNano(), Consistency: m.Consistency, Pinned: m.Pinned})
+			behind = append(behind, retain.Point{LSN: m.LSN, Time: m.Time.UnixNano(), Consistency: m.Consistency, Pinned: m.Pinned, Held: held(m)})
 		}
 	}
 	g.append.Unlock()
 	for _, k := range all {
 		p := retain.Point{LSN: k.LSN, Time: k.Time}
 		if m, ok := markers[k.LSN]; ok {
-			p.Consistency, p.Pinned = m.Consistency, m.Pinned
+			p.Consistency, p.Pinned, p.Held = m.Consistency, m.Pinned, held(m)
 		}
 		points = append(points, p)
 	}
-	why := policy.Keep(g.o.Now().UnixNano(), slices.Concat(points, behind))
+	why := policy.Keep(now.UnixNano(), slices.Concat(points, behind))
 	return points, why[:len(all)]
 }
 

@@ -357,3 +357,73 @@ func TestASmallLimitEatsTheWindow(t *testing.T) {
 	_, eaten = r.g.Window()
 	require.False(t, eaten, "that was long ago")
 }
+
+// TestAHold: nobody lets go of the point before its end, the writer of a replica neither, and then it goes like any other.
+func TestAHold(t *testing.T) {
+	p := newPair(t)
+	var clock clock
+	clock.at.Store(time.Now().UnixNano())
+	p.to.g.o.Now = clock.time
+	m, err := p.g.Mark(record.Marker{Label: "k", By: "test"})
+	require.NoError(t, err)
+	end := clock.time().Add(time.Hour)
+	_, err = p.g.HoldUntil("k", end)
+	require.NoError(t, err)
+	_, err = p.g.HoldUntil("k", end.Add(-time.Minute))
+	require.ErrorIs(t, err, ErrHeld)
+	_, err = p.g.Delete("k")
+	require.ErrorIs(t, err, ErrHeld)
+	_, err = p.g.Describe("k", "described")
+	require.NoError(t, err)
+	_, err = p.g.Pin("k")
+	require.NoError(t, err)
+	_, err = p.g.Unpin("k")
+	require.NoError(t, err)
+	for i := range 100 {
+		require.NoError(t, p.write(int64(i%5), byte(i)))
+	}
+	p.ship()
+	// Whoever has the writer's daemon can journal what he likes.
+	for _, am := range []record.Amendment{
+		{Target: m.LSN, Marker: record.Marker{Label: "k", By: "test", Asked: record.Crash, Consistency: record.Crash, Held: end.Add(-time.Minute)}},
+		{Target: m.LSN, Marker: record.Marker{Label: "k", By: "test", Asked: record.Crash, Consistency: record.Crash}},
+		{Target: m.LSN, Deleted: true},
+	} {
+		require.NoError(t, p.g.admittedNote(func() error {
+			_, err := p.g.appendNoteLocked(record.KindAmend, 0, 0, func(record.LSN, time.Time) []byte { return am.Append(nil) })
+			return err
+		}))
+	}
+	for i := range 100 {
+		require.NoError(t, p.write(int64(i%5), byte(i)))
+	}
+	p.ship()
+	f := p.to
+	for _, lost := range []bool{false, false, true} {
+		f.fillFollower()
+		got, err := f.g.Markers()
+		require.NoError(t, err)
+		require.Len(t, got, 1)
+		require.True(t, end.Equal(got[0].Held))
+		require.Equal(t, []record.LSN{m.LSN}, f.g.keptLSNs())
+		require.NoError(t, f.s.Close())
+		if lost {
+			require.NoError(t, f.mem.RemoveAll("state/index"))
+		}
+		f.open()
+		f.g.o.Now = clock.time
+	}
+	clock.at.Add(int64(2 * time.Hour))
+	did, err := f.g.Thin()
+	require.NoError(t, err)
+	require.True(t, did)
+	require.Empty(t, f.g.KeptPoints())
+	f.fillFollower()
+}
+
+// fillFollower applies and expires all of a group that follows.
+func (r *rig) fillFollower() {
+	r.t.Helper()
+	require.NoError(r.t, r.g.Apply())
+	r.expireAll()
+}

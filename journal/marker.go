@@ -23,6 +23,12 @@ func (t *markers) find(lsn record.LSN) (int, bool) {
 	return slices.BinarySearchFunc(t.all, lsn, func(m record.Marker, lsn record.LSN) int { return cmp.Compare(m.LSN, lsn) })
 }
 
+// held reports whether the marker of a record is held at a time.
+func (t *markers) held(lsn record.LSN, now time.Time) bool {
+	i, ok := t.find(lsn)
+	return ok && t.all[i].IsHeld(now)
+}
+
 // set adds a marker, or puts it in the place of the one that its record took.
 func (t *markers) set(m record.Marker) {
 	i, ok := t.find(m.LSN)
@@ -65,26 +71,31 @@ func (t *markers) expire(horizon record.LSN, kept []KeptPoint) (gone []record.Ma
 	return gone
 }
 
-// amend does what an amendment says, and returns what the index must learn of it. The marker may
-// have expired: then it is nothing.
-func (t *markers) amend(a record.Amendment) (c index.MarkerChange, ok bool) {
+// amend does what an amendment says at a time, and returns what the index must learn of it. The marker may
+// have expired: then it is nothing. One that is held is not deleted, and stays held for as long, whoever says what else.
+func (t *markers) amend(a record.Amendment, now time.Time) (c index.MarkerChange, ok bool) {
 	i, ok := t.find(a.Target)
 	switch {
 	case !ok:
 		return c, false
+	case a.Deleted && t.all[i].IsHeld(now):
+		c.Marker = t.all[i]
 	case a.Deleted:
 		c.Marker, c.Deleted = t.all[i], true
 		t.remove(a.Target)
 	default:
 		c.Marker = a.Marker
 		c.LSN, c.Time, c.Label = a.Target, t.all[i].Time, t.all[i].Label
+		if t.all[i].Held.After(c.Held) {
+			c.Held = t.all[i].Held
+		}
 		t.set(c.Marker)
 	}
 	return c, true
 }
 
 // Mark journals a crash-consistent marker, and returns when it is durable. Of m, Label,
-// Description, By and Pinned count, and Asked, Note and Frozen if more was asked for and was not to be had.
+// Description, By, Pinned and Held count, and Asked, Note and Frozen if more was asked for and was not to be had.
 // Its cut is one LSN of all disks: every write acknowledged before the call lies before it.
 // ErrLabelInUse if the group has the label already.
 func (g *Group) Mark(m record.Marker) (record.Marker, error) {
@@ -140,9 +151,7 @@ func (g *Group) appendMarker(m *record.Marker, flags uint8, disk record.DiskID) 
 		m.LSN, m.Time = h.LSN, time.Unix(0, h.Time).UTC()
 		a.markers.set(*m)
 		a.pend.markers = append(a.pend.markers, index.MarkerChange{Marker: *m})
-		if m.Pinned && !m.Pending {
-			g.pinMarker(m.LSN) // it is the head: the horizon is below
-		}
+		g.pinAs(m) // it is the head: the horizon is below
 		return nil
 	})
 }
@@ -184,6 +193,21 @@ func (g *Group) Pin(label string) (record.Marker, error) {
 	})
 }
 
+// HoldUntil keeps what the disks were at a marker until a time, and from any other one's, or this one's, change of mind: a hold can be made longer, and not
+// shorter; a replica does not have it shortened by its writer. ErrHeld if it is held for longer.
+func (g *Group) HoldUntil(label string, until time.Time) (record.Marker, error) {
+	return g.amendKnown(label, func(m *record.Marker) (bool, error) {
+		if until.Before(m.Held) {
+			return false, fmt.Errorf("marker %q of group %s: %w until %s: it can be held for longer only", label, g.name, ErrHeld, m.Held.Format(time.RFC3339))
+		}
+		if !until.After(g.o.Now()) {
+			return false, fmt.Errorf("hold marker %q of group %s until %s: that is past", label, g.name, until.Format(time.RFC3339))
+		}
+		m.Held = until.UTC()
+		return false, nil
+	})
+}
+
 // Unpin lets a marker expire.
 func (g *Group) Unpin(label string) (record.Marker, error) {
 	return g.amendKnown(label, func(m *record.Marker) (bool, error) {
@@ -193,11 +217,14 @@ func (g *Group) Unpin(label string) (record.Marker, error) {
 }
 
 // Delete makes a label name nothing. The LSN stays one of the window. What it was is returned.
-// ErrPinned if the marker is pinned.
+// ErrPinned if the marker is pinned, ErrHeld if it is held.
 func (g *Group) Delete(label string) (record.Marker, error) {
 	return g.amendKnown(label, func(m *record.Marker) (bool, error) {
 		if m.Pinned {
 			return false, fmt.Errorf("marker %q of group %s: %w: unpin it first", label, g.name, ErrPinned)
+		}
+		if m.IsHeld(g.o.Now()) {
+			return false, fmt.Errorf("marker %q of group %s: %w until %s", label, g.name, ErrHeld, m.Held.Format(time.RFC3339))
 		}
 		return true, nil
 	})
@@ -230,8 +257,9 @@ func (g *Group) amend(label string, change func(*record.Marker) (remove bool, er
 			return err
 		}
 		am.Marker = m
-		pinned := was.Pinned && !was.Pending
-		if m.Pinned && !pinned && !g.pinMarker(lsn) {
+		now := g.o.Now()
+		pinned := (was.Pinned || was.IsHeld(now)) && !was.Pending
+		if (m.Pinned || m.IsHeld(now)) && !pinned && !g.pinMarker(lsn) {
 			return g.noPoint(label, "its history has expired")
 		}
 		h, err := g.appendNoteLocked(record.KindAmend, 0, 0, func(record.LSN, time.Time) []byte { return am.Append(nil) })
@@ -242,10 +270,10 @@ func (g *Group) amend(label string, change func(*record.Marker) (remove bool, er
 			return err
 		}
 		done = h.LSN
-		if c, ok := a.markers.amend(am); ok {
+		if c, ok := a.markers.amend(am, now); ok {
 			a.pend.markers = append(a.pend.markers, c)
 		}
-		if am.Deleted || !m.Pinned {
+		if am.Deleted || !m.Pinned && !m.IsHeld(now) {
 			g.unpinMarker(lsn)
 		}
 		return nil
@@ -293,6 +321,15 @@ func (g *Group) pinMarker(lsn record.LSN) bool {
 	}
 	g.pins.markers[lsn] = true
 	return true
+}
+
+// pinAs keeps a marker's point if it is pinned or held, and not if it is neither. The append lock is held.
+func (g *Group) pinAs(m *record.Marker) {
+	if (m.Pinned || m.IsHeld(g.o.Now())) && !m.Pending {
+		g.pinMarker(m.LSN)
+	} else {
+		g.unpinMarker(m.LSN)
+	}
 }
 
 func (g *Group) unpinMarker(lsn record.LSN) {

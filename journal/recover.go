@@ -646,7 +646,7 @@ func (g *Group) start(r *recovery) error {
 	}
 	g.append.markers.expire(g.expiredTo(), g.KeptPoints())
 	for _, m := range g.append.markers.all {
-		if m.Pinned && !m.Pending {
+		if (m.Pinned || m.IsHeld(g.o.Now())) && !m.Pending {
 			g.pins.markers[m.LSN] = true // of those that the index had
 		}
 	}

@@ -242,7 +242,7 @@ func (g *Group) learnLocked(h *record.Header, payload []byte) error {
 		if err != nil {
 			return err
 		}
-		if old, ok := a.markers.labels[m.Label]; ok && old != m.LSN {
+		if old, ok := a.markers.labels[m.Label]; ok && old != m.LSN && !a.markers.held(old, g.o.Now()) {
 			// It was deleted, by a record that stood in a gap.
 			g.unpinMarker(old)
 			was, _ := a.markers.remove(old)
@@ -250,23 +250,21 @@ func (g *Group) learnLocked(h *record.Header, payload []byte) error {
 		}
 		a.markers.set(m)
 		a.pend.markers = append(a.pend.markers, index.MarkerChange{Marker: m})
-		if m.Pinned && !m.Pending {
-			g.pinMarker(m.LSN)
-		}
+		g.pinAs(&m)
 	case record.KindAmend:
 		am, err := record.DecodeAmendment(payload)
 		if err != nil {
 			return err
 		}
-		c, ok := a.markers.amend(am)
+		c, ok := a.markers.amend(am, g.o.Now())
 		if !ok {
 			return nil
 		}
 		a.pend.markers = append(a.pend.markers, c)
-		if am.Deleted || !am.Marker.Pinned || am.Marker.Pending {
+		if c.Deleted {
 			g.unpinMarker(am.Target)
 		} else {
-			g.pinMarker(am.Target)
+			g.pinAs(&c.Marker)
 		}
 	case record.KindDefine:
 		d, err := record.DecodeDefinition(h.LSN, payload)

@@ -2,10 +2,13 @@ package main
 
 import (
 	"context"
+	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+	"github.com/tidemark-cdp/tidemark/cmd/internal/config"
 )
 
 // The verbs that change a marker.
@@ -32,6 +35,53 @@ func (a *app) unpin() *cobra.Command {
 			return c.Amend(ctx, args[0], args[1], api.Amendment{Pinned: &no})
 		},
 	})
+}
+
+func (a *app) hold() *cobra.Command {
+	var until timeFlag
+	cmd := a.amendment(amendment{
+		use: "hold GROUP LABEL --until TIME", args: 2, is: "held",
+		short: "Let nobody let go of a marker's point before a time",
+		long: `Keep what the disks were at a marker until a time, whatever the policy says, and whoever would have it otherwise: a hold can be made longer, and not shorter, and
+the marker is not deleted. A replica keeps to it whatever its writer's daemon says.`,
+		do: func(ctx context.Context, c *api.Client, args []string) (api.Marker, error) {
+			held := time.Time(until)
+			return c.Amend(ctx, args[0], args[1], api.Amendment{Held: &held})
+		},
+	})
+	cmd.Flags().Var(&until, "until", "2027-12-31, RFC 3339, or a time from now, as 90d")
+	_ = cmd.MarkFlagRequired("until")
+	return cmd
+}
+
+// timeFlag is a flag for a time to come.
+type timeFlag time.Time
+
+// String implements pflag.Value.
+func (m *timeFlag) String() string {
+	if time.Time(*m).IsZero() {
+		return ""
+	}
+	return time.Time(*m).Format(time.RFC3339)
+}
+
+// Type implements pflag.Value.
+func (m *timeFlag) Type() string { return "time" }
+
+// Set implements pflag.Value.
+func (m *timeFlag) Set(s string) error {
+	for _, layout := range []string{time.RFC3339, time.DateOnly} {
+		if t, err := time.Parse(layout, s); err == nil {
+			*m = timeFlag(t)
+			return nil
+		}
+	}
+	span, err := config.ParseSpan(s)
+	if err != nil {
+		return fmt.Errorf("%q is no time: 2027-12-31, 2027-12-31T10:00:00Z, or, from now, 90d", s)
+	}
+	*m = timeFlag(time.Now().Add(time.Duration(span)))
+	return nil
 }
 
 func (a *app) describe() *cobra.Command {

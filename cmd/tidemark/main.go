@@ -124,7 +124,7 @@ func root() *cobra.Command {
 	cmd.PersistentFlags().StringVar(&a.api, "api", def, "the daemon's control socket, unix:PATH; also TIDEMARK_API")
 	cmd.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON")
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
-	cmd.AddCommand(a.status(), a.mark(), a.thaw(), a.points(), a.retain(), a.pin(), a.unpin(), a.describe(), a.delete(), a.definition(), a.reload(), a.restore(), a.rollback(), a.replica(), a.failover(), a.failback(), a.testFailover(), a.export(), a.unexport(), a.promote(), a.attach(), a.detach(), a.ls(), a.cp(), a.diff(), a.versions(), a.mount(), a.showVolumes(), a.keepMoment(), a.verify(), a.dump(), a.version())
+	cmd.AddCommand(a.status(), a.mark(), a.thaw(), a.points(), a.retain(), a.pin(), a.unpin(), a.hold(), a.describe(), a.delete(), a.definition(), a.reload(), a.restore(), a.rollback(), a.replica(), a.failover(), a.failback(), a.testFailover(), a.export(), a.unexport(), a.promote(), a.attach(), a.detach(), a.ls(), a.cp(), a.diff(), a.versions(), a.mount(), a.showVolumes(), a.keepMoment(), a.verify(), a.dump(), a.version())
 	return cmd
 }
 

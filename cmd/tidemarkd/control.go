@@ -94,6 +94,7 @@ var codes = []struct {
 	{errBadRequest, api.CodeBadRequest, http.StatusBadRequest},
 	{journal.ErrLabelInUse, api.CodeLabelInUse, http.StatusConflict},
 	{journal.ErrPinned, api.CodePinned, http.StatusConflict},
+	{journal.ErrHeld, api.CodePinned, http.StatusConflict},
 	{journal.ErrInUse, api.CodeInUse, http.StatusConflict},
 	{journal.ErrNoPoint, api.CodeNoPoint, http.StatusNotFound},
 	{journal.ErrNotFound, api.CodeNotFound, http.StatusNotFound},

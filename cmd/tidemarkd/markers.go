@@ -61,7 +61,7 @@ func peer(r *http.Request) string {
 func marker(g *journal.Group, m record.Marker) api.Marker {
 	return api.Marker{
 		Group: g.Name(), LSN: uint64(m.LSN), Label: m.Label, Time: m.Time, Consistency: m.Consistency.String(), By: m.By,
-		Asked: m.Asked.String(), Description: m.Description, Frozen: m.Frozen.Seconds(), Note: m.Note, Pinned: m.Pinned,
+		Asked: m.Asked.String(), Description: m.Description, Frozen: m.Frozen.Seconds(), Note: m.Note, Pinned: m.Pinned, Held: m.Held,
 	}
 }
 
@@ -81,7 +81,7 @@ func (c *control) mark(r *http.Request) (any, error) {
 	if err := decode(r, &req); err != nil {
 		return nil, err
 	}
-	want := record.Marker{Label: req.Label, Description: req.Description, By: peer(r), Asked: record.Crash, OrCrash: req.OrCrash, Pinned: req.Pin}
+	want := record.Marker{Label: req.Label, Description: req.Description, By: peer(r), Asked: record.Crash, OrCrash: req.OrCrash, Pinned: req.Pin, Held: req.Held.UTC()}
 	if req.Consistency != "" {
 		if want.Asked, err = record.ParseConsistency(req.Consistency); err != nil {
 			return nil, fmt.Errorf("%w: %w", errBadRequest, err)
@@ -115,7 +115,7 @@ func (c *control) amend(r *http.Request) (any, error) {
 	if err := decode(r, &req); err != nil {
 		return nil, err
 	}
-	if req.Description == nil && req.Pinned == nil {
+	if req.Description == nil && req.Pinned == nil && req.Held == nil {
 		return nil, fmt.Errorf("%w: nothing to change", errBadRequest)
 	}
 	label := r.PathValue("label")
@@ -125,6 +125,11 @@ func (c *control) amend(r *http.Request) (any, error) {
 			return nil, fmt.Errorf("%w: %w", errBadRequest, err)
 		}
 		if m, err = g.Describe(label, *req.Description); err != nil {
+			return nil, err
+		}
+	}
+	if req.Held != nil {
+		if m, err = g.HoldUntil(label, *req.Held); err != nil {
 			return nil, err
 		}
 	}

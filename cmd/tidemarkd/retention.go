@@ -34,6 +34,7 @@ func reasons(r retain.Reason) []string {
 		}
 	}
 	add(r.Pinned, "pinned")
+	add(r.Held, "held")
 	add(r.Marker, "newest markers")
 	add(r.Tier > 0, "each "+config.Span(r.Tier).String())
 	return all

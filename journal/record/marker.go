@@ -50,7 +50,9 @@ type Marker struct {
 	By          string        // who asked: "user:NAME", "scheduler", "guest:NAME" or "tidemark"
 	Frozen      time.Duration // how long guests stood still for it; 0: not at all
 	Note        string        // why less was reached than was asked for
-	Pinned      bool          // its history does not expire
+	Pinned      bool          // its point is kept
+	// Held is until when nobody may let go of its point, whatever records say that come after; zero: anybody may.
+	Held time.Time
 	// Pending says that the cut is journaled, and not yet known to be what was asked for: guests
 	// may be frozen. Such a marker names no point.
 	Pending bool
@@ -60,7 +62,7 @@ type Marker struct {
 }
 
 const (
-	markerVersion  = 2
+	markerVersion  = 3
 	markerFixed    = 12
 	maxLabel       = 255
 	maxBy          = 255
@@ -134,29 +136,35 @@ const (
 	markerPinned  = 1 << 0
 	markerPending = 1 << 1
 	markerOrCrash = 1 << 2
+	markerHeld    = 1 << 3
 )
 
 // Append encodes the marker's payload to dst:
 //
 //	offset size field
-//	  0     1   version, 2
+//	  0     1   version: 3 if it is held, else 2
 //	  1     1   consistency reached
 //	  2     1   consistency asked for
-//	  3     1   flags: 1 pinned, 2 pending, 4 or crash
+//	  3     1   flags: 1 pinned, 2 pending, 4 or crash, 8 held
 //	  4     8   frozen, nanoseconds
 //	 12     …   label, by, description, note: each its length (2) and its bytes
+//	  …     8   of a held one: until when, Unix nanoseconds
 //
 // Integers are little-endian. LSN and time are the record's own. Texts that are too long are cut.
 // Version 1 had consistency (1), the lengths of label (1) and by (1), label, by.
 func (m *Marker) Append(dst []byte) []byte {
 	var flags byte
-	for bit, on := range map[byte]bool{markerPinned: m.Pinned, markerPending: m.Pending, markerOrCrash: m.OrCrash} {
+	for bit, on := range map[byte]bool{markerPinned: m.Pinned, markerPending: m.Pending, markerOrCrash: m.OrCrash, markerHeld: !m.Held.IsZero()} {
 		if on {
 			flags |= bit
 		}
 	}
 	le := binary.LittleEndian
-	dst = append(dst, markerVersion, byte(m.Consistency), byte(m.Asked), flags)
+	version := byte(2)
+	if flags&markerHeld != 0 {
+		version = markerVersion
+	}
+	dst = append(dst, version, byte(m.Consistency), byte(m.Asked), flags)
 	dst = le.AppendUint64(dst, uint64(m.Frozen))
 	for _, t := range []struct {
 		text string
@@ -166,8 +174,14 @@ func (m *Marker) Append(dst []byte) []byte {
 		dst = le.AppendUint16(dst, uint16(len(text)))
 		dst = append(dst, text...)
 	}
+	if flags&markerHeld != 0 {
+		dst = le.AppendUint64(dst, uint64(m.Held.UnixNano()))
+	}
 	return dst
 }
+
+// IsHeld reports whether nobody may let go of the marker's point at a time.
+func (m *Marker) IsHeld(now time.Time) bool { return m.Held.After(now) }
 
 // DecodeMarker reads a marker from its record's header and payload.
 func DecodeMarker(lsn LSN, unixNano int64, b []byte) (m Marker, err error) {
@@ -185,7 +199,7 @@ func DecodeMarker(lsn LSN, unixNano int64, b []byte) (m Marker, err error) {
 			return corrupt("lengths do not fit")
 		}
 		m.Asked, m.Label, m.By = m.Consistency, string(b[4:4+label]), string(b[4+label:])
-	case markerVersion:
+	case 2, markerVersion:
 		if len(b) < markerFixed {
 			return corrupt("cut short")
 		}
@@ -199,6 +213,12 @@ func DecodeMarker(lsn LSN, unixNano int64, b []byte) (m Marker, err error) {
 			}
 			n := 2 + int(binary.LittleEndian.Uint16(rest))
 			*dst, rest = string(rest[2:n]), rest[n:]
+		}
+		if b[0] == markerVersion {
+			if len(rest) != 8 {
+				return corrupt("lengths do not fit")
+			}
+			m.Held, rest = time.Unix(0, int64(binary.LittleEndian.Uint64(rest))).UTC(), nil
 		}
 		if len(rest) > 0 {
 			return corrupt("more bytes than fields")

@@ -80,20 +80,27 @@ func TestMarkerRoundTrip(t *testing.T) {
 		LSN: 4, Time: time.Unix(5, 6).UTC(), Label: "before upgrade ü", Description: "und mehr", Asked: Application, Consistency: Crash,
 		By: "user:root", Frozen: 7 * time.Millisecond, Note: "the guest did not freeze", Pinned: true, OrCrash: true,
 	}
-	got, err := DecodeMarker(4, m.Time.UnixNano(), m.Append(nil))
-	require.NoError(t, err)
-	require.Equal(t, m, got)
-	b := m.Append(nil)
-	for n := range b {
-		_, err := DecodeMarker(4, 0, b[:n])
+	for _, held := range []time.Time{{}, time.Unix(9, 8).UTC()} {
+		m.Held = held
+		b := m.Append(nil)
+		got, err := DecodeMarker(4, m.Time.UnixNano(), b)
+		require.NoError(t, err)
+		require.Equal(t, m, got)
+		require.Equal(t, !held.IsZero(), got.IsHeld(time.Unix(9, 7)))
+		require.False(t, got.IsHeld(time.Unix(9, 8)))
+		for n := range b {
+			_, err := DecodeMarker(4, 0, b[:n])
+			require.ErrorIs(t, err, ErrCorrupt)
+		}
+		_, err = DecodeMarker(4, 0, append(b, 0))
 		require.ErrorIs(t, err, ErrCorrupt)
+		b[0] = 4
+		_, err = DecodeMarker(4, 0, b)
+		require.ErrorContains(t, err, "version 4")
+		require.NotErrorIs(t, err, ErrCorrupt)
 	}
-	b[0] = 3
-	_, err = DecodeMarker(4, 0, b)
-	require.ErrorContains(t, err, "version 3")
-	require.NotErrorIs(t, err, ErrCorrupt)
 	old := []byte("\x01\x02\x02\x04m1user")
-	got, err = DecodeMarker(4, 5, old)
+	got, err := DecodeMarker(4, 5, old)
 	require.NoError(t, err)
 	require.Equal(t, Marker{LSN: 4, Time: time.Unix(0, 5).UTC(), Label: "m1", Asked: Filesystem, Consistency: Filesystem, By: "user"}, got)
 }

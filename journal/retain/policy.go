@@ -69,11 +69,13 @@ type Point struct {
 	Time        int64              // of its record, Unix nanoseconds
 	Consistency record.Consistency // of its marker; 0: it has none
 	Pinned      bool
+	Held        int64 // until then nobody may let go of it, Unix nanoseconds; 0: they may
 }
 
 // Reason says why a point is kept; the zero Reason, that it is not.
 type Reason struct {
 	Pinned bool
+	Held   bool
 	Marker bool          // it is one of the newest markers
 	Tier   time.Duration // the slot's length, of the thinnest tier that keeps it; 0: none does
 }
@@ -88,7 +90,7 @@ func (p Policy) Keep(now int64, points []Point) []Reason {
 	left := p.Markers
 	for i := len(points) - 1; i >= 0; i-- {
 		at := &points[i]
-		why[i].Pinned = at.Pinned
+		why[i].Pinned, why[i].Held = at.Pinned, at.Held > now
 		if at.Consistency != 0 && left > 0 {
 			why[i].Marker = true
 			left--
@@ -135,10 +137,10 @@ func (p Policy) Ends(first, next int64) bool {
 }
 
 // Sacrifice lists the points that are kept, by index, in the order in which they are given up when there is no room for all: of the finest tier
-// first, the oldest first, then markers that are kept for their number. What is pinned is not among them.
+// first, the oldest first, then markers that are kept for their number. What is pinned or held is not among them.
 func Sacrifice(points []Point, why []Reason) (order []int) {
 	for i, r := range why {
-		if r.Kept() && !r.Pinned {
+		if r.Kept() && !r.Pinned && !r.Held {
 			order = append(order, i)
 		}
 	}

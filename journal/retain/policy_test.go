@@ -20,8 +20,8 @@ func TestKeep(t *testing.T) {
 	ago := func(d time.Duration) int64 { return now - int64(d) }
 	points := []Point{
 		{LSN: 1, Time: ago(26 * time.Hour)}, // its slot has ended too long ago
-		{LSN: 2, Time: ago(26 * time.Hour)},
-		{LSN: 3, Time: ago(26 * time.Hour), Consistency: record.Crash},
+		{LSN: 2, Time: ago(26 * time.Hour), Held: now + 1},
+		{LSN: 3, Time: ago(26 * time.Hour), Consistency: record.Crash, Held: now},
 		{LSN: 4, Time: ago(26 * time.Hour), Consistency: record.Crash, Pinned: true},
 		{LSN: 5, Time: ago(10*time.Hour - time.Minute), Consistency: record.Application},
 		{LSN: 6, Time: ago(10*time.Hour - 2*time.Minute), Consistency: record.Crash},
@@ -34,7 +34,7 @@ func TestKeep(t *testing.T) {
 	}
 	hour, minute := Reason{Tier: time.Hour}, Reason{Tier: time.Minute}
 	why := p.Keep(now, points)
-	require.Equal(t, []Reason{{}, {}, {}, {Pinned: true}, hour, {}, {}, {}, {Marker: true, Tier: time.Hour}, {}, minute, hour}, why)
+	require.Equal(t, []Reason{{}, {Held: true}, {}, {Pinned: true}, hour, {}, {}, {}, {Marker: true, Tier: time.Hour}, {}, minute, hour}, why)
 	require.Equal(t, []int{10, 4, 11, 8}, Sacrifice(points, why))
 }
 

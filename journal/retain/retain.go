@@ -3,7 +3,7 @@
 //
 // A version of a block lives from its LSN to its successor's, and may be forgotten when no kept point falls in that life. Kept are every LSN
 // of the continuous window, and beyond it the points that [Policy.Keep] names: of each tier one for each slot of time, the newest markers, what
-// is pinned. Whoever else needs a point (an open view) adds it.
+// is pinned or held. Whoever else needs a point (an open view) adds it.
 //
 // # Promises
 //

@@ -26,7 +26,7 @@ const (
 	CodeNotFound   = "not_found"    // no such group or disk
 	CodeNoPoint    = "no_point"     // no such point
 	CodeLabelInUse = "label_in_use" // the label names another point
-	CodePinned     = "pinned"       // the marker is pinned
+	CodePinned     = "pinned"       // the marker is pinned, or held
 	CodeInUse      = "in_use"       // the disk is open
 	CodeNotAtRest  = "not_at_rest"  // the guests did not come to rest: there is no marker
 	CodeFrozen     = "frozen"       // a guest may still be frozen
@@ -317,6 +317,7 @@ type Marker struct {
 	Frozen      float64   `json:"frozen_seconds"` // how long guests stood still for it
 	Note        string    `json:"note,omitempty"` // why less was reached than was asked for
 	Pinned      bool      `json:"pinned"`
+	Held        time.Time `json:"held_until,omitzero"` // nobody may let go of its point before
 	// Late are the replicas that had not got it in time, or do not get it, as it lies in a gap of what they have.
 	Late []string `json:"late,omitempty"`
 	// Problems, of a marker just taken, are what the operator must see to.
@@ -330,6 +331,8 @@ type MarkRequest struct {
 	Consistency string `json:"consistency,omitempty"` // crash by default
 	OrCrash     bool   `json:"or_crash,omitempty"`    // a crash-consistent marker rather than none
 	Pin         bool   `json:"pin,omitempty"`
+	// Held is until when nobody may let go of its point; zero: anybody may.
+	Held time.Time `json:"held_until,omitzero"`
 	// WaitReplica is how long to wait for the marker to be durable at every replica; 0: not at all.
 	WaitReplica float64 `json:"wait_replica_seconds,omitempty"`
 }
@@ -338,6 +341,8 @@ type MarkRequest struct {
 type Amendment struct {
 	Description *string `json:"description,omitempty"`
 	Pinned      *bool   `json:"pinned,omitempty"`
+	// Held is until when nobody may let go of its point: later than it was.
+	Held *time.Time `json:"held_until,omitempty"`
 }
 
 // Filter says which markers Points lists: all for which everything holds that is not empty.
@@ -395,7 +400,7 @@ type Kept struct {
 	LSN   uint64    `json:"lsn"`
 	Time  time.Time `json:"time"`
 	Until time.Time `json:"until"` // from time up to, and not with, this, the disks were what they are there
-	Why   []string  `json:"why"`   // pinned, newest markers, each 1h; nothing: an open view needs it
+	Why   []string  `json:"why"`   // pinned, held, newest markers, each 1h; nothing: an open view needs it
 }
 
 // Retention is the answer to GET /v1/groups/GROUP/retention: what is kept. With plan=true, what would go now, too; every_write=24h, tier=1h=30d (several; none: no tier)

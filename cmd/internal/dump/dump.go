@@ -63,7 +63,7 @@ func visit(print func(kind, text string, v any) error, f Options) journal.Visit 
 		}
 		v.Marker = func(m record.Marker) error {
 			return print("marker", fmt.Sprintf("LSN %d %s %v %q by %s", m.LSN, when(m.Time.UnixNano()), m.Consistency, m.Label, m.By),
-				marker{m.LSN, m.Label, m.Time.UTC(), m.Consistency.String(), m.By, m.Asked.String(), m.Description, m.Note, m.Pinned, m.Pending})
+				marker{m.LSN, m.Label, m.Time.UTC(), m.Consistency.String(), m.By, m.Asked.String(), m.Description, m.Note, m.Pinned, m.Held, m.Pending})
 		}
 		v.Definition = func(d record.Definition) error {
 			return print("definition", fmt.Sprintf("%s since LSN %d %s: %d bytes, gone %v", d.Name, d.Since, when(d.Time.UnixNano()), len(d.Content), d.Gone),
@@ -130,6 +130,7 @@ type (
 		Description string     `json:"description,omitempty"`
 		Note        string     `json:"note,omitempty"`
 		Pinned      bool       `json:"pinned,omitempty"`
+		Held        time.Time  `json:"held_until,omitzero"`
 		Pending     bool       `json:"pending,omitempty"` // a cut is under way, or a stop came between
 	}
 	definition struct {
