@@ -117,7 +117,7 @@ func (g *Group) allPoints() []record.LSN {
 	return points
 }
 
-// cleanBytes is how many bytes of a file are looked at with backings and originals held, and cleanShare which part of a file must be needed for it to stay as it is: a half.
+// cleanBytes is how many bytes of a file are looked at with backings and originals held; of a file less than one part in cleanShare of which is needed, that is copied.
 const (
 	cleanBytes = 4 << 20
 	cleanShare = 2
@@ -140,10 +140,13 @@ func (g *Group) clean(share int64, pause func() error) (freed int64, err error) 
 	var gone []*segment.File
 	files := g.set.Files(segment.Originals)
 	g.cleaning.needs.forget(files)
+all:
 	for _, f := range files[:max(len(files)-1, 0)] {
 		most, err := g.mostlyNeeded(f, share)
 		if errors.Is(err, record.ErrCorrupt) {
-			continue // what can not be read may be what points need
+			g.log.Error("a file of originals is damaged, and stays", zap.Error(err)) // what can not be read may be what points need
+			g.cleaning.needs[f.Number] = allNeeded
+			continue
 		}
 		if err != nil {
 			return 0, err
@@ -158,8 +161,7 @@ func (g *Group) clean(share int64, pause func() error) (freed int64, err error) 
 			g.cleaning.needs[f.Number] = allNeeded
 			continue
 		case errors.Is(err, segment.ErrFull):
-			// What comes free now makes room for it.
-			return freed, g.dropCleaned(gone)
+			break all // what comes free now makes room for it
 		case err != nil:
 			return 0, fmt.Errorf("clean %s: %w", f.Path, err)
 		}
@@ -477,6 +479,9 @@ func (g *Group) closeOriginals(least int64) error {
 		return nil
 	}
 	all, err := g.allEnded(f)
+	if errors.Is(err, record.ErrCorrupt) {
+		return nil // it is said when the file is cleaned
+	}
 	if err != nil || !all {
 		return err
 	}
@@ -487,17 +492,25 @@ func (g *Group) closeOriginals(least int64) error {
 }
 
 // allEnded reports whether every original of a file ends beyond the window.
-func (g *Group) allEnded(f *segment.File) (bool, error) {
-	all, horizon := true, g.expiredTo()
-	_, err := f.Scan(f.Start(), func(_ int64, h record.Header) error {
-		if h.Extent.Len > 0 && h.LSN > horizon {
-			all = false
+func (g *Group) allEnded(f *segment.File) (bool, error) { return endedAt(f, g.expiredTo(), false) }
+
+// endedAt reports whether every original of a file ends at a horizon or before, and, if they count, whatever else it says.
+func endedAt(f *segment.File, horizon record.LSN, notes bool) (bool, error) {
+	end, err := f.Scan(f.Start(), func(_ int64, h record.Header) error {
+		if (notes || h.Extent.Len > 0) && h.LSN > horizon {
 			return segment.ErrStop
 		}
 		return nil
 	})
 	if errors.Is(err, segment.ErrStop) {
-		err = nil
+		return false, nil
 	}
-	return all, err
+	if err != nil {
+		return false, err
+	}
+	// Zeroes may be the file's end, or what damage left of a header.
+	err = f.Resync(end, func(at int64, _ record.Header) error {
+		return fmt.Errorf("%w: %s: nothing at %d, and originals behind it, at %d", record.ErrCorrupt, f.Path, end, at)
+	})
+	return err == nil, err
 }

@@ -695,19 +695,15 @@ func (e *expiry) originals() (gone []*segment.File, err error) {
 		if f == g.apply.orig.Current() {
 			continue
 		}
-		needed := false
-		_, err := f.Scan(f.Start(), func(_ int64, h record.Header) error {
-			if h.LSN > e.horizon {
-				needed = true
-				return segment.ErrStop
-			}
-			return nil
-		})
-		if needed || errors.Is(err, record.ErrCorrupt) {
+		ended, err := endedAt(f, e.horizon, true)
+		if errors.Is(err, record.ErrCorrupt) {
 			continue // behind damage may be what views need
 		}
 		if err != nil {
 			return nil, err
+		}
+		if !ended {
+			continue
 		}
 		gone = append(gone, f)
 	}

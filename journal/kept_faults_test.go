@@ -2,6 +2,7 @@ package journal
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"strings"
 	"sync/atomic"
@@ -9,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 	"github.com/stretchr/testify/require"
 
@@ -206,6 +208,23 @@ func TestACleanMeetsDamage(t *testing.T) {
 		require.NoError(t, err)
 	}
 	require.LessOrEqual(t, r.g.set.Size(), size+2*r.g.o.SegmentSize)
+}
+
+// TestACleanMeetsZeroes: where a header was, and originals stand behind: the file is not taken for one that ends there.
+func TestACleanMeetsZeroes(t *testing.T) {
+	r := tenPoints(t)
+	lsn, err := r.g.Resolve(record.Point{Form: record.FormLabel, Label: "p9"})
+	require.NoError(t, err)
+	f := r.g.set.Files(segment.Originals)[0]
+	vf, err := r.mem.OpenReadWrite(f.Path, vfs.WriteCategoryUnspecified)
+	require.NoError(t, err)
+	_, err = vf.WriteAt(make([]byte, record.HeaderSize), f.Start())
+	require.NoError(t, errors.Join(err, vf.Close()))
+	_, err = r.g.Clean()
+	require.NoError(t, err)
+	for b := range int64(500) {
+		r.reads(lsn, b, 100)
+	}
 }
 
 // TestRoomEndsInAnExtent: a part of it was kept, and is not taken for one that has ended when the rest is.
