@@ -49,7 +49,7 @@ var mayImport = map[string][]string{
 	"cmd/internal/build":         {},
 	"cmd/internal/port":          {},
 	"cmd/tidemark-guest":         {"cmd/internal/build", "cmd/internal/port"},
-	"cmd/internal/config":        {"guest", "journal/record"},
+	"cmd/internal/config":        {"guest", "journal/record", "journal/retain"},
 }
 
 // keptTo says in which rooms alone a library may be used, and why.
