@@ -55,8 +55,10 @@ func TestRetention(t *testing.T) {
 	var p api.Points
 	require.NoError(t, json.Unmarshal([]byte(d.ok("points", "web01", "--json")), &p))
 	require.GreaterOrEqual(t, len(p.Kept), 4)
-	require.Equal(t, p.Kept[0].LSN, began)
-	require.Contains(t, p.Kept[0].Why, "pinned")
+	first := slices.IndexFunc(p.Kept, func(k api.Kept) bool { return k.LSN == began })
+	require.GreaterOrEqual(t, first, 0)
+	require.Contains(t, p.Kept[first].Why, "pinned")
+	p.Kept = p.Kept[first:] // what was written before it may be the last of its slot
 	tiered := p.Kept[slices.IndexFunc(p.Kept, func(k api.Kept) bool { return slices.Contains(k.Why, "each 1s") })]
 	for _, at := range []string{fmt.Sprintf("lsn:%d", tiered.LSN), tiered.Time.Format(time.RFC3339Nano), tiered.Until.Add(-1).Format(time.RFC3339Nano)} {
 		tool(t, "qemu-io", "-r", "-f", "raw", "-c", "read 0 3M", d.uri("web01/vda@"+at))
@@ -98,7 +100,7 @@ func TestRetention(t *testing.T) {
 	require.NoError(t, json.Unmarshal([]byte(d.ok("retain", "web01", "--dry-run", "--tier", "1h=2h", "--json")), &r))
 	require.NotEmpty(t, r.Would.Gone)
 	require.Positive(t, r.Would.Frees)
-	require.Equal(t, p.Kept[0].LSN, r.Would.Kept[0].LSN)
+	require.True(t, slices.ContainsFunc(r.Would.Kept, func(k api.Kept) bool { return k.LSN == began }))
 	require.NoError(t, json.Unmarshal([]byte(d.ok("retain", "web01", "--dry-run", "--tier", "none", "--json")), &r))
 	require.Empty(t, r.Tiers)
 	require.LessOrEqual(t, len(r.Would.Kept), 2, "what is pinned or held")
