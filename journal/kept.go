@@ -93,10 +93,17 @@ func (g *Group) Foresee() (need, room int64, ok bool) {
 	if window == 0 || so >= window || so < min(foreseeAfter, window/4) {
 		return 0, 0, false
 	}
-	var logs int64
+	var logs, written int64
+	g.append.Lock()
 	for _, f := range g.set.Files(segment.Log) {
 		logs += f.Alloc()
+		if f == g.append.log.Current() {
+			written += g.append.log.Tail() // the rest of it is allocated ahead
+		} else {
+			written += f.Alloc()
+		}
 	}
+	g.append.Unlock()
 	rest := g.set.Size() - logs
 	room = math.MaxInt64
 	if limit := g.Limit(); limit > 0 {
@@ -105,7 +112,7 @@ func (g *Group) Foresee() (need, room int64, ok bool) {
 	if u, err := g.fs.GetDiskUsage(g.dir); err == nil {
 		room = min(room, logs+int64(u.AvailBytes)-g.o.keepLog())
 	}
-	need = int64(float64(logs) * float64(window) / float64(so))
+	need = int64(float64(written) * float64(window) / float64(so))
 	return need, max(room, 0), true
 }
 
@@ -384,10 +391,20 @@ func (g *Group) readKept() (l keptList, horizon record.LSN, ever bool, err error
 			}
 			return nil
 		}
-		end, err := f.Scan(f.Start(), take)
-		if errors.Is(err, record.ErrCorrupt) {
-			err = f.Resync(end, take) // what stands behind damage is newer
+		end, cause := f.Scan(f.Start(), take)
+		if cause == nil {
+			cause = fmt.Errorf("%w: %s: nothing at %d, and originals behind it", record.ErrCorrupt, f.Path, end)
+		} else if !errors.Is(cause, record.ErrCorrupt) {
+			return l, 0, false, fmt.Errorf("find what has expired: %w", cause)
 		}
+		// What stands behind damage is newer, and a part of it may be what is damaged.
+		behind := false
+		err := f.Resync(end, func(off int64, h record.Header) error {
+			if !behind {
+				behind, list.next.err = true, cause
+			}
+			return take(off, h)
+		})
 		if err != nil {
 			return l, 0, false, fmt.Errorf("find what has expired: %w", err)
 		}

@@ -137,6 +137,40 @@ func TestADamagedVersionOfAKeptPoint(t *testing.T) {
 	check()
 }
 
+// TestTheNewestListIsLost: its header was zeroed. The one before it does not count in its stead: what it names may be gone.
+func TestTheNewestListIsLost(t *testing.T) {
+	r := newRig(t, Options{})
+	p := r.mark("p", true)
+	r.fillUp(100)
+	r.expireAll()
+	_, err := r.g.Unpin("p")
+	require.NoError(t, err)
+	r.mark("q", true)
+	r.fillUp(100)
+	r.expireAll()
+	require.Len(t, r.g.KeptPoints(), 1)
+	var in *segment.File
+	var at int64
+	for _, f := range r.g.set.Files(segment.Originals) {
+		_, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
+			if h.Kind == record.KindKept {
+				in, at = f, off
+			}
+			return nil
+		})
+		require.NoError(t, err)
+	}
+	vf, err := r.mem.OpenReadWrite(in.Path, vfs.WriteCategoryUnspecified)
+	require.NoError(t, err)
+	_, err = vf.WriteAt(make([]byte, record.HeaderSize), at)
+	require.NoError(t, errors.Join(err, vf.Close()))
+	r.loseIndex()
+	r.failed()
+	require.NotContains(t, r.g.keptLSNs(), p.LSN)
+	_, err = r.g.View(r.g.Disks()[0], p.LSN)
+	require.ErrorIs(t, err, ErrNoPoint)
+}
+
 // tenPoints is a rig with a large file of originals that ten pinned points need, of which two stay pinned.
 func tenPoints(t *testing.T) *rig {
 	r := newRig(t, Options{SegmentSize: 32 << 20})
