@@ -1,0 +1,195 @@
+package journal
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/retain"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
+)
+
+// expireDue drops the oldest history that the group's limit, or a file system
+// that is nearly full, asks for.
+func (g *Group) expireDue() error {
+	if err := g.expireAged(); err != nil {
+		return err
+	}
+	if excess := g.excess(); excess > 0 {
+		if _, err := g.Expire(excess); err != nil {
+			return err
+		}
+	}
+	if u, err := g.fs.GetDiskUsage(g.dir); err == nil {
+		// Room for the next files, so that no write has to wait for this.
+		floor := g.o.keepLog() + 4*g.o.SegmentSize
+		if excess := min(floor-int64(u.AvailBytes), 2*g.o.SegmentSize); excess > 0 {
+			_, err := g.expireNeeded(excess)
+			return err
+		}
+	}
+	return nil
+}
+
+// logCanGo reports whether there is a file of the window yet that may expire, if not at present: before it, no kept point goes.
+func (g *Group) logCanGo() bool { return len(closedFiles(g.set.Files(segment.Log))) > 0 }
+
+// excess is by how many bytes the group's segments are too large.
+func (g *Group) excess() (excess int64) {
+	if limit := g.limit.Load(); limit > 0 {
+		excess = g.set.Size() - limit
+	}
+	if total := g.o.Total; total > 0 {
+		var sum, largest int64
+		for _, o := range g.store.Groups() {
+			size := o.set.Size()
+			sum, largest = sum+size, max(largest, size)
+		}
+		if g.set.Size() == largest {
+			excess = max(excess, sum-total)
+		}
+	}
+	return excess
+}
+
+// expireAged drops what is older than the window that is promised.
+func (g *Group) expireAged() error {
+	window := g.Policy().EveryWrite
+	if window == 0 {
+		return nil
+	}
+	now := g.o.Now().UnixNano()
+	files := g.set.Files(segment.Log)
+	if bytes := g.Policy().Passed(now, closedFiles(files)); bytes > 0 {
+		_, err := g.Expire(bytes)
+		return err
+	}
+	// A file that is written slowly would keep the oldest of it for long.
+	if n := len(files); n > 0 && now-files[n-1].Created > int64(max(window/8, time.Minute)) {
+		return g.closeLog()
+	}
+	return nil
+}
+
+// expireForSpace is called when no file can be begun. It reports whether any space came free.
+func (g *Group) expireForSpace() (bool, error) {
+	n, err := g.expireNeeded(g.o.SegmentSize)
+	if n == 0 && err == nil && g.unapplied.Load() > 0 {
+		// What is not applied can not go.
+		if err = g.Apply(); err == nil {
+			n, err = g.expireNeeded(g.o.SegmentSize)
+		}
+	}
+	g.hurry.Add(1)
+	defer g.hurry.Add(-1)
+	for n == 0 && err == nil && !g.logCanGo() {
+		var more bool
+		if more, err = g.giveUp(); err != nil || !more {
+			break
+		}
+		if err = g.closeOriginals(0); err == nil {
+			n, err = g.Clean()
+		}
+	}
+	if err != nil {
+		g.log.Error("the journal is full and its oldest history can not be expired", zap.Error(err))
+	}
+	return n > 0, err
+}
+
+// Expire drops the group's oldest log files, and the originals that nothing
+// needs without them, until at least excess bytes are free, as far as open views, holds
+// and unapplied records allow. It returns how many bytes came free. The horizon moves to
+// the last record dropped.
+func (g *Group) Expire(excess int64) (freed int64, err error) {
+	return g.expire(excess, g.oldestHold())
+}
+
+// expireNeeded is Expire for one that must have the space: no hold keeps anything from it.
+func (g *Group) expireNeeded(excess int64) (freed int64, err error) {
+	return g.expire(excess, record.MaxLSN)
+}
+
+// expireFiles bounds the files that go in one pass, and with them its memory.
+const expireFiles = 8
+
+func (g *Group) expire(excess int64, held record.LSN) (freed int64, err error) {
+	g.apply.Lock()
+	defer g.apply.Unlock()
+	files := g.set.Files(segment.Log)
+	closed := closedFiles(files)
+	n := min(g.mayGo(closed, excess, held), expireFiles)
+	if n == 0 {
+		if len(closed) == 0 {
+			return 0, g.closeLog()
+		}
+		return 0, nil
+	}
+	before := g.set.Size()
+	// Blocks that fall to the backing must be there durably.
+	if err := g.checkpointLocked(); err != nil {
+		return 0, err
+	}
+	err = g.expireUpTo(closed[n-1].Last, files[:n], files[n])
+	if errors.Is(err, errNeeded) {
+		return 0, nil // the next look finds the pin
+	}
+	if errors.Is(err, segment.ErrFull) {
+		// There is no room to carry over what views behind a near horizon
+		// need. Behind the farthest one, they need next to nothing.
+		n = g.mayGo(closed, math.MaxInt64, held)
+		g.log.Warn("no room to expire the oldest history alone: expiring all that may go", zap.Error(err))
+		err = g.expireUpTo(closed[n-1].Last, files[:n], files[n])
+	}
+	if err != nil {
+		err = fmt.Errorf("expire history up to LSN %d: %w", closed[n-1].Last, err)
+	}
+	return before - g.set.Size(), err
+}
+
+// mayGo is how many of the oldest closed files may go for some bytes, as far as pins, and holds from an LSN on, allow.
+func (g *Group) mayGo(closed []retain.File, excess int64, held record.LSN) int {
+	return retain.Expire(closed, excess, min(g.oldestPin(), held), min(g.Applied(), g.Durable()))
+}
+
+// closedFiles are the log files that no record is added to.
+func closedFiles(files []*segment.File) (closed []retain.File) {
+	for i := range files[:max(len(files)-1, 0)] {
+		closed = append(closed, retain.File{Last: files[i+1].First - 1, Time: files[i+1].Created, Size: files[i].Alloc()})
+	}
+	return closed
+}
+
+// closeLog begins a new log file, so that a later expiry can drop the only one. Few
+// records can have many originals: those of a trim.
+func (g *Group) closeLog() error {
+	g.append.Lock()
+	defer g.append.Unlock()
+	log := g.append.log
+	if err := g.endedLocked(); err != nil || log.Current() == nil || log.Tail() == log.Current().Start() {
+		return err
+	}
+	err := g.newLogLocked(0)
+	if errors.Is(err, segment.ErrFull) {
+		return nil // there is room when something is applied, or never
+	}
+	if err != nil {
+		return g.failLocked(err)
+	}
+	return nil
+}
+
+// oldestPin is the oldest LSN from which on somebody needs all of the history.
+func (g *Group) oldestPin() record.LSN {
+	g.pins.Lock()
+	defer g.pins.Unlock()
+	pin := record.MaxLSN
+	for lsn := range g.pins.from {
+		pin = min(pin, lsn)
+	}
+	return pin
+}
