@@ -128,14 +128,14 @@ func populate(t testing.TB, k kind, many int, large int64) (p population) {
 	tool(t, "", k.mkfs[0], append(k.mkfs[1:], p.clean)...)
 	mnt := t.TempDir()
 	loop := strings.TrimSpace(tool(t, "", "losetup", "-f", "--show", p.clean))
-	defer func() { _ = exec.Command("losetup", "-d", loop).Run() }()
-	tool(t, "", "mount", "-t", k.mount, loop, mnt)
-	mounted := true
+	attached := true
 	defer func() {
-		if mounted {
+		if attached {
 			_ = exec.Command("umount", mnt).Run()
+			_ = exec.Command("losetup", "-d", loop).Run()
 		}
 	}()
+	tool(t, "", "mount", "-t", k.mount, loop, mnt)
 	script := strings.Join(k.parts, "")
 	if script == "" {
 		script = zooPlain
@@ -158,8 +158,21 @@ func populate(t testing.TB, k kind, many int, large int64) (p population) {
 		require.NoError(t, open.Close())
 	}
 	tool(t, "", "umount", mnt)
-	mounted = false
+	tool(t, "", "losetup", "-d", loop)
+	attached = false
+	released(t, p.clean)
 	return p
+}
+
+// released waits until no loop device has the image: a name space that another process made while it was mounted has that
+// mount, too, and the file system's last write comes when that one ends.
+func released(t testing.TB, image string) {
+	t.Helper()
+	deadline := time.Now().Add(2 * time.Minute)
+	for strings.TrimSpace(tool(t, "", "losetup", "-j", image)) != "" {
+		require.True(t, time.Now().Before(deadline), "%s is still attached: who has it mounted?", image)
+		time.Sleep(10 * time.Millisecond)
+	}
 }
 
 // reference is what the kernel's own mount of a copy shows.
@@ -449,6 +462,7 @@ func small(t testing.TB, mkfs ...string) image {
 	tool(t, fmt.Sprintf(`mount -o loop '%s' '%s'; cd '%s'
 mkdir -p a/b/c many; for i in $(seq 300); do echo content >many/a-name-of-some-length-$i; done; ln many/a-name-of-some-length-1 a/hard; ln -s ../many a/link
 head -c 300000 /dev/zero | tr '\0' z | sed 's/zzzzzzzz/content /g' >a/b/large; truncate -s 5M a/sparse; cd /; umount '%s'`, path, mnt, mnt, mnt), "sh", "-e")
+	released(t, path)
 	return load(t, path)
 }
 
