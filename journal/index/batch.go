@@ -381,7 +381,14 @@ func (g *Group) State(name string) (value []byte, err error) {
 // Versions calls fn with every version of the group by disk, class, unit and
 // descending LSN. It is for verification and people, not for look-ups.
 func (g *Group) Versions(fn func(Entry) (bool, error)) error {
-	return g.scan(tableVersion, nil, func(k, v []byte) (bool, error) {
+	return g.VersionsFrom(Entry{LSN: record.MaxLSN}, fn)
+}
+
+// VersionsFrom is Versions from the version of a disk, unit and LSN on, or the next one.
+func (g *Group) VersionsFrom(from Entry, fn func(Entry) (bool, error)) error {
+	prefix := len(appendTable(nil, g.id, tableVersion))
+	start := appendVersionKey(nil, g.id, from.Disk, from.Unit, from.LSN)[prefix:]
+	return g.scan(tableVersion, start, func(k, v []byte) (bool, error) {
 		full := append(appendTable(nil, g.id, tableVersion), k...)
 		if len(full) != versionKeyLen {
 			return false, fmt.Errorf("%w: version key of %d bytes", record.ErrCorrupt, len(full))

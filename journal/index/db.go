@@ -42,7 +42,9 @@ type Options struct {
 
 // DB is the index of one daemon.
 type DB struct {
-	db *pebble.DB
+	db   *pebble.DB
+	dir  string
+	opts *pebble.Options
 }
 
 // Open opens the database in dir, or makes it.
@@ -62,7 +64,7 @@ func Open(dir string, o Options) (*DB, error) {
 		Comparer:                    comparer,
 		DisableWAL:                  true, // the segments are the log
 		ErrorIfNotExists:            o.ReadOnly,
-		FormatMajorVersion:          pebble.FormatColumnarBlocks,
+		FormatMajorVersion:          pebble.FormatTableFormatV6,
 		L0CompactionThreshold:       8,
 		LBaseMaxBytes:               512 << 20,
 		L0StopWritesThreshold:       64,
@@ -72,17 +74,22 @@ func Open(dir string, o Options) (*DB, error) {
 		MemTableStopWritesThreshold: 4,
 		ReadOnly:                    o.ReadOnly,
 	}
+	// The values are short: apart from their keys, they take more space than among them, and another block to read.
+	opts.Experimental.SpanPolicyFunc = func([]byte) (pebble.SpanPolicy, []byte, error) {
+		return pebble.SpanPolicy{DisableValueSeparationBySuffix: true}, nil, nil
+	}
 	for i := range opts.Levels {
 		opts.TargetFileSizes[i] = tableSize
 		opts.Levels[i].IndexBlockSize = tableSize // one index for a table
 		opts.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
 		opts.Levels[i].FilterType = pebble.TableFilter
 	}
+	opts.EnsureDefaults()
 	db, err := pebble.Open(dir, opts)
 	if err != nil {
 		return nil, fmt.Errorf("open the index in %s: %w", dir, err)
 	}
-	d := &DB{db: db}
+	d := &DB{db: db, dir: dir, opts: opts}
 	if err := d.checkVersion(o.ReadOnly); err != nil {
 		return nil, errors.Join(err, db.Close())
 	}

@@ -2,6 +2,7 @@ package index
 
 import (
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 
@@ -71,4 +72,85 @@ func TestFindAgainstModel(t *testing.T) {
 			require.Equal(t, want, picks[i].LSN, "block %d at %d", first+int64(i), lsn)
 		}
 	}
+}
+
+// TestVerifyFilesFindsEveryFlippedBit flips single bits all over the files of a database.
+func TestVerifyFilesFindsEveryFlippedBit(t *testing.T) {
+	fs := vfs.NewMem()
+	db, err := Open("index", Options{FS: fs})
+	require.NoError(t, err)
+	g, err := db.Group(1)
+	require.NoError(t, err)
+	rng := rand.New(rand.NewPCG(3, 4))
+	lsn := record.LSN(0)
+	for range 3 {
+		b := g.NewBatch()
+		var entries []Entry
+		for range 3000 {
+			lsn++
+			entries = append(entries, Entry{Disk: 1, Unit: Unit{Index: rng.Int64N(500)}, LSN: lsn, Version: Version{File: 1, Payload: rng.Uint32(), Aux: rng.Uint32()}})
+		}
+		b.Set(entries)
+		require.NoError(t, b.Commit(Watermark{LSN: lsn}))
+		require.NoError(t, db.Flush())
+	}
+	require.NoError(t, g.db.Compact(t.Context(), []byte{0}, []byte{0xff}, false))
+	b := g.NewBatch()
+	b.Set([]Entry{{Disk: 1, LSN: lsn + 1, Version: Version{Zero: true}}})
+	require.NoError(t, b.Commit(Watermark{LSN: lsn + 1}))
+	require.NoError(t, db.Flush())
+	damaged := func() (paths []string) {
+		files, err := db.VerifyFiles(func(int64) error { return nil }, func(path string, err error) { paths = append(paths, path) })
+		require.NoError(t, err)
+		require.Greater(t, files, int64(3))
+		return paths
+	}
+	require.Empty(t, damaged())
+	var paths []string
+	levels, err := db.db.SSTables()
+	require.NoError(t, err)
+	for _, table := range slices.Concat(levels...) {
+		paths = append(paths, db.path(table.BackingSSTNum.String()+".sst"))
+	}
+	for _, prefix := range []string{"MANIFEST-", "OPTIONS-"} {
+		path, _, err := db.newest(prefix)
+		require.NoError(t, err)
+		paths = append(paths, path)
+	}
+	flipped := 0
+	for _, path := range paths {
+		info, err := fs.Stat(path)
+		require.NoError(t, err)
+		t.Log(path, info.Size())
+		bits := rng.Perm(int(info.Size() * 8))
+		if most := 300; len(bits) > most {
+			bits = bits[:most]
+			for i := range 8 * 80 { // the footer, and the blocks before it
+				bits = append(bits, int(info.Size()*8)-1-i)
+			}
+		}
+		for _, bit := range bits {
+			flip(t, fs, path, bit)
+
+			require.Equal(t, []string{path}, damaged(), "bit %d of %s of %d bytes", bit, path, info.Size())
+			flip(t, fs, path, bit)
+			flipped++
+		}
+	}
+	require.Greater(t, flipped, 1000)
+	require.Empty(t, damaged())
+	require.NoError(t, db.Close())
+}
+
+func flip(t *testing.T, fs vfs.FS, path string, bit int) {
+	t.Helper()
+	f, err := fs.OpenReadWrite(path, vfs.WriteCategoryUnspecified)
+	require.NoError(t, err)
+	var b [1]byte
+	_, err = f.ReadAt(b[:], int64(bit/8))
+	require.NoError(t, err)
+	b[0] ^= 1 << (bit % 8)
+	_, err = f.WriteAt(b[:], int64(bit/8))
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
 }
