@@ -33,7 +33,7 @@ guest-deps: deps
 test: guest-deps
 	$(GO) vet ./...
 	$(GO) test -race -timeout 40m $(TESTFLAGS) ./...
-	$(GO) test -timeout 10m ./journal -run TestModel -model.seeds=$(SEEDS)
+	$(GO) test -timeout 10m ./journal -run 'TestModel|TestVerifyFindsEveryFlippedBit' -model.seeds=$(SEEDS) -verify.flips=200
 	$(MAKE) fuzz FUZZTIME=2000x
 
 # test-guest runs the tests of guests alone: real ones in QEMU and libvirt, hooks with real servers.

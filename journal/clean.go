@@ -347,6 +347,8 @@ func (g *Group) cleanStep(f *segment.File, from int64) (end int64, err error) {
 		return from, g.fail(err)
 	}
 	b.Set(entries)
+	g.rearranged.Add(1)
+	defer g.rearranged.Add(1)
 	if err := g.commit(b); err != nil {
 		return from, g.fail(err)
 	}

@@ -82,6 +82,14 @@ func TestReadersBesideEverything(t *testing.T) {
 		}
 	})
 	loop(func(*rand.Rand) { require.NoError(t, r.g.Apply()) })
+	var verified atomic.Int64
+	loop(func(*rand.Rand) {
+		_, err := r.g.Verify(ctx, VerifyOptions{}, func(f Finding) { t.Errorf("%+v", f) })
+		if ctx.Err() == nil {
+			require.NoError(t, err)
+			verified.Add(1)
+		}
+	})
 	loop(func(*rand.Rand) {
 		if r.g.JournalBytes() > 2<<20 {
 			_, err := r.g.Expire(256 << 10)
@@ -104,6 +112,7 @@ func TestReadersBesideEverything(t *testing.T) {
 	wg.Wait()
 	require.Positive(t, r.g.Horizon(), "nothing expired: the test did not test")
 	require.Greater(t, views.Load(), int64(50))
+	require.Positive(t, verified.Load())
 }
 
 func checkBlock(t *testing.T, b []byte, want record.LSN, format string, args ...any) {

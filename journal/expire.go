@@ -412,6 +412,8 @@ func (e *expiry) finish(files []*segment.File) error {
 		return err
 	}
 	g.ix.Forgetting()
+	g.rearranged.Add(1)
+	defer g.rearranged.Add(1)
 	// Bits first: a reader that still finds a version uses it, one that finds
 	// none any more must find the bit clear.
 	for d, blocks := range e.forget {

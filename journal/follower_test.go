@@ -42,7 +42,7 @@ func (m *model) openFollower(b *record.Beginning) {
 	require.NoError(m.t, err)
 	require.Equal(m.t, "active", state)
 	require.True(m.t, f.g.Follows())
-	_, err = f.g.Verify(m.t.Context(), func(x Finding) { m.t.Fatalf("verify finds %+v", x) })
+	_, err = f.g.Verify(m.t.Context(), VerifyOptions{}, func(x Finding) { m.t.Fatalf("verify finds %+v", x) })
 	require.NoError(m.t, err)
 }
 

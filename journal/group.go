@@ -109,9 +109,12 @@ type Group struct {
 	policy  atomic.Pointer[retain.Policy]
 	hadKept atomic.Bool  // any point was ever kept, or viewed, beyond the horizon
 	eaten   atomic.Int64 // see Window
-	limit   atomic.Int64 // of the segments, bytes; 0: none
-	hurry   atomic.Int32 // how many wait for the space that a Clean brings
-	settled atomic.Int64 // until then, Unix nanoseconds, what was kept stays so, see chosen; 0: background work was never begun
+	// rearranged counts what moves or forgets originals in the index, twice each: it is odd while one is under way. Changed with the apply lock held.
+	rearranged atomic.Uint64
+	verified   atomic.Pointer[verified] // nil: never, as far as is known
+	limit      atomic.Int64             // of the segments, bytes; 0: none
+	hurry      atomic.Int32             // how many wait for the space that a Clean brings
+	settled    atomic.Int64             // until then, Unix nanoseconds, what was kept stays so, see chosen; 0: background work was never begun
 	// cleaning serialises Cleans.
 	cleaning struct {
 		sync.Mutex

@@ -109,6 +109,8 @@ func (r *keptRig) clean() {
 // check compares the views of all kept points, and of some others, and has times lead to them exactly.
 func (r *keptRig) check() {
 	r.t.Helper()
+	_, err := r.g.Verify(r.t.Context(), VerifyOptions{}, func(f Finding) { r.t.Errorf("%+v", f) })
+	require.NoError(r.t, err)
 	for _, k := range r.g.KeptPoints() {
 		require.Equal(r.t, r.past[k.LSN-1].at, k.Time)
 		r.checkAt(k.LSN)

@@ -263,7 +263,7 @@ func TestAMarkerWaitsForNoRoom(t *testing.T) {
 	require.ErrorIs(t, err, ErrNoPoint)
 	_, err = r.g.Mark(record.Marker{Label: "cut", By: "test"})
 	require.NoError(t, err, "its label is free")
-	_, err = r.g.Verify(context.Background(), func(f Finding) { t.Errorf("%+v", f) })
+	_, err = r.g.Verify(context.Background(), VerifyOptions{}, func(f Finding) { t.Errorf("%+v", f) })
 	require.NoError(t, err)
 }
 

@@ -950,8 +950,18 @@ func (m *model) checkBackings() {
 	}
 }
 
+// verify expects that nothing is found.
+func (m *model) verify() {
+	done, err := m.g.Verify(m.t.Context(), VerifyOptions{}, func(f Finding) { m.t.Errorf("verify finds %+v (head %d, horizon %d)", f, m.g.Head(), m.g.Horizon()) })
+	require.NoError(m.t, err)
+	require.False(m.t, m.t.Failed())
+	m.setFlushed(m.g.Durable())
+	m.reached["verified"] += int(done.Blocks)
+}
+
 func (m *model) expire() {
 	m.expireIn(m.g)
+	m.verify()
 	require.EqualValues(m.t, len(m.changes), m.g.Head(), "an expiry journals nothing")
 	m.note("expire: horizon %d, %d points kept", m.g.Horizon(), len(m.g.KeptPoints()))
 }
@@ -1056,6 +1066,7 @@ func (m *model) crash() {
 	if m.rng.IntN(4) == 0 {
 		m.checkBackings()
 	}
+	m.verify()
 }
 
 // settleNotes forgets what a crash took, and takes up what the start after it journaled: markers of
@@ -1123,6 +1134,7 @@ func (m *model) restart(what string, between func()) {
 	m.setFlushed(m.g.Head())
 	m.checkLive()
 	m.checkView()
+	m.verify()
 }
 
 // loseIndex removes the index: the segments are the truth.

@@ -33,6 +33,9 @@ func (r *recovery) dropStale() error {
 	var picks [1]index.Pick
 	for _, f := range g.set.Files(segment.Originals) {
 		_, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
+			if cutOff(&h, g.expiredTo()) {
+				return nil
+			}
 			for _, e := range appendOriginal(nil, &h, f.Number, off) {
 				if err := reader.Find(e.Disk, e.Unit.Index, h.LSN, picks[:]); err != nil {
 					return err

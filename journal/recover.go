@@ -317,6 +317,9 @@ func (r *recovery) state() (err error) {
 		return err
 	}
 	g.eaten.Store(int64(eaten))
+	if err := g.loadVerified(); err != nil {
+		return err
+	}
 	for len(r.logs) > 1 && r.logs[1].First-1 <= g.expiredTo() {
 		r.logs = r.logs[1:]
 	}

@@ -124,10 +124,15 @@ func (r *recovery) notedBehind(f *segment.File) (noted bool, err error) {
 	return noted, nil
 }
 
+// cutOff reports whether an original was carried over by an expiry that has not happened: a crash, or a lack of room, cut it off. It counts for nothing.
+func cutOff(h *record.Header, horizon record.LSN) bool {
+	return h.Flags&record.FlagCarried != 0 && h.Durable > horizon
+}
+
 // original makes the index entries of a replayed original.
 func (r *recovery) original(f *segment.File, off int64, h record.Header) []index.Entry {
-	if h.Flags&record.FlagCarried != 0 && h.Durable > r.g.expiredTo() {
-		return nil // of an expiry that the crash cut off
+	if cutOff(&h, r.g.expiredTo()) {
+		return nil
 	}
 	return appendOriginal(nil, &h, f.Number, off)
 }

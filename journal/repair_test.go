@@ -42,13 +42,13 @@ func TestRepair(t *testing.T) {
 				p.to.damage(path, off)
 			}
 			findings := 0
-			_, err := p.to.g.Verify(t.Context(), func(Finding) { findings++ })
+			_, err := p.to.g.Verify(t.Context(), VerifyOptions{}, func(Finding) { findings++ })
 			require.NoError(t, err)
 			require.Positive(t, findings)
 			mended, err := p.to.g.Repair(whole)
 			require.NoError(t, err)
 			require.Positive(t, mended)
-			_, err = p.to.g.Verify(t.Context(), func(f Finding) { t.Errorf("%+v", f) })
+			_, err = p.to.g.Verify(t.Context(), VerifyOptions{}, func(f Finding) { t.Errorf("%+v", f) })
 			require.NoError(t, err)
 			for i := range 6 {
 				b, err := p.to.at(6, int64(i))

@@ -10,11 +10,12 @@ import (
 
 // Names of a group's state in the index. An LSN is 8 bytes, little-endian.
 const (
-	stateApplied = "applied" // LSN: the backings hold every record up to it, durably
-	stateHorizon = "horizon" // LSN up to which history has expired
-	stateKept    = "kept"    // list of the points that are kept beyond the horizon, see appendKept; never set: there never were any
-	stateEaten   = "eaten"   // time of the newest record that expired though the policy promised it still, Unix nanoseconds
-	stateRebuild = "rebuild" // not empty while the index is made again from the segments
+	stateApplied  = "applied"  // LSN: the backings hold every record up to it, durably
+	stateHorizon  = "horizon"  // LSN up to which history has expired
+	stateKept     = "kept"     // list of the points that are kept beyond the horizon, see appendKept; never set: there never were any
+	stateEaten    = "eaten"    // time of the newest record that expired though the policy promised it still, Unix nanoseconds
+	stateVerified = "verified" // when the group was verified last (Unix nanoseconds), and how many places were damaged, 8 bytes each
+	stateRebuild  = "rebuild"  // not empty while the index is made again from the segments
 )
 
 // stateBacking is the backing's fingerprint at the last stop in order.

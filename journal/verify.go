@@ -2,8 +2,11 @@ package journal
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
-	"fmt"
+	"hash/maphash"
+	"os"
+	"time"
 
 	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/record"
@@ -12,8 +15,8 @@ import (
 
 // Finding is damage that Verify found.
 type Finding struct {
-	Where string     // file and offset, or index entry
-	LSN   record.LSN // 0: not known
+	Where string     // file and offset, index entry, or disk and offset
+	LSN   record.LSN // of a record of the log that can not be read; 0: it is of something else
 	What  string
 }
 
@@ -23,199 +26,148 @@ type Verified struct {
 	Originals int64 // records of the originals
 	Bytes     int64 // of payload
 	Versions  int64 // of the index
+	Blocks    int64 // of backings that the journal has a checksum for
 	Findings  int64
+	Mended    int64 // of them: blocks of backings that were written again, as the journal has them
 }
 
-// Verify reads every record of the group, up to what was durable when it was called, and compares it with
-// its checksums, and every version in the index with the bytes it names. It
-// calls report for each damage found and changes nothing. Its error says that it could not go on.
-func (g *Group) Verify(ctx context.Context, report func(Finding)) (Verified, error) {
-	v := verifier{g: g, ctx: ctx, report: report}
-	// The horizon is pinned: nothing expires from under the scan.
-	defer g.unpinFrom(g.pinAll())
-	head := g.Durable()
-	if err := v.log(head); err != nil {
-		return v.done, err
+// VerifyOptions say how Verify goes about it.
+type VerifyOptions struct {
+	// Pause is called behind each step with the bytes that it read, and may wait. Its error ends the verification. Nothing is held meanwhile.
+	Pause func(bytes int64) error
+	// Mend has blocks of a backing written again that are not what the journal's newest version of them is.
+	Mend bool
+}
+
+// Verify compares what the group has with its checksums, up to what was durable when it was called:
+//
+//   - each file's header and each record of it;
+//   - the index, both ways: each record that views may need has its versions in it, and each version of the index its record;
+//   - the backings: each block that the journal has the newest version of, and has applied.
+//
+// It calls report for each damage found and, unless it is to mend, changes nothing. Its error says that it could not go on. History may expire, and be cleaned up,
+// meanwhile; what is gone is passed over, and originals then are looked for in the index, but not the other way round.
+// A group that is open for reading alone has no backings.
+func (g *Group) Verify(ctx context.Context, o VerifyOptions, report func(Finding)) (Verified, error) {
+	v := verifier{g: g, ctx: ctx, o: o, report: report, head: g.Durable(), seed: maphash.MakeSeed()}
+	if !g.o.ReadOnly {
+		if err := g.indexTo(v.head); err != nil && g.alive() {
+			return v.done, err
+		}
 	}
-	if err := v.originals(); err != nil {
-		return v.done, err
+	g.index.Lock()
+	v.mark, v.committed = g.index.mark, g.index.mark
+	g.index.Unlock()
+	if g.o.ReadOnly {
+		var err error
+		if v.committed, err = g.ix.Watermark(); err != nil {
+			return v.done, err
+		}
 	}
-	return v.done, v.index()
+	v.committed.LSN = min(v.committed.LSN, v.head)
+	v.moved = g.rearranged.Load()
+	for _, pass := range []func() error{v.log, v.originals, v.index, v.backings} {
+		if err := pass(); err != nil {
+			return v.done, err
+		}
+	}
+	return v.done, nil
+}
+
+// Verified is when the last verification that was noted was begun, and how many places it left damaged; zero: there was none, or the index was lost since.
+func (g *Group) Verified() (began time.Time, damaged int64) {
+	if v := g.verified.Load(); v != nil {
+		return v.began, v.damaged
+	}
+	return time.Time{}, 0
+}
+
+// SetVerified notes a verification. It is durable with the next checkpoint.
+func (g *Group) SetVerified(began time.Time, damaged int64) error {
+	g.verified.Store(&verified{began, damaged})
+	g.apply.Lock()
+	defer g.apply.Unlock()
+	if err := g.ended(); err != nil {
+		return err
+	}
+	b := binary.LittleEndian.AppendUint64(nil, uint64(began.UnixNano()))
+	return g.setState(stateVerified, binary.LittleEndian.AppendUint64(b, uint64(damaged)))
+}
+
+type verified struct {
+	began   time.Time
+	damaged int64
+}
+
+// loadVerified takes up what the index has of the last verification.
+func (g *Group) loadVerified() error {
+	b, err := g.ix.State(stateVerified)
+	if err != nil || len(b) != 16 {
+		return err
+	}
+	le := binary.LittleEndian
+	g.verified.Store(&verified{time.Unix(0, int64(le.Uint64(b))), int64(le.Uint64(b[8:]))})
+	return nil
+}
+
+// VerifyIndex reads the files of the index, which is of all groups, and compares them with their checksums. It calls report for each that is damaged, and pause
+// behind each with the bytes that it read; an error of pause ends it. It returns how many files there are.
+func (s *Store) VerifyIndex(pause func(bytes int64) error, report func(Finding)) (files int64, err error) {
+	return s.ix.VerifyFiles(pause, func(path string, err error) { report(Finding{Where: path, What: err.Error()}) })
 }
 
 type verifier struct {
 	g      *Group
 	ctx    context.Context
+	o      VerifyOptions
 	report func(Finding)
 	done   Verified
 	buf    []byte
+	read   int64 // bytes since the last pause
+
+	head record.LSN
+	mark index.Watermark // behind it, originals may be half written
+	// committed is up to where the index is complete: of a group that is open for reading alone, that may be less.
+	committed index.Watermark
+	moved     uint64 // rearranged when it was begun
+	seed      maphash.Seed
+	logs      []*fileSum // ascending
+	origs     []*fileSum // ascending
 }
+
+// fileSum is what the index should say of a file's records, and what it says: sums of a fingerprint of each version, so that none is to be kept.
+type fileSum struct {
+	f           *segment.File // to be acquired
+	first, last record.LSN    // of a file of the log
+	want, got   uint64
+	unsure      bool // not all of its records can be read, or several may be of one LSN
+}
+
+// verifyStep is how many bytes are read between two pauses, and verifyKeys how many versions.
+const (
+	verifyStep = 1 << 20
+	verifyKeys = 1 << 14
+)
 
 func (v *verifier) found(where string, lsn record.LSN, err error) {
 	v.done.Findings++
 	v.report(Finding{Where: where, LSN: lsn, What: err.Error()})
 }
 
-// payload checks a record's payload.
-func (v *verifier) payload(f *segment.File, off int64, h record.Header) error {
+// step counts what was read, and rests when it was much.
+func (v *verifier) step(bytes int64) error {
 	if err := v.ctx.Err(); err != nil {
 		return err
 	}
-	var err error
-	if v.buf, err = f.VerifyPayload(off, h, v.buf); errors.Is(err, record.ErrCorrupt) {
-		v.found(fmt.Sprintf("%s at %d", f.Path, off), h.LSN, err)
+	if v.read += bytes; v.read < verifyStep || v.o.Pause == nil {
 		return nil
 	}
-	v.done.Bytes += int64(h.Payload)
-	return err
+	n := v.read
+	v.read = 0
+	return v.o.Pause(n)
 }
 
-func (v *verifier) log(head record.LSN) error {
-	files, release := v.g.set.Hold(segment.Log)
-	defer release()
-	if len(files) == 0 {
-		return nil
-	}
-	next := files[0].First
-	for next <= head {
-		at, atOff := files[0], files[0].Start()
-		err := segment.ScanLog(files, atOff, func(f *segment.File, off int64, h record.Header) error {
-			at, atOff = f, off+h.Size()
-			if h.LSN < next-1 || h.LSN < next && !f.Bridge {
-				return nil
-			}
-			if h.LSN > head {
-				return segment.ErrStop
-			}
-			if h.LSN >= next && !f.Succeeds(next-1, &h) {
-				v.found(fmt.Sprintf("%s at %d", f.Path, off), next, fmt.Errorf("%w: LSN %d to %d are missing", record.ErrCorrupt, next, h.LSN-1))
-			}
-			next = h.LSN + 1
-			v.done.Records++
-			if err := v.payload(f, off, h); err != nil || h.LSN < head {
-				return err
-			}
-			if f.Bridge && f != files[len(files)-1] {
-				return nil // others may have the same LSN
-			}
-			return segment.ErrStop // what follows may be half written
-		})
-		switch {
-		case err == nil && next <= head:
-			v.found(at.Path, next, fmt.Errorf("%w: the log ends before LSN %d", record.ErrCorrupt, head))
-			return nil
-		case err == nil:
-			return nil
-		case !errors.Is(err, record.ErrCorrupt):
-			return err
-		}
-		v.found(fmt.Sprintf("%s at %d", at.Path, atOff), next, err)
-		if files, next = v.skip(files, at); files == nil {
-			return nil
-		}
-	}
-	return nil
-}
+// over reports whether an error says that the group is closed, or the verification ended, and nothing of what was read.
+func (v *verifier) over(err error) bool { return v.ctx.Err() != nil || errors.Is(err, os.ErrClosed) }
 
-// skip finds the files and the LSN at which the log can be read again behind damage.
-func (v *verifier) skip(files []*segment.File, at *segment.File) ([]*segment.File, record.LSN) {
-	for len(files) > 0 && files[0] != at {
-		files = files[1:]
-	}
-	// The rest of a damaged file is passed over: its records behind the damage
-	// can not be replayed, and are reported as missing.
-	if len(files) < 2 {
-		return nil, 0
-	}
-	return files[1:], files[1].First
-}
-
-func (v *verifier) originals() error {
-	v.g.index.Lock()
-	last := v.g.index.mark // behind it, originals may be half written
-	v.g.index.Unlock()
-	files, release := v.g.set.Hold(segment.Originals)
-	defer release()
-	for _, f := range files {
-		indexed := func(off int64) bool {
-			return f.Number < last.OrigFile || f.Number == last.OrigFile && off < int64(last.OrigOff)
-		}
-		end, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
-			if !indexed(off) {
-				return segment.ErrStop
-			}
-			v.done.Originals++
-			return v.payload(f, off, h)
-		})
-		if errors.Is(err, segment.ErrStop) {
-			continue
-		}
-		if err == nil && indexed(end) {
-			// A header of zeroes looks like the file's end.
-			err = f.Resync(end, func(off int64, _ record.Header) error {
-				if !indexed(off) {
-					return segment.ErrStop
-				}
-				return fmt.Errorf("%w: nothing at %d, and an original at %d", record.ErrCorrupt, end, off)
-			})
-			if err == nil && f.Number == last.OrigFile {
-				err = fmt.Errorf("%w: nothing at %d, and originals were indexed up to %d", record.ErrCorrupt, end, last.OrigOff)
-			}
-		}
-		if errors.Is(err, record.ErrCorrupt) {
-			v.found(f.Path, 0, err)
-		} else if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// index reads what every version names.
-func (v *verifier) index() error {
-	var buf [record.BlockSize]byte
-	var sums []byte
-	return v.g.ix.Versions(func(e index.Entry) (bool, error) {
-		if err := v.ctx.Err(); err != nil {
-			return false, err
-		}
-		v.done.Versions++
-		if e.Zero {
-			return true, nil
-		}
-		where := fmt.Sprintf("index: disk %d class %d unit %d LSN %d", e.Disk, e.Unit.Class, e.Unit.Index, e.LSN)
-		f, err := v.g.set.Acquire(e.File)
-		if err != nil {
-			v.found(where, e.LSN, err)
-			return true, nil
-		}
-		defer f.Release()
-		n := int(e.Unit.Blocks())
-		sums = append(sums[:0], byte(e.Aux), byte(e.Aux>>8), byte(e.Aux>>16), byte(e.Aux>>24))
-		if e.Unit.Class > 0 {
-			sums = append(sums[:0], make([]byte, 4*n)...)
-			if err := f.ReadAt(sums, int64(e.Aux), false); err != nil {
-				v.found(where, e.LSN, err)
-				return true, nil
-			}
-		}
-		for i := range n {
-			b := buf[:v.blockLen(e, i)]
-			if err := f.Block(b, int64(e.Payload)+int64(i)*record.BlockSize, record.Sums(sums).At(i), false); err != nil {
-				v.found(where, e.LSN, err)
-				break
-			}
-		}
-		return true, nil
-	})
-}
-
-// blockLen is the length of block i of an entry's unit: the last of a disk may be short.
-func (v *verifier) blockLen(e index.Entry, i int) int64 {
-	for _, t := range v.g.disks.Load().table {
-		if t.ID == e.Disk {
-			return min(record.BlockSize, t.Size-(e.Unit.First()+int64(i))*record.BlockSize)
-		}
-	}
-	return record.BlockSize
-}
+func (v *verifier) fingerprint(e *index.Entry) uint64 { return maphash.Comparable(v.seed, *e) }

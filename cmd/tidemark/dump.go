@@ -24,7 +24,14 @@ not running is read. With --json, one object a line.`,
 			o.JSON = a.json
 			out := cmd.OutOrStdout()
 			if stateDir != "" {
-				return atRest(stateDir, groups, func(g *journal.Group) error { return dump.Group(cmd.Context(), out, g, o) })
+				return atRest(stateDir, groups, func(s *journal.Store) error {
+					for _, g := range s.Groups() {
+						if err := dump.Group(cmd.Context(), out, g, o); err != nil {
+							return err
+						}
+					}
+					return nil
+				})
 			}
 			c, groups, err := a.groups(cmd, groups)
 			if err != nil {

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -17,22 +18,24 @@ func (a *app) verify() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify [GROUP…]",
 		Short: "Read everything in the journal and compare it with its checksums",
-		Long: `Read every record and every version in the index of the groups (all by
-default) and compare them with their checksums. Nothing is changed. With
---state-dir, the journal of a daemon that is not running is read.
+		Long: `Read every record of the groups (all by default), the index and its files, and
+what the backings have of blocks that the journal knows, and compare them with
+their checksums, and records and index with each other. Nothing is changed.
+With --state-dir, the journal of a daemon that is not running is read, without
+the backings.
 
 With --repair, damaged records of the log are fetched from other daemons that have the group, and written again. Damaged originals
-can not be: what they held may be in views of the other daemon.`,
+can not be: what they held may be in views of the other daemon. Blocks of backings that are not what the journal has are written again from it.`,
 		ValidArgsFunction: a.completeGroups,
 		RunE: func(cmd *cobra.Command, groups []string) error {
 			if repair && stateDir != "" {
 				return usage(errors.New("--repair takes a running daemon"))
 			}
-			all, err := a.verifyAll(cmd, stateDir, repair, groups)
+			all, index, err := a.verifyAll(cmd, stateDir, repair, groups)
 			if err != nil {
 				return err
 			}
-			return a.printVerified(cmd, all)
+			return a.printVerified(cmd, all, index)
 		},
 	}
 	cmd.Flags().BoolVar(&repair, "repair", false, "fetch what is damaged from other daemons that have the group")
@@ -40,28 +43,35 @@ can not be: what they held may be in views of the other daemon.`,
 	return cmd
 }
 
-func (a *app) verifyAll(cmd *cobra.Command, stateDir string, repair bool, groups []string) (all []api.Verified, err error) {
+func (a *app) verifyAll(cmd *cobra.Command, stateDir string, repair bool, groups []string) (all []api.Verified, index api.VerifiedIndex, err error) {
 	ctx := cmd.Context()
 	if stateDir != "" {
-		err = atRest(stateDir, groups, func(g *journal.Group) error {
-			v, err := api.VerifyGroup(ctx, g)
-			all = append(all, v)
+		err = atRest(stateDir, groups, func(s *journal.Store) error {
+			for _, g := range s.Groups() {
+				v, err := api.VerifyGroup(ctx, g, journal.VerifyOptions{})
+				if err != nil {
+					return err
+				}
+				all = append(all, v)
+			}
+			index, err = api.VerifyIndex(ctx, s)
 			return err
 		})
-		return all, err
+		return all, index, err
 	}
 	c, groups, err := a.groups(cmd, groups)
 	if err != nil {
-		return nil, err
+		return nil, index, err
 	}
 	for _, g := range groups {
 		v, err := c.Verify(ctx, g, repair)
 		if err != nil {
-			return nil, err
+			return nil, index, err
 		}
 		all = append(all, v)
 	}
-	return all, nil
+	index, err = c.VerifyIndex(ctx)
+	return all, index, err
 }
 
 // groups is the daemon's client, and the groups named or all that it has.
@@ -78,8 +88,8 @@ func (a *app) groups(cmd *cobra.Command, named []string) (*api.Client, []string,
 }
 
 // atRest opens a state directory that no daemon uses, changes nothing in it,
-// and calls fn with the groups named, or all.
-func atRest(stateDir string, groups []string, fn func(*journal.Group) error) error {
+// and calls fn with the store that has the groups named, or all.
+func atRest(stateDir string, groups []string, fn func(*journal.Store) error) error {
 	names, err := journal.GroupNames(stateDir, journal.Options{})
 	if err != nil {
 		return err
@@ -98,27 +108,32 @@ func atRest(stateDir string, groups []string, fn func(*journal.Group) error) err
 	if err != nil {
 		return fmt.Errorf("%w (if a daemon is using %s, leave out --state-dir)", err, stateDir)
 	}
-	for _, g := range s.Groups() {
-		if err := fn(g); err != nil {
-			return errors.Join(err, s.Abandon())
-		}
-	}
-	return s.Abandon()
+	return errors.Join(fn(s), s.Abandon())
 }
 
-func (a *app) printVerified(cmd *cobra.Command, all []api.Verified) error {
-	var damaged int64
+func printFindings(out io.Writer, findings []api.Finding) {
+	for _, f := range findings {
+		fmt.Fprintf(out, "  %s: ", f.Where)
+		if f.LSN > 0 {
+			fmt.Fprintf(out, "LSN %d: ", f.LSN)
+		}
+		fmt.Fprintln(out, f.What)
+	}
+}
+
+func (a *app) printVerified(cmd *cobra.Command, all []api.Verified, index api.VerifiedIndex) error {
+	damaged := index.Damaged
 	for _, v := range all {
 		damaged += v.Damaged
 	}
 	if a.json {
-		if err := printJSON(cmd, map[string]any{"groups": all}); err != nil {
+		if err := printJSON(cmd, map[string]any{"groups": all, "index": index}); err != nil {
 			return err
 		}
 	} else {
 		out := cmd.OutOrStdout()
 		for _, v := range all {
-			fmt.Fprintf(out, "%s: %d records, %d originals, %s of payload, %d versions: ", v.Group, v.Records, v.Originals, size(v.Bytes), v.Versions)
+			fmt.Fprintf(out, "%s: %d records, %d originals, %s of payload, %d versions, %d blocks of backings: ", v.Group, v.Records, v.Originals, size(v.Bytes), v.Versions, v.Blocks)
 			if v.Repaired > 0 {
 				fmt.Fprintf(out, "%d repaired, ", v.Repaired)
 			}
@@ -127,13 +142,16 @@ func (a *app) printVerified(cmd *cobra.Command, all []api.Verified) error {
 				continue
 			}
 			fmt.Fprintf(out, "%d damaged\n", v.Damaged)
-			for _, f := range v.Findings {
-				fmt.Fprintf(out, "  %s: LSN %d: %s\n", f.Where, f.LSN, f.What)
-			}
+			printFindings(out, v.Findings)
 			if v.NotRepaired != "" {
 				fmt.Fprintf(out, "  not repaired: %s\n", v.NotRepaired)
 			}
 		}
+	}
+	if index.Damaged > 0 && !a.json {
+		out := cmd.OutOrStdout()
+		fmt.Fprintf(out, "the index: %d of %d files damaged: stop the daemon and remove the index; it is made again from the segments\n", index.Damaged, index.Files)
+		printFindings(out, index.Findings)
 	}
 	if damaged > 0 {
 		return fmt.Errorf("%w: %d findings", errDamage, damaged)

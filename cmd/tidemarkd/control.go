@@ -31,6 +31,7 @@ type control struct {
 	attached  *attachments
 
 	replication *replication
+	scrubber    *scrubber
 
 	serving  context.Context // ends when the daemon stops
 	stateDir string
@@ -73,6 +74,7 @@ func (c *control) handler() http.Handler {
 	handle("POST /v1/peers/invitations", c.invite)
 	handle("DELETE /v1/peers/{peer}", c.revoke)
 	handle("POST /v1/groups/{group}/verify", c.verify)
+	handle("POST /v1/index/verify", func(r *http.Request) (any, error) { return api.VerifyIndex(r.Context(), c.store) })
 	mux.HandleFunc("GET /v1/groups/{group}/dump", c.dump)
 	mux.Handle("GET /metrics", c.keepers.metrics.handler())
 	// Profiles, for whoever may open the socket anyway.
@@ -148,6 +150,7 @@ func (c *control) status(*http.Request) (any, error) {
 		}
 		retained(g, &a)
 		c.replication.status(g, &a)
+		c.scrubber.status(g, &a)
 		if err := c.rollbacks.problem(g.Name()); err != nil {
 			a.Problems = append(a.Problems, err.Error())
 		}
@@ -181,8 +184,9 @@ func (c *control) verify(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	v, err := api.VerifyGroup(r.Context(), g)
-	if err != nil || v.Damaged == 0 || r.URL.Query().Get("repair") != "true" {
+	repair := r.URL.Query().Get("repair") == "true"
+	v, err := api.VerifyGroup(r.Context(), g, journal.VerifyOptions{Mend: repair})
+	if err != nil || v.Damaged == 0 || !repair {
 		return v, err
 	}
 	return c.repaired(r.Context(), g, v)
@@ -190,7 +194,7 @@ func (c *control) verify(r *http.Request) (any, error) {
 
 // repaired repairs what a verification has found, round by round: behind a damaged header, a file can not be read before it is mended.
 func (c *control) repaired(ctx context.Context, g *journal.Group, v api.Verified) (api.Verified, error) {
-	total := 0
+	total := int(v.Repaired)
 	for {
 		var damaged []uint64
 		for _, f := range v.Findings {
@@ -200,7 +204,7 @@ func (c *control) repaired(ctx context.Context, g *journal.Group, v api.Verified
 		}
 		n, why := c.replication.repair(ctx, g, damaged)
 		total += n
-		next, err := api.VerifyGroup(ctx, g)
+		next, err := api.VerifyGroup(ctx, g, journal.VerifyOptions{Mend: true})
 		if err != nil {
 			return next, err
 		}

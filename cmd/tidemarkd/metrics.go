@@ -177,6 +177,17 @@ var groupGauges = []struct {
 	{desc("tidemark_group_journaled_bytes", "How many bytes of records were journaled since the daemon was started."), func(g *journal.Group) float64 { return float64(g.Appended()) }},
 	{desc("tidemark_group_journal_bytes", "What the group's segments take up."), func(g *journal.Group) float64 { return float64(g.JournalBytes()) }},
 	{desc("tidemark_group_unapplied_bytes", "How far the backings are behind."), func(g *journal.Group) float64 { return float64(g.Unapplied()) }},
+	{desc("tidemark_group_verified_timestamp_seconds", "When the last verification in the background was begun, Unix seconds; 0: there was none."), func(g *journal.Group) float64 {
+		at, _ := g.Verified()
+		if at.IsZero() {
+			return 0
+		}
+		return float64(at.UnixNano()) / float64(time.Second)
+	}},
+	{desc("tidemark_group_damaged", "How many places it found damaged that could not be mended."), func(g *journal.Group) float64 {
+		_, damaged := g.Verified()
+		return float64(damaged)
+	}},
 	{desc("tidemark_group_active", "1 if the group takes writes."), func(g *journal.Group) float64 {
 		if state, _ := g.State(); state == "active" {
 			return 1

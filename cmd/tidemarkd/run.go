@@ -111,7 +111,8 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 		return errors.Join(err, <-storeDone, ls.close(), scratches.stop(), store.Close())
 	}
 	re.reloaded = repl.reconcileSoon
-	ls.serve(serving, eg, &control{store: store, keepers: keepers, reloader: re, exports: exports, rollbacks: rollbacks, attached: attached, replication: repl, serving: serving,
+	scrub := newScrubber(store, c.Scrub, repl, log)
+	ls.serve(serving, eg, &control{store: store, keepers: keepers, reloader: re, exports: exports, rollbacks: rollbacks, attached: attached, replication: repl, scrubber: scrub, serving: serving,
 		stateDir: c.StateDir, storeID: id, nbd: ls.names, log: log}, tlsConf)
 	scratches.start()
 	eg.Go(func() error { return scratches.janitor(serving) })
@@ -124,6 +125,7 @@ func run(ctx context.Context, read func() (config.Config, error), hup <-chan os.
 	eg.Go(func() error { return keepers.run(serving, woken) })
 	eg.Go(func() error { return reloadOn(serving, hup, re) })
 	eg.Go(func() error { return repl.run(serving, ls) })
+	eg.Go(func() error { return scrub.run(serving) })
 	notify(log, daemon.SdNotifyReady)
 	served := make(chan error, 1)
 	go func() {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 
 	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
 	"github.com/tidemark-cdp/tidemark/journal/record"
@@ -57,6 +58,7 @@ const (
 // are verified, payloads are not. The header's table is valid until fn returns.
 func (f *File) Scan(off int64, fn func(off int64, h record.Header) error) (int64, error) {
 	w := window{f: f}
+	defer w.done()
 	for {
 		h, err := w.header(off)
 		switch {
@@ -119,28 +121,40 @@ func (f *File) Succeeds(last record.LSN, h *record.Header) bool {
 
 // window reads a file in large pieces for a scan.
 type window struct {
-	f    *File
-	buf  []byte
-	off  int64 // of buf in the file
-	peek int   // read no more than this many bytes at once; 0: scanWindow
+	f     *File
+	whole *[scanWindow]byte // nil: not read yet
+	buf   []byte            // of whole: what was read
+	off   int64             // of buf in the file
+	peek  int               // read no more than this many bytes at once; 0: scanWindow
+}
+
+// windowPool keeps windows: a scan of a short file takes less than clearing one.
+var windowPool = sync.Pool{New: func() any { return new([scanWindow]byte) }}
+
+// done gives the window back. No header that it has returned is used any more.
+func (w *window) done() {
+	if w.whole != nil {
+		windowPool.Put(w.whole)
+		*w = window{}
+	}
 }
 
 // at returns at least n bytes at off, or what is left of the file.
 func (w *window) at(off int64, n int) ([]byte, error) {
 	if off < w.off || off+int64(n) > w.off+int64(len(w.buf)) {
-		if w.buf == nil {
-			w.buf = make([]byte, scanWindow)
+		if w.whole == nil {
+			w.whole = windowPool.Get().(*[scanWindow]byte)
 		}
 		size := scanWindow
 		if w.peek > 0 {
 			size = max(w.peek, n)
 		}
-		got, err := osfile.ReadAt(w.f.f, w.buf[:size], off)
+		got, err := osfile.ReadAt(w.f.f, w.whole[:size], off)
 		if err != nil {
-			w.buf = w.buf[:0]
+			w.buf = nil
 			return nil, err
 		}
-		w.buf, w.off = w.buf[:got], off
+		w.buf, w.off = w.whole[:got], off
 	}
 	b := w.buf[off-w.off:]
 	return b, nil
@@ -194,6 +208,40 @@ func (f *File) VerifyPayload(off int64, h record.Header, buf []byte) ([]byte, er
 		return buf, fmt.Errorf("%s at %d: LSN %d: %w", f.Path, off, h.LSN, err)
 	}
 	return buf, nil
+}
+
+// VerifyRecord is VerifyPayload, and looks for bytes behind the payload that nobody wrote, too.
+func (f *File) VerifyRecord(off int64, h record.Header, buf []byte) ([]byte, error) {
+	buf, err := f.VerifyPayload(off, h, buf)
+	end := off + int64(h.EncodedSize()) + int64(h.Payload)
+	if err != nil || end == off+h.Size() {
+		return buf, err
+	}
+	var pad [record.Alignment]byte
+	behind := pad[:off+h.Size()-end]
+	if err := f.ReadAt(behind, end, false); err != nil {
+		return buf, fmt.Errorf("%s at %d: %w", f.Path, end, err)
+	}
+	if pad != [record.Alignment]byte{} {
+		return buf, fmt.Errorf("%w: %s at %d: LSN %d: bytes behind the payload", record.ErrCorrupt, f.Path, end, h.LSN)
+	}
+	return buf, nil
+}
+
+// VerifyHeader reads the file's header and compares it with what it was when the file was opened or begun.
+func (f *File) VerifyHeader() error {
+	b := make([]byte, f.start)
+	if err := f.ReadAt(b, 0, false); err != nil {
+		return fmt.Errorf("%s: %w", f.Path, err)
+	}
+	h, err := DecodeHeader(b)
+	if err != nil {
+		return fmt.Errorf("%s: %w", f.Path, err)
+	}
+	if !bytes.Equal(h.encode(), f.Header.encode()) {
+		return fmt.Errorf("%w: %s: its header is another one than when it was opened", record.ErrCorrupt, f.Path)
+	}
+	return nil
 }
 
 // Renew verifies the record at off like VerifyPayload, and writes it again as it
@@ -255,6 +303,7 @@ func (f *File) Sync() error {
 // behind damage can be told from a torn tail. ErrStop from fn ends it without an error.
 func (f *File) Resync(off int64, fn func(at int64, h record.Header) error) error {
 	w := window{f: f}
+	defer w.done()
 	first := record.Header{Kind: record.KindTrim, Extent: record.Extent{Len: 1}}
 	magic := first.Append(nil)[:4]
 	off = (off + record.Alignment - 1) &^ (record.Alignment - 1)

@@ -208,7 +208,10 @@ func DecodeHeader(b []byte) (Header, error) {
 	if unknown := b[81] &^ (flagFollows | flagBridge | flagBridged); unknown != 0 {
 		return h, fmt.Errorf("segment header: %w: it has flags %#x, and what they make of its records is not known; use a newer program", ErrVersion, unknown)
 	}
-	if le.Uint32(b[8:]) < 3 {
+	if v := le.Uint32(b[8:]); v < 3 {
+		if b[81] != 0 || le.Uint16(b[82:]) != 0 {
+			return h, fmt.Errorf("%w: segment header: version %d, and it has reigns", record.ErrCorrupt, v) // the version is before what the checksum is of
+		}
 		h.Reigns = record.Reigns{{Epoch: max(le.Uint64(b[48:]), 1), First: 1}}
 		return h, nil
 	}

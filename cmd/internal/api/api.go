@@ -177,10 +177,19 @@ type Group struct {
 	Replicas []Replica `json:"replicas,omitempty"`
 	Source   *Source   `json:"source,omitempty"`
 
+	Scrub *Scrub `json:"scrub,omitempty"`
+
 	Trusted  bool      `json:"trusted"` // its file systems may meet the host's kernel
 	Guests   []Guest   `json:"guests"`
 	Schedule *Schedule `json:"schedule,omitempty"`
 	Problems []string  `json:"problems"` // what the operator must see to
+}
+
+// Scrub is when a group was verified in the background, and what was found then.
+type Scrub struct {
+	At      time.Time `json:"at,omitzero"` // when it was begun
+	Damaged int64     `json:"damaged"`     // places that could not be mended
+	Running bool      `json:"running,omitempty"`
 }
 
 // Replica is a daemon that a group is shipped to.
@@ -452,12 +461,21 @@ type Verified struct {
 	Originals int64     `json:"originals"`
 	Bytes     int64     `json:"bytes"`
 	Versions  int64     `json:"versions"`
+	Blocks    int64     `json:"blocks"` // of backings
 	Damaged   int64     `json:"damaged"`
 	Findings  []Finding `json:"findings"` // the first thousand
 
-	// Repaired is how many records were written again with what another daemon has of them, NotRepaired why no more were.
+	// Repaired is how many records were written again with what another daemon has of them, and blocks of backings with what the journal has, NotRepaired why no
+	// more were.
 	Repaired    int64  `json:"repaired,omitempty"`
 	NotRepaired string `json:"not_repaired,omitempty"`
+}
+
+// VerifiedIndex is the answer to POST /v1/index/verify: whether the files of the index are what was written.
+type VerifiedIndex struct {
+	Files    int64     `json:"files"`
+	Damaged  int64     `json:"damaged"`
+	Findings []Finding `json:"findings"` // the first thousand
 }
 
 // Comparison is the answer to POST /v1/groups/GROUP/compare?point=POINT&peer=PEER: whether disks are what other daemons have of them.

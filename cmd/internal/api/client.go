@@ -267,6 +267,12 @@ func (c *Client) Verify(ctx context.Context, group string, repair bool) (v Verif
 	return v, err
 }
 
+// VerifyIndex has the files of the index verified.
+func (c *Client) VerifyIndex(ctx context.Context) (v VerifiedIndex, err error) {
+	err = c.do(ctx, http.MethodPost, "/v1/index/verify", nil, &v)
+	return v, err
+}
+
 // Compare compares a group's disks with those of another daemon, or of all that have them.
 func (c *Client) Compare(ctx context.Context, group, point, peer string) (a Comparison, err error) {
 	err = c.do(ctx, http.MethodPost, groupPath(group, "/compare?point="+url.QueryEscape(point)+"&peer="+url.QueryEscape(peer)), nil, &a)

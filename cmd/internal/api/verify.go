@@ -8,22 +8,34 @@ import (
 	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
-// maxFindings bounds the findings that are listed; all are counted in Damaged.
-const maxFindings = 1000
+// MaxFindings bounds the findings that are listed; all are counted in Damaged.
+const MaxFindings = 1000
 
 // VerifyGroup verifies an open group, in the daemon or at rest.
-func VerifyGroup(ctx context.Context, g *journal.Group) (Verified, error) {
+func VerifyGroup(ctx context.Context, g *journal.Group, o journal.VerifyOptions) (Verified, error) {
 	v := Verified{Group: g.Name(), Findings: []Finding{}}
-	done, err := g.Verify(ctx, func(f journal.Finding) {
-		if len(v.Findings) < maxFindings {
+	done, err := g.Verify(ctx, o, func(f journal.Finding) {
+		if len(v.Findings) < MaxFindings {
 			v.Findings = append(v.Findings, Finding{Where: f.Where, LSN: uint64(f.LSN), What: f.What})
 		}
 	})
 	v.Records, v.Originals, v.Bytes, v.Versions, v.Damaged = done.Records, done.Originals, done.Bytes, done.Versions, done.Findings
+	v.Blocks, v.Repaired = done.Blocks, done.Mended
 	// What stopped the group may be damage that only a recovery sees.
 	if state, why := g.State(); state == "failed" && errors.Is(why, record.ErrCorrupt) && v.Damaged == 0 {
 		v.Damaged = 1
 		v.Findings = append(v.Findings, Finding{Where: "group " + g.Name(), What: why.Error()})
 	}
+	return v, err
+}
+
+// VerifyIndex verifies the files of the index, in the daemon or at rest.
+func VerifyIndex(ctx context.Context, s *journal.Store) (v VerifiedIndex, err error) {
+	v.Findings = []Finding{}
+	v.Files, err = s.VerifyIndex(func(int64) error { return ctx.Err() }, func(f journal.Finding) {
+		if v.Damaged++; len(v.Findings) < MaxFindings {
+			v.Findings = append(v.Findings, Finding{Where: f.Where, What: f.What})
+		}
+	})
 	return v, err
 }

@@ -53,6 +53,7 @@ type Config struct {
 	Groups  map[string]Group `yaml:"groups"`
 
 	Replication Replication `yaml:"replication"`
+	Scrub       Scrub       `yaml:"scrub"`
 }
 
 // Guests is what holds of the guests of all groups.
@@ -81,6 +82,26 @@ type Journal struct {
 	Reserve    Size `yaml:"reserve"`     // left free on the file system
 	Unapplied  Size `yaml:"unapplied"`   // how far backings may be behind
 	IndexCache Size `yaml:"index_cache"` // memory
+}
+
+// Scrub says how everything is verified in the background.
+type Scrub struct {
+	Every *Span `yaml:"every"` // how long behind the last time a group is verified again; 30d by default, 0: never
+	Rate  Size  `yaml:"rate"`  // how many bytes a second are read; 16 MiB by default
+}
+
+// ScrubEvery and ScrubRate are what Scrub has by default.
+const (
+	ScrubEvery = Span(30 * 24 * time.Hour)
+	ScrubRate  = Size(16 << 20)
+)
+
+func (s *Scrub) setDefaults() {
+	if s.Every == nil {
+		every := ScrubEvery
+		s.Every = &every
+	}
+	s.Rate = cmp.Or(s.Rate, ScrubRate)
 }
 
 // Group is a consistency group's disks by name, and the guests that write them.
@@ -264,6 +285,7 @@ func (c *Config) Default() {
 		c.Guests.MaxFrozen = 4
 	}
 	c.Replication.setDefaults(c.StateDir)
+	c.Scrub.setDefaults()
 	for name, g := range c.Groups {
 		def(&g.Markers.Consistency, record.Crash.String())
 		def(&g.Markers.Label, "auto")

@@ -1,0 +1,172 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/time/rate"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+	"github.com/tidemark-cdp/tidemark/cmd/internal/config"
+	"github.com/tidemark-cdp/tidemark/journal"
+)
+
+// scrubber verifies the groups in the background, one after the other, so that damage is found while there is something to mend it with.
+type scrubber struct {
+	store  *journal.Store
+	conf   config.Scrub
+	repair func(ctx context.Context, g *journal.Group, damaged []uint64) (mended int, err error)
+	log    *zap.Logger
+
+	mu  sync.Mutex // guards what follows
+	now string     // the group that is being verified; empty: none
+	// index is what was found in the index's files last, and when; that is kept in memory alone.
+	index api.Scrub
+}
+
+func newScrubber(store *journal.Store, conf config.Scrub, repl *replication, log *zap.Logger) *scrubber {
+	return &scrubber{store: store, conf: conf, repair: repl.repair, log: log}
+}
+
+const (
+	// scrubLook is how often it is looked whether a group is due.
+	scrubLook = time.Minute
+	// scrubBurst is what may be read at once behind a pause, in bytes.
+	scrubBurst = 4 << 20
+	// scrubLogged bounds the findings of one verification that are logged.
+	scrubLogged = 20
+)
+
+// run verifies what is due until ctx ends. A verification that a stop has cut off begins anew.
+func (s *scrubber) run(ctx context.Context) error {
+	every := time.Duration(*s.conf.Every)
+	if every == 0 {
+		return nil
+	}
+	t := time.NewTicker(min(scrubLook, max(every/2, time.Second)))
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+		}
+		for ctx.Err() == nil && s.next(ctx) {
+		}
+	}
+}
+
+// next verifies the group that is due the longest, and reports whether there was one.
+func (s *scrubber) next(ctx context.Context) bool {
+	due := time.Now().Add(-time.Duration(*s.conf.Every))
+	var g *journal.Group
+	for _, o := range s.store.Groups() {
+		last, _ := o.Verified()
+		if state, _ := o.State(); state != "failed" && last.Before(due) {
+			g, due = o, last
+		}
+	}
+	if g == nil {
+		return false
+	}
+	s.group(ctx, g)
+	return true
+}
+
+// pause is a pace of so many bytes a second.
+func (s *scrubber) pause(ctx context.Context) func(int64) error {
+	l := rate.NewLimiter(rate.Limit(s.conf.Rate), scrubBurst)
+	return func(bytes int64) error {
+		for ; bytes > 0; bytes -= scrubBurst {
+			if err := l.WaitN(ctx, int(min(bytes, scrubBurst))); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// group verifies one, mends what can be mended, and notes when.
+func (s *scrubber) group(ctx context.Context, g *journal.Group) {
+	began := time.Now()
+	s.setNow(g.Name())
+	defer s.setNow("")
+	log := s.log.With(zap.String("group", g.Name()))
+	found := 0
+	var damaged []uint64
+	done, err := g.Verify(ctx, journal.VerifyOptions{Pause: s.pause(ctx), Mend: true}, func(f journal.Finding) {
+		if found++; found <= scrubLogged {
+			log.Error("damage", zap.String("where", f.Where), zap.Uint64("lsn", uint64(f.LSN)), zap.String("what", f.What))
+		}
+		if f.LSN > 0 && len(damaged) < api.MaxFindings {
+			damaged = append(damaged, uint64(f.LSN))
+		}
+	})
+	if ctx.Err() != nil {
+		return
+	}
+	if err != nil {
+		// It is tried again when it is due next: what stands in the way is there for a while.
+		log.Error("the group could not be verified to its end", zap.Error(err))
+	}
+	repaired := int(done.Mended)
+	if len(damaged) > 0 {
+		n, why := s.repair(ctx, g, damaged)
+		repaired += n
+		if why != nil {
+			log.Warn("not all damaged records could be repaired", zap.Error(why))
+		}
+	}
+	if err := g.SetVerified(began, done.Findings-int64(repaired)); err != nil {
+		log.Warn("note that the group was verified", zap.Error(err))
+	}
+	log.Info("verified the group", zap.Int64("bytes", done.Bytes), zap.Int64("damaged", done.Findings), zap.Int("repaired", repaired), zap.Duration("took", time.Since(began)))
+	s.files(ctx)
+}
+
+// files verifies the index's files, if they are due.
+func (s *scrubber) files(ctx context.Context) {
+	s.mu.Lock()
+	due := time.Since(s.index.At) >= time.Duration(*s.conf.Every)
+	s.mu.Unlock()
+	if !due {
+		return
+	}
+	began, damaged := time.Now(), int64(0)
+	_, err := s.store.VerifyIndex(s.pause(ctx), func(f journal.Finding) {
+		damaged++
+		s.log.Error("damage", zap.String("where", f.Where), zap.String("what", f.What))
+	})
+	if err != nil {
+		if ctx.Err() == nil {
+			s.log.Error("the index's files could not be verified", zap.Error(err))
+		}
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.index = api.Scrub{At: began, Damaged: damaged}
+}
+
+func (s *scrubber) setNow(group string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.now = group
+}
+
+// status says when a group was verified in the background, and what is damaged since.
+func (s *scrubber) status(g *journal.Group, a *api.Group) {
+	at, damaged := g.Verified()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	a.Scrub = &api.Scrub{At: at, Damaged: damaged, Running: s.now == g.Name()}
+	if damaged > 0 {
+		a.Problems = append(a.Problems, fmt.Sprintf("verified %s: %d places are damaged (tidemark verify %s says which)", at.Format(time.RFC3339), damaged, g.Name()))
+	}
+	if n := s.index.Damaged; n > 0 {
+		a.Problems = append(a.Problems, fmt.Sprintf("%d files of the index are damaged (tidemark verify says which): stop the daemon and remove the index; it is made again from the segments", n))
+	}
+}
