@@ -426,6 +426,11 @@ func (g *Group) advanceLocked(head record.LSN, n int, bytes, owed int64) {
 	if a.oldest.IsZero() {
 		a.oldest = g.o.Now()
 	}
+	if a.resting {
+		a.resting = false
+		kick(g.kickSync)
+		kick(g.kickApply)
+	}
 	a.next = head + 1
 	a.bytes += bytes
 	g.appended.Store(uint64(head))

@@ -120,7 +120,7 @@ func TestAHoldKeepsRecords(t *testing.T) {
 	require.NoError(t, err)
 	defer f.Close()
 	h := r.g.Hold(20)
-	require.NoError(t, r.g.expireDue())
+	require.NoError(t, due(r.g))
 	require.Positive(t, r.g.Horizon())
 	require.Less(t, r.g.Horizon(), record.LSN(20))
 	run, err := next(t, f, 1)
@@ -138,7 +138,7 @@ func TestAHoldKeepsRecords(t *testing.T) {
 	require.Contains(t, err.Error(), fmt.Sprintf("lsn:%d", run.Last+1))
 	h = r.g.Hold(r.g.Head())
 	h.Release()
-	require.NoError(t, r.g.expireDue())
+	require.NoError(t, due(r.g))
 	require.EqualValues(t, 200, r.g.Head())
 }
 

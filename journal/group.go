@@ -88,6 +88,7 @@ type Group struct {
 		lastLook int64      // of bytes
 		lookedAt time.Time
 		underWay round
+		resting  bool  // the loops look less often, see rest
 		mayOwe   int64 // how many bytes of originals may be owed, see limitOwedLocked
 		full     error // why applying makes no progress; nil if it does
 		noRoom   error // why the last write that took a new segment got none; nil if it did

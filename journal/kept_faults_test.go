@@ -435,8 +435,8 @@ func TestTheTotalOfAllGroups(t *testing.T) {
 	require.NoError(t, small.Apply())
 	for range 20 {
 		r.fillUp(50)
-		require.NoError(t, r.g.expireDue())
-		require.NoError(t, small.expireDue())
+		require.NoError(t, due(r.g))
+		require.NoError(t, due(small))
 	}
 	require.Positive(t, r.g.Horizon())
 	require.Zero(t, small.Horizon())

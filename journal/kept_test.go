@@ -338,7 +338,7 @@ func TestASmallLimitEatsTheWindow(t *testing.T) {
 	require.NoError(t, r.g.SetPolicy(p, 300<<10))
 	for range 40 {
 		write(5)
-		require.NoError(t, r.g.expireDue())
+		require.NoError(t, due(r.g))
 		require.NoError(t, r.g.closeOriginals(0))
 		_, err := r.g.Clean()
 		require.NoError(t, err)

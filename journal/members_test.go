@@ -159,7 +159,7 @@ func TestAPinnedMarkerIsKept(t *testing.T) {
 		}
 		require.NoError(t, r.g.Apply())
 		for range 10 {
-			require.NoError(t, r.g.expireDue())
+			require.NoError(t, due(r.g))
 		}
 	}
 	fill()

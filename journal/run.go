@@ -9,8 +9,23 @@ import (
 )
 
 // tick is how often the background loops look whether something is due, beside
-// being told.
-const tick = 100 * time.Millisecond
+// being told; restTick, while the group has nothing to sync, index or apply: what is due by the clock alone can wait so long.
+const (
+	tick     = 100 * time.Millisecond
+	restTick = 2 * time.Second
+)
+
+// rest has the loops look less often if there is nothing to do, until a record comes. It returns how often.
+func (g *Group) rest() time.Duration {
+	g.append.Lock()
+	defer g.append.Unlock()
+	a := &g.append
+	a.resting = a.bytes == a.synced && a.lag == 0 && len(a.ready) == 0 && g.unapplied.Load() == 0
+	if a.resting {
+		return restTick
+	}
+	return tick
+}
 
 // loops are a group's background work.
 type loops struct {
@@ -79,6 +94,7 @@ func (g *Group) runCommits(ctx context.Context) {
 		if err := g.ix.RetireReaders(time.Now(), time.Second); err != nil {
 			g.log.Error("close index readers", zap.Error(err))
 		}
+		t.Reset(g.rest())
 	}
 }
 
@@ -97,6 +113,7 @@ func (g *Group) runApplies(ctx context.Context) {
 			continue
 		}
 		g.background()
+		t.Reset(g.rest())
 	}
 }
 
@@ -123,7 +140,11 @@ func (g *Group) background() {
 	if now.Before(g.expireNext) {
 		return
 	}
-	if err := g.expireDue(); err != nil {
+	freed, err := g.expireDue()
+	if freed > 0 {
+		kick(g.kickApply) // there may be more, behind what is to be applied
+	}
+	if err != nil {
 		// What stands in the way is there for a while: a disk that is not configured, damage.
 		g.expireNext = now.Add(expireRetry)
 		g.log.Warn("history is not expired", zap.Error(err), zap.Duration("again_in", expireRetry))

@@ -14,25 +14,26 @@ import (
 )
 
 // expireDue drops the oldest history that the group's limit, or a file system
-// that is nearly full, asks for.
-func (g *Group) expireDue() error {
-	if err := g.expireAged(); err != nil {
-		return err
+// that is nearly full, asks for, a pass of each. It returns how many bytes came free.
+func (g *Group) expireDue() (freed int64, err error) {
+	if freed, err = g.expireAged(); err != nil {
+		return freed, err
 	}
 	if excess := g.excess(); excess > 0 {
-		if _, err := g.Expire(excess); err != nil {
-			return err
+		n, err := g.Expire(excess)
+		if freed += n; err != nil {
+			return freed, err
 		}
 	}
 	if u, err := g.fs.GetDiskUsage(g.dir); err == nil {
 		// Room for the next files, so that no write has to wait for this.
 		floor := g.o.keepLog() + 4*g.o.SegmentSize
 		if excess := min(floor-int64(u.AvailBytes), 2*g.o.SegmentSize); excess > 0 {
-			_, err := g.expireNeeded(excess)
-			return err
+			n, err := g.expireNeeded(excess)
+			return freed + n, err
 		}
 	}
-	return nil
+	return freed, nil
 }
 
 // logCanGo reports whether there is a file of the window yet that may expire, if not at present: before it, no kept point goes.
@@ -56,23 +57,22 @@ func (g *Group) excess() (excess int64) {
 	return excess
 }
 
-// expireAged drops what is older than the window that is promised.
-func (g *Group) expireAged() error {
+// expireAged drops what is older than the window that is promised, a pass of it.
+func (g *Group) expireAged() (freed int64, err error) {
 	window := g.Policy().EveryWrite
 	if window == 0 {
-		return nil
+		return 0, nil
 	}
 	now := g.o.Now().UnixNano()
 	files := g.set.Files(segment.Log)
 	if bytes := g.Policy().Passed(now, closedFiles(files)); bytes > 0 {
-		_, err := g.Expire(bytes)
-		return err
+		return g.Expire(bytes)
 	}
 	// A file that is written slowly would keep the oldest of it for long.
 	if n := len(files); n > 0 && now-files[n-1].Created > int64(max(window/8, time.Minute)) {
-		return g.closeLog()
+		return 0, g.closeLog()
 	}
-	return nil
+	return 0, nil
 }
 
 // expireForSpace is called when no file can be begun. It reports whether any space came free.

@@ -393,14 +393,11 @@ func (s *Store) nextGroupID() (uint32, error) {
 	}
 	next := last + 1
 	for _, name := range names {
-		set, err := segment.OpenSet(fs, fs.PathJoin(s.dir, groupsName, name), true)
+		group, err := segment.GroupOf(fs, fs.PathJoin(s.dir, groupsName, name))
 		if err != nil {
 			return 0, fmt.Errorf("group %s: %w", name, err)
 		}
-		for _, f := range set.Files(segment.Log) {
-			next = max(next, f.Group+1)
-		}
-		set.Close()
+		next = max(next, group+1)
 	}
 	return next, nil
 }

@@ -102,6 +102,30 @@ func OpenSet(fs vfs.FS, dir string, readOnly bool) (*Set, error) {
 	return s, nil
 }
 
+// GroupOf is the number of the group whose files are in dir, as the head of one of them says; 0: none has a valid one.
+func GroupOf(fs vfs.FS, dir string) (uint32, error) {
+	names, err := fs.List(dir)
+	if err != nil {
+		return 0, fmt.Errorf("list segments: %w", err)
+	}
+	for _, name := range names {
+		if !strings.HasPrefix(name, Log.String()+"-") || !strings.HasSuffix(name, suffix) {
+			continue
+		}
+		f, err := openFile(fs, fs.PathJoin(dir, name), true)
+		if errors.Is(err, record.ErrCorrupt) {
+			continue
+		}
+		if err != nil {
+			return 0, fmt.Errorf("open segment %s: %w", name, err)
+		}
+		group := f.Group
+		f.Release()
+		return group, nil
+	}
+	return 0, nil
+}
+
 // fileName names a file by kind, first LSN and number.
 func fileName(k Kind, first record.LSN, number uint32) string {
 	return fmt.Sprintf("%s-%020d-%08d%s", k, first, number, suffix)
