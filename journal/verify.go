@@ -1,9 +1,11 @@
 package journal
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"hash/maphash"
 	"os"
 	"time"
@@ -16,7 +18,8 @@ import (
 // Finding is damage that Verify found.
 type Finding struct {
 	Where string     // file and offset, index entry, or disk and offset
-	LSN   record.LSN // of a record of the log that can not be read; 0: it is of something else
+	LSN   record.LSN // of the first record of the log that can not be read; 0: it is of something else
+	Last  record.LSN // of the last one
 	What  string
 }
 
@@ -28,15 +31,12 @@ type Verified struct {
 	Versions  int64 // of the index
 	Blocks    int64 // of backings that the journal has a checksum for
 	Findings  int64
-	Mended    int64 // of them: blocks of backings that were written again, as the journal has them
 }
 
 // VerifyOptions say how Verify goes about it.
 type VerifyOptions struct {
 	// Pause is called behind each step with the bytes that it read, and may wait. Its error ends the verification. Nothing is held meanwhile.
 	Pause func(bytes int64) error
-	// Mend has blocks of a backing written again that are not what the journal's newest version of them is.
-	Mend bool
 }
 
 // Verify compares what the group has with its checksums, up to what was durable when it was called:
@@ -45,9 +45,9 @@ type VerifyOptions struct {
 //   - the index, both ways: each record that views may need has its versions in it, and each version of the index its record;
 //   - the backings: each block that the journal has the newest version of, and has applied.
 //
-// It calls report for each damage found and, unless it is to mend, changes nothing. Its error says that it could not go on. History may expire, and be cleaned up,
-// meanwhile; what is gone is passed over, and originals then are looked for in the index, but not the other way round.
-// A group that is open for reading alone has no backings.
+// It calls report for each damage found, and changes nothing. Its error says that it could not go on: os.ErrClosed, as the group was closed, or taken back. History
+// may expire, and be cleaned up, meanwhile; what is gone is passed over, and originals then are looked for in the index, but not the other way round. Records
+// of bridges are not compared with the index. A group that is open for reading alone has no backings.
 func (g *Group) Verify(ctx context.Context, o VerifyOptions, report func(Finding)) (Verified, error) {
 	v := verifier{g: g, ctx: ctx, o: o, report: report, head: g.Durable(), seed: maphash.MakeSeed()}
 	if !g.o.ReadOnly {
@@ -66,6 +66,7 @@ func (g *Group) Verify(ctx context.Context, o VerifyOptions, report func(Finding
 	}
 	v.committed.LSN = min(v.committed.LSN, v.head)
 	v.moved = g.rearranged.Load()
+	defer v.closeReader()
 	for _, pass := range []func() error{v.log, v.originals, v.index, v.backings} {
 		if err := pass(); err != nil {
 			return v.done, err
@@ -123,7 +124,10 @@ type verifier struct {
 	report func(Finding)
 	done   Verified
 	buf    []byte
-	read   int64 // bytes since the last pause
+	read   int64         // bytes since the last pause
+	file   *segment.File // that is read, with a reference; nil: none
+	look   *index.Reader // see reader
+	ended  error         // why it, or the file that is read, has ended: no error of what was read
 
 	head record.LSN
 	mark index.Watermark // behind it, originals may be half written
@@ -149,25 +153,83 @@ const (
 	verifyKeys = 1 << 14
 )
 
-func (v *verifier) found(where string, lsn record.LSN, err error) {
-	v.done.Findings++
-	v.report(Finding{Where: where, LSN: lsn, What: err.Error()})
+// closed is an error if the group takes nothing more because it is closed, or taken back: what it has then says nothing.
+func (v *verifier) closed() error {
+	v.g.append.Lock()
+	defer v.g.append.Unlock()
+	if v.g.append.closed != nil {
+		return fmt.Errorf("verify group %s: %w: %w", v.g.name, os.ErrClosed, v.g.append.closed)
+	}
+	return nil
 }
 
-// step counts what was read, and rests when it was much.
+func (v *verifier) found(where string, lsn record.LSN, err error) { v.foundTo(where, lsn, lsn, err) }
+
+// foundTo is found of several records.
+func (v *verifier) foundTo(where string, lsn, last record.LSN, err error) {
+	if v.closed() != nil {
+		return // the next step ends it
+	}
+	v.done.Findings++
+	v.report(Finding{Where: where, LSN: lsn, Last: last, What: err.Error()})
+}
+
+// failed reports why something can not be read, unless that ends the verification.
+func (v *verifier) failed(where string, lsn record.LSN, err error) error {
+	if v.ended = cmp.Or(v.ctx.Err(), v.closed()); v.ended == nil && errors.Is(err, os.ErrClosed) {
+		v.ended = err
+	}
+	if v.ended == nil {
+		v.found(where, lsn, err)
+	}
+	return v.ended
+}
+
+// step counts what was read, and rests when it was much: without the file and the view of the index that it has.
 func (v *verifier) step(bytes int64) error {
-	if err := v.ctx.Err(); err != nil {
+	if v.ended = cmp.Or(v.ctx.Err(), v.closed()); v.ended != nil {
+		return v.ended
+	}
+	if v.read += bytes; v.read >= verifyStep && v.o.Pause != nil {
+		v.ended = v.pause()
+	}
+	return v.ended
+}
+
+// pause is an error that wraps segment.ErrGone if the file that is read expired meanwhile.
+func (v *verifier) pause() error {
+	n, f := v.read, v.file
+	v.read, v.file = 0, nil
+	v.closeReader()
+	if f != nil {
+		f.Release()
+	}
+	if err := v.o.Pause(n); err != nil || f == nil {
 		return err
 	}
-	if v.read += bytes; v.read < verifyStep || v.o.Pause == nil {
-		return nil
+	_, err := v.g.set.Acquire(f.Number)
+	if err == nil {
+		v.file = f
 	}
-	n := v.read
-	v.read = 0
-	return v.o.Pause(n)
+	return err
 }
 
-// over reports whether an error says that the group is closed, or the verification ended, and nothing of what was read.
-func (v *verifier) over(err error) bool { return v.ctx.Err() != nil || errors.Is(err, os.ErrClosed) }
+// reader looks at the index as it was since the last pause.
+func (v *verifier) reader() (*index.Reader, error) {
+	if v.look == nil {
+		var err error
+		if v.look, err = v.g.ix.FreshReader(); err != nil {
+			return nil, err
+		}
+	}
+	return v.look, nil
+}
+
+func (v *verifier) closeReader() {
+	if v.look != nil {
+		v.look.Close()
+		v.look = nil
+	}
+}
 
 func (v *verifier) fingerprint(e *index.Entry) uint64 { return maphash.Comparable(v.seed, *e) }

@@ -2,22 +2,19 @@ package journal
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"slices"
-
-	"go.uber.org/zap"
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
-// backings compares what the backings have with the newest versions that are applied.
+// backings compares what the backings have with the newest versions that are applied. Of a group that has failed, nobody knows how far that went.
 func (v *verifier) backings() error {
-	for _, d := range v.g.disks.Load().all {
+	for _, d := range v.g.Disks() {
 		blocks := (d.Size + record.BlockSize - 1) / record.BlockSize
-		for first := int64(0); first < blocks && d.Attached(); first += viewStep {
+		for first := int64(0); first < blocks && v.has(d); first += viewStep {
 			if err := v.backingStep(d, first, int(min(viewStep, blocks-first))); err != nil {
 				return err
 			}
@@ -26,20 +23,23 @@ func (v *verifier) backings() error {
 	return nil
 }
 
+// has reports whether a disk is the group's at present, and its backing what the group makes of it.
+func (v *verifier) has(d *disk.Disk) bool {
+	return v.g.ended() == nil && d.Attached() && slices.Contains(v.g.Disks(), d)
+}
+
+// backingRun is how many blocks of a backing are read at once.
+const backingRun = 256
+
 // backingStep compares n blocks. What seems wrong may have been written meanwhile: it is looked at again while nothing is applied.
 func (v *verifier) backingStep(d *disk.Disk, first int64, n int) error {
 	picks := make([]index.Pick, n)
-	reader, err := v.g.ix.Reader(0)
+	reader, err := v.reader()
 	if err == nil {
 		err = reader.Find(d.ID, first, record.MaxLSN, picks)
-		reader.Release()
 	}
 	if err != nil {
-		if v.over(err) {
-			return err
-		}
-		v.found(fmt.Sprintf("index: disk %d from block %d on", d.ID, first), 0, err)
-		return nil
+		return v.failed(fmt.Sprintf("index: disk %d from block %d on", d.ID, first), 0, err)
 	}
 	var read int64
 	var suspect []int64
@@ -58,17 +58,19 @@ func (v *verifier) backingStep(d *disk.Disk, first int64, n int) error {
 		i = j
 	}
 	for _, block := range suspect {
-		if err := v.suspect(d, block); err != nil {
+		if err := v.ctx.Err(); err != nil {
 			return err
+		}
+		if err := v.suspect(d, block); err != nil {
+			if err := v.failed(fmt.Sprintf("backing %s of disk %s/%s at %d", d.Path(), v.g.name, d.Name, block*record.BlockSize), 0, err); err != nil {
+				return err
+			}
 		}
 	}
 	return v.step(read + int64(n)) // looking up takes time, too
 }
 
-// backingRun is how many blocks of a backing are read at once.
-const backingRun = 256
-
-// differing are those blocks of a run that are not what the versions say, or can not be read.
+// differing are those blocks of a run that seem to be other than the versions say, or can not be read.
 func (v *verifier) differing(d *disk.Disk, first int64, picks []index.Pick) (blocks []int64) {
 	last := first + int64(len(picks)) - 1
 	b := slices.Grow(v.buf[:0], len(picks)*record.BlockSize)[:(len(picks)-1)*record.BlockSize+d.BlockLen(last)]
@@ -76,60 +78,43 @@ func (v *verifier) differing(d *disk.Disk, first int64, picks []index.Pick) (blo
 	err := d.ReadBacking(b, first*record.BlockSize, false)
 	for i := range picks {
 		block := first + int64(i)
-		if err != nil || v.differs(b[i*record.BlockSize:][:d.BlockLen(block)], &picks[i]) != nil {
+		if err != nil || !v.agrees(b[i*record.BlockSize:][:d.BlockLen(block)], &picks[i]) {
 			blocks = append(blocks, block)
 		}
 	}
 	return blocks
 }
 
-// wrong is how the backing's block differs from a version, or why it can not be read; nil: it does not.
-func (v *verifier) wrong(d *disk.Disk, block int64, p *index.Pick) error {
-	var buf [record.BlockSize]byte
-	b := buf[:d.BlockLen(block)]
-	if err := d.ReadBacking(b, block*record.BlockSize, false); err != nil {
-		if errors.Is(err, disk.ErrDetached) {
-			return nil
-		}
-		return err
-	}
-	return v.differs(b, p)
-}
-
-// differs is how a block differs from a version. What the version's checksum is may be unreadable: that is found elsewhere.
-func (v *verifier) differs(b []byte, p *index.Pick) error {
+// agrees reports whether a block has a version's checksum.
+func (v *verifier) agrees(b []byte, p *index.Pick) bool {
 	if p.Zero {
-		if !bytes.Equal(b, make([]byte, len(b))) {
-			return fmt.Errorf("%w: it should be zeroes, by LSN %d", record.ErrCorrupt, p.LSN)
-		}
-		return nil
+		return bytes.Equal(b, make([]byte, len(b)))
 	}
 	sum := p.Aux
 	if p.Class > 0 {
 		f, err := v.g.set.Acquire(p.File)
 		if err != nil {
-			return nil
+			return false
 		}
 		defer f.Release()
 		var at [4]byte
 		if err := f.ReadAt(at[:], p.SumOff(), false); err != nil {
-			return nil
+			return false
 		}
 		sum = record.Sums(at[:]).At(0)
 	}
-	if got := record.Checksum(b); got != sum {
-		return fmt.Errorf("%w: it has checksum %08x, and LSN %d left %08x", record.ErrCorrupt, got, p.LSN, sum)
-	}
-	return nil
+	return record.Checksum(b) == sum
 }
 
-// suspect looks at a block again, while nothing is applied to it, and has it written again if it is to be mended.
+// suspect reads a block again, while nothing is applied, and compares it with what the journal has. It returns how they differ, or why the backing can not be
+// read. What of the journal can not be read is found elsewhere.
 func (v *verifier) suspect(d *disk.Disk, block int64) error {
 	g := v.g
 	g.apply.Lock()
 	defer g.apply.Unlock()
-	if err := g.indexTo(g.Head()); err != nil {
-		return nil // the group has failed: what its backings have is not known
+	// Whoever closes the group, or takes it back, says so and applies before it touches a backing.
+	if !v.has(d) || g.indexTo(g.Head()) != nil {
+		return nil
 	}
 	reader, err := g.ix.FreshReader()
 	if err != nil {
@@ -137,39 +122,22 @@ func (v *verifier) suspect(d *disk.Disk, block int64) error {
 	}
 	defer reader.Close()
 	var p [1]index.Pick
-	if err := reader.Find(d.ID, block, record.MaxLSN, p[:]); err != nil || !p[0].Found || p[0].LSN > g.Applied() || !d.Attached() {
+	if err := reader.Find(d.ID, block, record.MaxLSN, p[:]); err != nil || !p[0].Found || p[0].LSN > g.Applied() {
 		return err
 	}
-	cause := v.wrong(d, block, &p[0])
-	if cause == nil {
-		return nil
-	}
-	place := fmt.Sprintf("backing %s of disk %s/%s at %d", d.Path(), g.name, d.Name, block*record.BlockSize)
-	v.found(place, 0, cause)
-	if !v.o.Mend {
-		return nil
-	}
-	if err := v.mend(d, block, p[:]); err != nil {
-		g.log.Error("a block of a backing is not what the journal has, and can not be written again", zap.String("place", place), zap.Error(err))
-		return nil
-	}
-	v.done.Mended++
-	g.log.Warn("a block of a backing was written again, as the journal has it", zap.String("place", place), zap.Uint64("lsn", uint64(p[0].LSN)))
-	return nil
-}
-
-// mend writes a block of a backing again. g.apply is held.
-func (v *verifier) mend(d *disk.Disk, block int64, picks []index.Pick) error {
-	var buf [record.BlockSize]byte
-	b := buf[:d.BlockLen(block)]
-	view := View{g: v.g, d: d, lsn: picks[0].LSN}
+	var want, has [record.BlockSize]byte
+	n, off := d.BlockLen(block), block*record.BlockSize
+	view := View{g: g, d: d, lsn: p[0].LSN}
 	s := viewPool.Get().(*viewScratch)
 	defer viewPool.Put(s)
-	if err := view.readPicks(s, b, block*record.BlockSize, block, picks, false); err != nil {
+	if view.readPicks(s, want[:n], off, block, p[:], false) != nil {
+		return nil
+	}
+	if err := d.ReadBacking(has[:n], off, false); err != nil {
 		return err
 	}
-	if err := errors.Join(d.Restore(b, block*record.BlockSize), d.SyncBacking()); err != nil {
-		return err
+	if has == want || !v.has(d) {
+		return nil
 	}
-	return v.wrong(d, block, &picks[0])
+	return fmt.Errorf("%w: it is not what the record at LSN %d left there", record.ErrCorrupt, p[0].LSN)
 }

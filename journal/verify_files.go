@@ -30,23 +30,29 @@ func (v *verifier) log() error {
 	return nil
 }
 
-// held calls fn with a reference to a file, unless it is gone.
+// held calls fn with a reference to a file, unless it is gone. If it goes in a pause, the rest of it is passed over.
 func (v *verifier) held(f *segment.File, fn func() error) error {
 	f, err := v.g.set.Acquire(f.Number)
-	if errors.Is(err, segment.ErrGone) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer f.Release()
-	if err := f.VerifyHeader(); err != nil {
-		if v.over(err) {
-			return err
+	if err == nil {
+		v.file = f
+		defer func() {
+			if v.file != nil {
+				v.file.Release()
+				v.file = nil
+			}
+		}()
+		if err = f.VerifyHeader(); err != nil {
+			err = v.failed(f.Path, 0, err)
 		}
-		v.found(f.Path, 0, err)
+		if err == nil {
+			err = fn()
+		}
 	}
-	return fn()
+	if errors.Is(err, segment.ErrGone) {
+		v.ended = v.closed() // then all are
+		return v.ended
+	}
+	return err
 }
 
 // logFile reads the records of a file up to a limit. Behind damage, it goes on where it finds the next one.
@@ -68,7 +74,7 @@ func (v *verifier) logFile(f *segment.File, limit record.LSN) error {
 			}
 			if h.LSN >= next && !f.Succeeds(next-1, &h) {
 				sum.unsure = true
-				v.found(fmt.Sprintf("%s at %d", f.Path, off), next, fmt.Errorf("%w: LSN %d to %d are missing", record.ErrCorrupt, next, h.LSN-1))
+				v.foundTo(fmt.Sprintf("%s at %d", f.Path, off), next, h.LSN-1, fmt.Errorf("%w: LSN %d to %d are missing", record.ErrCorrupt, next, h.LSN-1))
 			}
 			next = h.LSN + 1
 			return v.logRecord(sum, off, &h)
@@ -76,7 +82,7 @@ func (v *verifier) logFile(f *segment.File, limit record.LSN) error {
 		if errors.Is(err, segment.ErrStop) || next >= limit && (err == nil || errors.Is(err, record.ErrCorrupt)) {
 			return nil
 		}
-		if v.over(err) {
+		if v.ended != nil {
 			return err
 		}
 		if err == nil {
@@ -95,7 +101,7 @@ func (v *verifier) logFile(f *segment.File, limit record.LSN) error {
 		if off == 0 {
 			next = limit
 		}
-		v.found(where, lost, fmt.Errorf("LSN %d to %d can not be read: %w", lost, next-1, errors.Join(err, rerr)))
+		v.foundTo(where, lost, next-1, fmt.Errorf("LSN %d to %d can not be read: %w", lost, next-1, errors.Join(err, rerr)))
 		if off == 0 {
 			return nil
 		}
@@ -116,10 +122,9 @@ func (v *verifier) logRecord(sum *fileSum, off int64, h *record.Header) error {
 // payload checks a record's payload. lsn is what a finding says of it.
 func (v *verifier) payload(f *segment.File, off int64, h *record.Header, lsn record.LSN) (err error) {
 	if v.buf, err = f.VerifyRecord(off, *h, v.buf); err != nil {
-		if v.over(err) {
+		if err := v.failed(fmt.Sprintf("%s at %d", f.Path, off), lsn, err); err != nil {
 			return err
 		}
-		v.found(fmt.Sprintf("%s at %d", f.Path, off), lsn, err)
 	}
 	v.done.Bytes += int64(h.Payload)
 	return v.step(h.Size())
@@ -143,23 +148,18 @@ func (v *verifier) originals() error {
 func (v *verifier) originalsFile(f *segment.File) error {
 	sum := &fileSum{f: f}
 	v.origs = append(v.origs, sum)
-	reader, err := v.g.ix.FreshReader()
-	if err != nil {
-		return err
-	}
-	defer reader.Close()
 	off := f.Start()
 	for {
 		end, err := f.Scan(off, func(off int64, h record.Header) error {
 			if !before(&v.mark, f.Number, off) {
 				return segment.ErrStop
 			}
-			return v.original(reader, sum, off, &h)
+			return v.original(sum, off, &h)
 		})
 		if errors.Is(err, segment.ErrStop) || !before(&v.mark, f.Number, end) && (err == nil || errors.Is(err, record.ErrCorrupt)) {
 			return nil
 		}
-		if v.over(err) {
+		if v.ended != nil {
 			return err
 		}
 		// Zeroes may be the end of a file that was closed, or what damage left of a header.
@@ -186,9 +186,13 @@ func (v *verifier) originalsFile(f *segment.File) error {
 }
 
 // original checks an original's payload, and looks for it in the index. It may stand elsewhere by now, or nobody need it any more.
-func (v *verifier) original(reader *index.Reader, sum *fileSum, off int64, h *record.Header) error {
+func (v *verifier) original(sum *fileSum, off int64, h *record.Header) error {
 	v.done.Originals++
 	if err := v.payload(sum.f, off, h, 0); err != nil || h.Extent.Len == 0 || !before(&v.committed, sum.f.Number, off) {
+		return err
+	}
+	reader, err := v.reader()
+	if err != nil {
 		return err
 	}
 	for _, e := range appendOriginal(nil, h, sum.f.Number, off) {
@@ -199,10 +203,9 @@ func (v *verifier) original(reader *index.Reader, sum *fileSum, off int64, h *re
 			}
 		}
 		if err != nil {
-			v.found(where(&e), 0, err)
-			return nil
+			return v.failed(where(&e), 0, err)
 		}
-		if has == e.Version && !e.Zero {
+		if has == e.Version && !e.Zero && e.Until != 0 {
 			sum.want += v.fingerprint(&e)
 		}
 	}

@@ -1,7 +1,9 @@
 package journal
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 
 	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/record"
@@ -20,7 +22,7 @@ func (v *verifier) index() error {
 		return err
 	}
 	located := 0
-	for _, sum := range append(v.logs, v.origs...) {
+	for _, sum := range slices.Concat(v.logs, v.origs) {
 		if sum.want == sum.got || !v.stable(sum) {
 			continue
 		}
@@ -38,6 +40,9 @@ func (v *verifier) index() error {
 // mostLocated bounds the files of which it is found out what the index has wrong: each takes reading all of it once more.
 const mostLocated = 16
 
+// mostWrong bounds the findings of one file.
+const mostWrong = 1000
+
 // versions calls fn with the versions of the index, in steps. What can not be read is found, and ends it.
 func (v *verifier) versions(fn func(e *index.Entry)) error {
 	from := index.Entry{LSN: record.MaxLSN}
@@ -51,11 +56,11 @@ func (v *verifier) versions(fn func(e *index.Entry)) error {
 			return n < verifyKeys, nil
 		})
 		if err != nil {
-			if v.over(err) {
+			err = v.failed(fmt.Sprintf("index: behind disk %d class %d unit %d LSN %d", last.Disk, last.Unit.Class, last.Unit.Index, last.LSN), 0, err)
+			if err != nil {
 				return err
 			}
-			v.found(fmt.Sprintf("index: behind disk %d class %d unit %d LSN %d", last.Disk, last.Unit.Class, last.Unit.Index, last.LSN), 0, err)
-			for _, sum := range append(v.logs, v.origs...) {
+			for _, sum := range slices.Concat(v.logs, v.origs) {
 				sum.unsure = true
 			}
 			return nil
@@ -79,17 +84,15 @@ func (v *verifier) attribute(e *index.Entry) *fileSum {
 		if e.Zero || !before(&v.committed, e.File, int64(e.Payload)) {
 			return nil
 		}
-		for _, sum := range v.origs {
-			if sum.f.Number == e.File {
-				return sum
-			}
+		if sum := v.origOf(e.File); sum != nil {
+			return sum
 		}
 		if v.g.rearranged.Load() == v.moved && v.moved%2 == 0 {
 			v.found(where(e), 0, fmt.Errorf("%w: no file has the original, number %d", record.ErrCorrupt, e.File))
 		}
 		return nil
 	}
-	if e.LSN > v.committed.LSN {
+	if e.LSN > v.committed.LSN || !e.Zero && v.origOf(e.File) != nil { // or of an original whose end is not known
 		return nil
 	}
 	sum := v.fileOf(e.LSN)
@@ -97,6 +100,15 @@ func (v *verifier) attribute(e *index.Entry) *fileSum {
 		v.found(where(e), 0, fmt.Errorf("%w: no file of the log has the record", record.ErrCorrupt))
 	}
 	return sum
+}
+
+// origOf is a file of originals that was read.
+func (v *verifier) origOf(number uint32) *fileSum {
+	i, ok := slices.BinarySearchFunc(v.origs, number, func(s *fileSum, number uint32) int { return cmp.Compare(s.f.Number, number) })
+	if !ok {
+		return nil
+	}
+	return v.origs[i]
 }
 
 // stable reports whether what the index says of a file can not have changed while it was read.
@@ -133,7 +145,7 @@ func (v *verifier) locate(sum *fileSum) error {
 		}
 		return nil
 	})
-	if err != nil {
+	if err != nil || v.closed() != nil {
 		return nil // it could be read before: the next verification finds it
 	}
 	var wrong []Finding
@@ -159,9 +171,12 @@ func (v *verifier) locate(sum *fileSum) error {
 			wrong = append(wrong, Finding{Where: where(&e), What: fmt.Sprintf("%v: the index lacks what %s has", record.ErrCorrupt, sum.f.Path)})
 		}
 	}
-	for _, f := range wrong {
+	for _, f := range wrong[:min(len(wrong), mostWrong)] {
 		v.done.Findings++
 		v.report(f)
+	}
+	if more := len(wrong) - mostWrong; more > 0 {
+		v.found(sum.f.Path, 0, fmt.Errorf("%w: the index has %d more versions of its records wrong", record.ErrCorrupt, more))
 	}
 	return nil
 }

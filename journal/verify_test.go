@@ -4,6 +4,7 @@ import (
 	"errors"
 	"flag"
 	"io"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -195,8 +196,8 @@ func TestVerifyComparesIndexAndRecords(t *testing.T) {
 	require.Empty(t, found)
 }
 
-// TestVerifyMendsABacking: a block of the backing is other than what the journal left there.
-func TestVerifyMendsABacking(t *testing.T) {
+// TestVerifyFindsABacking: a block of the backing is other than what the journal left there.
+func TestVerifyFindsABacking(t *testing.T) {
 	r := aged(t)
 	d := r.g.Disks()[0]
 	want := make([]byte, d.Size)
@@ -220,20 +221,55 @@ func TestVerifyMendsABacking(t *testing.T) {
 		_, err = f.WriteAt([]byte{want[known[i]*record.BlockSize] ^ 9}, known[i]*record.BlockSize)
 		require.NoError(t, err)
 	}
-	found, done := r.verified(VerifyOptions{})
+	found, _ := r.verified(VerifyOptions{})
 	require.Len(t, found, 3)
 	require.Contains(t, found[0].Where, "disk.raw of disk g/d")
-	require.Zero(t, done.Mended)
-	found, done = r.verified(VerifyOptions{Mend: true})
-	require.Len(t, found, 3)
-	require.EqualValues(t, 3, done.Mended)
+	for _, i := range []int{0, 7, len(known) - 1} {
+		_, err = f.WriteAt(want[known[i]*record.BlockSize:][:1], known[i]*record.BlockSize)
+		require.NoError(t, err)
+	}
+	require.NoError(t, f.Close())
 	found, _ = r.verified(VerifyOptions{})
 	require.Empty(t, found)
-	got := make([]byte, d.Size)
-	_, err = f.ReadAt(got, 0)
-	require.True(t, err == nil || errors.Is(err, io.EOF))
-	require.Equal(t, want, got)
-	require.NoError(t, f.Close())
+}
+
+// TestVerifyEndsWithItsGroup: what a group that is closed, or taken back, has is no damage.
+func TestVerifyEndsWithItsGroup(t *testing.T) {
+	r := aged(t)
+	closed := false
+	_, err := r.g.Verify(t.Context(), VerifyOptions{Pause: func(int64) error {
+		if !closed {
+			closed = true
+			require.NoError(t, r.s.RemoveGroup("g"))
+		}
+		return nil
+	}}, func(f Finding) { t.Errorf("%+v", f) })
+	require.ErrorIs(t, err, os.ErrClosed)
+	require.True(t, closed)
+}
+
+// TestVerifyLetsFilesGo: a file that expires in a pause is not held, and what is gone of it is no damage.
+func TestVerifyLetsFilesGo(t *testing.T) {
+	r := aged(t)
+	oldest := r.g.set.Files(segment.Log)[0]
+	for _, f := range r.g.set.Files(segment.Log) {
+		if f.First > r.g.expiredTo() {
+			oldest = f
+			break
+		}
+	}
+	_, err := r.g.Verify(t.Context(), VerifyOptions{Pause: func(int64) error {
+		_, err := r.g.Expire(1 << 20)
+		require.NoError(t, err)
+		if _, err := r.g.set.Acquire(oldest.Number); err != nil {
+			require.ErrorIs(t, err, segment.ErrGone)
+			require.Panics(t, func() { _ = oldest.ReadAt(make([]byte, 1), 0, false) }, "it is closed: nobody holds it")
+		}
+		return nil
+	}}, func(f Finding) { t.Errorf("%+v", f) })
+	require.NoError(t, err)
+	_, err = r.g.set.Acquire(oldest.Number)
+	require.ErrorIs(t, err, segment.ErrGone)
 }
 
 // TestVerifyPauses: behind so much, and no more; what its pause returns ends it.

@@ -25,7 +25,7 @@ With --state-dir, the journal of a daemon that is not running is read, without
 the backings.
 
 With --repair, damaged records of the log are fetched from other daemons that have the group, and written again. Damaged originals
-can not be: what they held may be in views of the other daemon. Blocks of backings that are not what the journal has are written again from it.`,
+can not be: what they held may be in views of the other daemon.`,
 		ValidArgsFunction: a.completeGroups,
 		RunE: func(cmd *cobra.Command, groups []string) error {
 			if repair && stateDir != "" {

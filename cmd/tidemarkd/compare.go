@@ -124,6 +124,14 @@ func (r *replication) repair(ctx context.Context, g *journal.Group, damaged []ui
 	return mended, errors.Join(errs...)
 }
 
+// appendDamaged appends the LSNs of a finding, as far as there is use in asking for so many.
+func appendDamaged(damaged []uint64, lsn, last uint64) []uint64 {
+	for ; lsn > 0 && lsn <= last && len(damaged) < api.MaxFindings; lsn++ {
+		damaged = append(damaged, lsn)
+	}
+	return damaged
+}
+
 // only is a run's record of an LSN, which the run begins with.
 func only(run record.Run, lsn record.LSN) (record.Run, error) {
 	h, err := record.Decode(run.Bytes)

@@ -185,7 +185,7 @@ func (c *control) verify(r *http.Request) (any, error) {
 		return nil, err
 	}
 	repair := r.URL.Query().Get("repair") == "true"
-	v, err := api.VerifyGroup(r.Context(), g, journal.VerifyOptions{Mend: repair})
+	v, err := api.VerifyGroup(r.Context(), g, journal.VerifyOptions{})
 	if err != nil || v.Damaged == 0 || !repair {
 		return v, err
 	}
@@ -194,17 +194,15 @@ func (c *control) verify(r *http.Request) (any, error) {
 
 // repaired repairs what a verification has found, round by round: behind a damaged header, a file can not be read before it is mended.
 func (c *control) repaired(ctx context.Context, g *journal.Group, v api.Verified) (api.Verified, error) {
-	total := int(v.Repaired)
+	total := 0
 	for {
 		var damaged []uint64
 		for _, f := range v.Findings {
-			if f.LSN > 0 {
-				damaged = append(damaged, f.LSN)
-			}
+			damaged = appendDamaged(damaged, f.LSN, f.Last)
 		}
 		n, why := c.replication.repair(ctx, g, damaged)
 		total += n
-		next, err := api.VerifyGroup(ctx, g, journal.VerifyOptions{Mend: true})
+		next, err := api.VerifyGroup(ctx, g, journal.VerifyOptions{})
 		if err != nil {
 			return next, err
 		}

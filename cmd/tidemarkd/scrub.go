@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"sync"
 	"time"
 
@@ -59,7 +61,7 @@ func (s *scrubber) run(ctx context.Context) error {
 	}
 }
 
-// next verifies the group that is due the longest, and reports whether there was one.
+// next verifies the group that is due the longest, and reports whether it is worth looking for another one at once.
 func (s *scrubber) next(ctx context.Context) bool {
 	due := time.Now().Add(-time.Duration(*s.conf.Every))
 	var g *journal.Group
@@ -69,11 +71,7 @@ func (s *scrubber) next(ctx context.Context) bool {
 			g, due = o, last
 		}
 	}
-	if g == nil {
-		return false
-	}
-	s.group(ctx, g)
-	return true
+	return g != nil && s.group(ctx, g)
 }
 
 // pause is a pace of so many bytes a second.
@@ -89,42 +87,46 @@ func (s *scrubber) pause(ctx context.Context) func(int64) error {
 	}
 }
 
-// group verifies one, mends what can be mended, and notes when.
-func (s *scrubber) group(ctx context.Context, g *journal.Group) {
+// group verifies one, has what can be repaired repaired, and notes when. It reports whether it came to an end.
+func (s *scrubber) group(ctx context.Context, g *journal.Group) bool {
 	began := time.Now()
 	s.setNow(g.Name())
 	defer s.setNow("")
 	log := s.log.With(zap.String("group", g.Name()))
-	found := 0
 	var damaged []uint64
-	done, err := g.Verify(ctx, journal.VerifyOptions{Pause: s.pause(ctx), Mend: true}, func(f journal.Finding) {
-		if found++; found <= scrubLogged {
+	places := 0 // that are no records of the log
+	done, err := g.Verify(ctx, journal.VerifyOptions{Pause: s.pause(ctx)}, func(f journal.Finding) {
+		if len(damaged)+places < scrubLogged {
 			log.Error("damage", zap.String("where", f.Where), zap.Uint64("lsn", uint64(f.LSN)), zap.String("what", f.What))
 		}
-		if f.LSN > 0 && len(damaged) < api.MaxFindings {
-			damaged = append(damaged, uint64(f.LSN))
+		if f.LSN == 0 {
+			places++
 		}
+		damaged = appendDamaged(damaged, uint64(f.LSN), uint64(f.Last))
 	})
-	if ctx.Err() != nil {
-		return
+	if ctx.Err() != nil || errors.Is(err, os.ErrClosed) {
+		return false
 	}
+	left := int64(places + len(damaged))
 	if err != nil {
-		// It is tried again when it is due next: what stands in the way is there for a while.
 		log.Error("the group could not be verified to its end", zap.Error(err))
+		_, before := g.Verified()
+		left = max(left, before, 1) // it is tried again when it is due next: what stands in the way is there for a while
 	}
-	repaired := int(done.Mended)
+	repaired := 0
 	if len(damaged) > 0 {
-		n, why := s.repair(ctx, g, damaged)
-		repaired += n
-		if why != nil {
+		var why error
+		if repaired, why = s.repair(ctx, g, damaged); why != nil {
 			log.Warn("not all damaged records could be repaired", zap.Error(why))
 		}
 	}
-	if err := g.SetVerified(began, done.Findings-int64(repaired)); err != nil {
+	if err := g.SetVerified(began, max(left-int64(repaired), 0)); err != nil {
 		log.Warn("note that the group was verified", zap.Error(err))
+		return false
 	}
-	log.Info("verified the group", zap.Int64("bytes", done.Bytes), zap.Int64("damaged", done.Findings), zap.Int("repaired", repaired), zap.Duration("took", time.Since(began)))
+	log.Info("verified the group", zap.Int64("bytes", done.Bytes), zap.Int64("damaged", left), zap.Int("repaired", repaired), zap.Duration("took", time.Since(began)))
 	s.files(ctx)
+	return true
 }
 
 // files verifies the index's files, if they are due.

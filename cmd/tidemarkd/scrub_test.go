@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -23,8 +24,8 @@ func damage(t *testing.T, path string, offs ...int64) {
 	require.NoError(t, f.Close())
 }
 
-// TestScrub: what is damaged is found without being asked, and mended where there is something to mend it with: a record by the other daemon's, a backing by the
-// journal. What can not be mended is said.
+// TestScrub: what is damaged is found without being asked, and mended where there is something to mend it with: a record by the other daemon's. What can not be
+// mended, an original or a block of a backing, is said.
 func TestScrub(t *testing.T) {
 	const size = 16 << 20
 	a, b := hostsOf(t, size)
@@ -63,11 +64,16 @@ func TestScrub(t *testing.T) {
 		})
 	}
 	mended(large, 20000, 300_000)
-	mended(a.path("vda.raw"), firstData(t, image))
-	eventually(t, func() bool {
-		said, err := os.ReadFile(a.log.Name())
-		return err == nil && bytes.Contains(said, []byte("a block of a backing was written again"))
-	})
+	damage(t, a.path("vda.raw"), firstData(t, image))
+	eventually(t, func() bool { return a.group("web01").Scrub.Damaged == 1 })
+	out, code := a.tidemark("verify", "web01")
+	require.Equal(t, 6, code, out)
+	require.Contains(t, out, "it is not what the record at LSN")
+	restore, err := os.OpenFile(a.path("vda.raw"), os.O_RDWR, 0)
+	require.NoError(t, err)
+	_, err = restore.WriteAt(image, 0)
+	require.NoError(t, errors.Join(err, restore.Close()))
+	eventually(t, func() bool { return a.group("web01").Scrub.Damaged == 0 })
 
 	orig, err := filepath.Glob(filepath.Join(a.path("state"), "groups/web01/originals-*.seg"))
 	require.NoError(t, err)

@@ -16,14 +16,14 @@ func VerifyGroup(ctx context.Context, g *journal.Group, o journal.VerifyOptions)
 	v := Verified{Group: g.Name(), Findings: []Finding{}}
 	done, err := g.Verify(ctx, o, func(f journal.Finding) {
 		if len(v.Findings) < MaxFindings {
-			v.Findings = append(v.Findings, Finding{Where: f.Where, LSN: uint64(f.LSN), What: f.What})
+			v.Findings = append(v.Findings, Finding{Where: f.Where, LSN: uint64(f.LSN), Last: uint64(f.Last), What: f.What})
 		}
 	})
 	v.Records, v.Originals, v.Bytes, v.Versions, v.Damaged = done.Records, done.Originals, done.Bytes, done.Versions, done.Findings
-	v.Blocks, v.Repaired = done.Blocks, done.Mended
+	v.Blocks = done.Blocks
 	// What stopped the group may be damage that only a recovery sees.
-	if state, why := g.State(); state == "failed" && errors.Is(why, record.ErrCorrupt) && v.Damaged == 0 {
-		v.Damaged = 1
+	if state, why := g.State(); state == "failed" && errors.Is(why, record.ErrCorrupt) {
+		v.Damaged++
 		v.Findings = append(v.Findings, Finding{Where: "group " + g.Name(), What: why.Error()})
 	}
 	return v, err
