@@ -11,7 +11,7 @@ SERVERS  := qemu-guest-agent postgresql mariadb-server redis-server libvirt-daem
 FUZZTIME ?= 10s
 SEEDS    ?= 600
 
-.PHONY: build deps guest-deps test test-guest test-long fuzz bench bench-markers bench-back bench-replica lint demo clean
+.PHONY: build deps guest-deps test test-guest test-long fuzz bench bench-markers bench-back bench-replica bench-history lint demo clean
 
 build:
 	$(GO) build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/tidemark ./cmd/tidemarkd
@@ -68,6 +68,10 @@ bench-back: guest-deps build
 # bench-replica measures replication, as root, and rewrites that part of the page.
 bench-replica: guest-deps build
 	$(GO) run ./cmd/internal/bench -replica -out docs/BENCHMARKS.md
+
+# bench-history measures what history takes and what many groups cost, and rewrites that part of the page.
+bench-history: deps build
+	$(GO) run ./cmd/internal/bench -history -out docs/BENCHMARKS.md
 
 lint:
 	@test -z "$$(gofmt -l .)" || { gofmt -l .; exit 1; }

@@ -185,8 +185,13 @@ func (l load) rate() float64 { return float64(l.bytes) / l.seconds }
 func (h *hosts) fio(args ...string) (l load, err error) { return h.fioUntil(h.b.ctx, args...) }
 
 func (h *hosts) fioUntil(ctx context.Context, args ...string) (l load, err error) {
-	args = append([]string{"--name=w", "--ioengine=nbd", "--uri=" + h.uri(0, "g/d"), "--rw=randwrite", "--bs=4k", "--norandommap", "--randrepeat=0",
-		"--size=" + strconv.FormatInt(h.size, 10), "--output-format=json"}, args...)
+	return fioOn(ctx, h.uri(0, "g/d"), h.size, args...)
+}
+
+// fioOn writes at random to a disk of a size.
+func fioOn(ctx context.Context, uri string, size int64, args ...string) (l load, err error) {
+	args = append([]string{"--name=w", "--ioengine=nbd", "--uri=" + uri, "--rw=randwrite", "--bs=4k", "--norandommap", "--randrepeat=0",
+		"--size=" + strconv.FormatInt(size, 10), "--output-format=json"}, args...)
 	cmd := exec.CommandContext(ctx, "fio", args...)
 	cmd.WaitDelay = time.Second // its jobs are processes of their own
 	out, err := cmd.Output()

@@ -58,13 +58,14 @@ func main() {
 	markers := flag.Bool("markers", false, "the figures of markers only")
 	back := flag.Bool("back", false, "the figures of getting things back only")
 	replica := flag.Bool("replica", false, "the figures of replication only")
-	only := flag.String("only", "", "with -replica: that part only")
+	history := flag.Bool("history", false, "the figures of history only")
+	only := flag.String("only", "", "with -replica or -history: that part only")
 	isolated := flag.Bool("isolated", true, "with -back: also those that take a VM of libguestfs")
 	overwrites := flag.Int("overwrites", 1_000_000, "random overwrites behind the view")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := run(ctx, options{*dir, *out, *markers, *back, *replica, *isolated, *only, *rounds, *minute, *overwrites}); err != nil {
+	if err := run(ctx, options{*dir, *out, *markers, *back, *replica, *history, *isolated, *only, *rounds, *minute, *overwrites}); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -73,7 +74,7 @@ func main() {
 type options struct {
 	dir, out                   string
 	markers, back              bool
-	replica, isolated          bool
+	replica, history, isolated bool
 	only                       string
 	rounds, minute, overwrites int
 }
@@ -108,6 +109,13 @@ func run(ctx context.Context, o options) error {
 			return fmt.Errorf("replication: %w", err)
 		}
 		return write(out, replicasHead, replicasPage(rows, rounds, seconds))
+	}
+	if o.history {
+		rows, err := b.history(rounds, max(minute/6, 5), o.only)
+		if err != nil {
+			return fmt.Errorf("history: %w", err)
+		}
+		return write(out, historyHead, historyPage(rows, rounds))
 	}
 	if o.markers {
 		rows, err := b.markers(rounds, max(minute/6, 1))
@@ -156,6 +164,7 @@ const (
 	backHead    = "## Getting it back\n"
 
 	replicasHead = "## Replication\n"
+	historyHead  = "## History\n"
 )
 
 // write puts a part in the place of what the page has of it.
@@ -167,7 +176,7 @@ func write(out, head, part string) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	heads := []string{mainHead, markersHead, backHead, replicasHead}
+	heads := []string{mainHead, markersHead, backHead, replicasHead, historyHead}
 	parts := make([]string, len(heads))
 	rest := string(page)
 	for i := len(heads) - 1; i >= 0; i-- {

@@ -103,13 +103,18 @@ func (s *server) stop() error {
 }
 
 // rss is the most memory that the server had resident, in bytes.
-func (s *server) rss() int64 {
+func (s *server) rss() int64 { return s.memory("VmHWM:") }
+
+// resident is the memory that it has resident, in bytes.
+func (s *server) resident() int64 { return s.memory("VmRSS:") }
+
+func (s *server) memory(which string) int64 {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
 	if err != nil {
 		return 0
 	}
 	for line := range strings.Lines(string(b)) {
-		if v, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+		if v, ok := strings.CutPrefix(line, which); ok {
 			n, _ := strconv.ParseInt(strings.Fields(v)[0], 10, 64)
 			return n << 10
 		}
