@@ -14,6 +14,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 	"github.com/stretchr/testify/require"
 
+	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
@@ -491,7 +492,17 @@ func TestReceivedGroups(t *testing.T) {
 	require.NoError(t, p.to.s.RemoveGroup("g"))
 	require.NoError(t, p.to.s.AddGroup(gc))
 	require.NoError(t, p.to.s.RemoveGroup("g"))
+	id := p.to.g.id
 	require.NoError(t, p.to.s.Discard("g"))
+	ix, err := p.to.s.ix.Group(id)
+	require.NoError(t, err)
+	require.NoError(t, ix.Versions(func(e index.Entry) (bool, error) {
+		t.Errorf("the index has %+v still", e)
+		return true, nil
+	}))
+	mark, err := ix.Watermark()
+	require.NoError(t, err)
+	require.Zero(t, mark)
 	require.Error(t, p.to.s.Discard("../g"))
 	require.ErrorIs(t, p.to.s.AddGroup(gc), ErrNotBegun)
 	require.NoError(t, p.to.s.Abandon())

@@ -145,9 +145,6 @@ func (s *Store) openAll(groups []GroupConfig) error {
 		if s.lock, err = fs.Lock(fs.PathJoin(s.dir, lockName)); err != nil {
 			return fmt.Errorf("lock the state directory %s (is another tidemarkd using it?): %w", s.dir, err)
 		}
-		if err := s.clearDiscarded(); err != nil {
-			return err
-		}
 	}
 	var err error
 	s.ix, err = index.Open(fs.PathJoin(s.dir, indexName), index.Options{
@@ -155,6 +152,11 @@ func (s *Store) openAll(groups []GroupConfig) error {
 	})
 	if err != nil {
 		return err
+	}
+	if !s.o.ReadOnly {
+		if err := s.clearDiscarded(); err != nil {
+			return err
+		}
 	}
 	if s.nextID, err = s.nextGroupID(); err != nil {
 		return err
@@ -323,12 +325,56 @@ func (s *Store) Discard(name string) error {
 		err = s.syncGroups()
 	}
 	if err == nil {
-		err = fs.RemoveAll(gone)
+		err = s.clear(gone)
 	}
 	if err != nil {
 		return fmt.Errorf("discard the journal of group %s: %w", name, err)
 	}
 	return s.syncGroups()
+}
+
+// clear removes what the index has of a group whose journal was discarded, then the journal.
+func (s *Store) clear(dir string) error {
+	fs := s.o.FS
+	id, err := segment.GroupOf(fs, dir)
+	if err != nil {
+		return err
+	}
+	ids, err := s.groupIDs()
+	if err != nil {
+		return err
+	}
+	if id != 0 && !slices.Contains(ids, id) { // a copy of a group's directory has its number
+		g, err := s.ix.Group(id)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(g.DeleteAll(), s.ix.Flush()); err != nil {
+			return err
+		}
+	}
+	return fs.RemoveAll(dir)
+}
+
+// groupIDs are the numbers of the groups in the directory, be they open or not.
+func (s *Store) groupIDs() (ids []uint32, err error) {
+	fs := s.o.FS
+	dir := fs.PathJoin(s.dir, groupsName)
+	names, err := fs.List(dir)
+	if err != nil {
+		return nil, fmt.Errorf("list groups: %w", err)
+	}
+	for _, name := range names {
+		if strings.HasPrefix(name, discarded) {
+			continue
+		}
+		id, err := segment.GroupOf(fs, fs.PathJoin(dir, name))
+		if err != nil {
+			return nil, fmt.Errorf("group %s: %w", name, err)
+		}
+		ids = append(ids, id)
+	}
+	return ids, nil
 }
 
 // discarded begins the names of directories that a Discard has not removed yet.
@@ -344,7 +390,7 @@ func (s *Store) clearDiscarded() error {
 	}
 	for _, name := range names {
 		if strings.HasPrefix(name, discarded) {
-			if err := fs.RemoveAll(fs.PathJoin(dir, name)); err != nil {
+			if err := s.clear(fs.PathJoin(dir, name)); err != nil {
 				return fmt.Errorf("remove what was discarded: %w", err)
 			}
 		}
@@ -382,22 +428,17 @@ func syncDirs(fs vfs.FS, paths ...string) error {
 // nextGroupID is one more than the numbers of all groups in the directory, and of
 // those that the index still has versions of though their segments are gone.
 func (s *Store) nextGroupID() (uint32, error) {
-	fs := s.o.FS
-	names, err := fs.List(fs.PathJoin(s.dir, groupsName))
-	if err != nil {
-		return 0, fmt.Errorf("list groups: %w", err)
-	}
 	last, err := s.ix.LastGroup()
 	if err != nil {
 		return 0, err
 	}
+	ids, err := s.groupIDs()
+	if err != nil {
+		return 0, err
+	}
 	next := last + 1
-	for _, name := range names {
-		group, err := segment.GroupOf(fs, fs.PathJoin(s.dir, groupsName, name))
-		if err != nil {
-			return 0, fmt.Errorf("group %s: %w", name, err)
-		}
-		next = max(next, group+1)
+	for _, id := range ids {
+		next = max(next, id+1)
 	}
 	return next, nil
 }
