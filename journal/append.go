@@ -399,6 +399,7 @@ func (g *Group) headerLocked(op Op, lsn record.LSN, now int64) record.Header {
 func (g *Group) noteLocked(h *record.Header, d *disk.Disk, off int64) {
 	file := g.append.log.Current().Number
 	g.append.weight += d.Insert(h, file, off+int64(h.EncodedSize()))
+	g.append.guest += int64(h.Payload)
 	p := g.append.pend
 	before := len(p.entries)
 	p.entries = appendEntries(p.entries, h, file, off)

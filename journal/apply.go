@@ -230,6 +230,7 @@ func (g *Group) keep(h record.Header, content []byte) error {
 	}
 	off := a.orig.Tail() + int64(len(a.gathered))
 	a.pending = appendOriginal(a.pending, &h, a.orig.Current().Number, off)
+	g.originals.Add(size)
 	a.gathered = h.Append(a.gathered)
 	a.gathered = append(a.gathered, content...)
 	a.gathered = append(a.gathered, make([]byte, size-int64(h.EncodedSize())-int64(len(content)))...)

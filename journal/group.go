@@ -79,6 +79,7 @@ type Group struct {
 		ready    []*pending // synced, not indexed; ascending
 		lag      int        // versions that are not indexed
 		bytes    int64      // appended since open
+		guest    int64      // of bytes: what was written to the disks
 		synced   int64      // of bytes
 		weight   int        // of the overlays, see maxWeight
 		oldest   time.Time  // when the first unapplied record was appended; zero: none
@@ -112,6 +113,7 @@ type Group struct {
 	eaten   atomic.Int64 // see Window
 	// rearranged counts what moves or forgets originals in the index, twice each: it is odd while one is under way. Changed with the apply lock held.
 	rearranged atomic.Uint64
+	originals  atomic.Int64             // bytes added to them since open
 	verified   atomic.Pointer[verified] // nil: never, as far as is known
 	limit      atomic.Int64             // of the segments, bytes; 0: none
 	hurry      atomic.Int32             // how many wait for the space that a Clean brings
@@ -183,6 +185,25 @@ func (g *Group) Appended() int64 {
 	g.append.Lock()
 	defer g.append.Unlock()
 	return g.append.bytes
+}
+
+// Bytes is what a group's history takes, in bytes.
+type Bytes struct {
+	// Guest is what was written to the disks since the group was opened, Log what that took as records, and Originals what was kept, carried over and copied
+	// beside.
+	Guest, Log, Originals int64
+	// Segments is what the files of both take up now, and Index, about, the group's part of the index.
+	Segments, Index int64
+}
+
+// Bytes says what the group's history takes.
+func (g *Group) Bytes() (b Bytes, err error) {
+	g.append.Lock()
+	b.Guest, b.Log = g.append.guest, g.append.bytes
+	g.append.Unlock()
+	b.Originals, b.Segments = g.originals.Load(), g.set.Size()
+	b.Index, err = g.ix.Size()
+	return b, err
 }
 
 // Unapplied is how many bytes of records the backings are behind, each counted as

@@ -429,3 +429,23 @@ func (r *rig) fillFollower() {
 	require.NoError(r.t, r.g.Apply())
 	r.expireAll()
 }
+
+// TestBytes: what guests wrote, what that took, and what of it is left.
+func TestBytes(t *testing.T) {
+	r := newRig(t, Options{})
+	for i := range 20 {
+		require.NoError(t, r.write(int64(i), byte(i+1)))
+	}
+	_, err := r.g.Mark(record.Marker{Label: "m", By: "test"})
+	require.NoError(t, err)
+	require.NoError(t, r.g.Apply())
+	require.NoError(t, r.s.ix.Flush())
+	b, err := r.g.Bytes()
+	require.NoError(t, err)
+	require.EqualValues(t, 20*record.BlockSize, b.Guest)
+	require.Equal(t, r.g.Appended(), b.Log)
+	require.Greater(t, b.Log, b.Guest)
+	require.GreaterOrEqual(t, b.Originals, int64(20*record.BlockSize), "the disk was not empty")
+	require.Equal(t, r.g.JournalBytes(), b.Segments)
+	require.Positive(t, b.Index)
+}

@@ -135,6 +135,9 @@ func (c *control) status(*http.Request) (any, error) {
 			Horizon: uint64(g.Horizon()), JournalBytes: g.JournalBytes(), Unapplied: g.Unapplied(), Disks: []api.Disk{},
 			Guests: []api.Guest{}, Problems: []string{},
 		}
+		if b, err := g.Bytes(); err == nil {
+			a.Bytes = api.Bytes(b)
+		}
 		if why != nil {
 			a.Error = why.Error()
 		}

@@ -174,7 +174,10 @@ var groupGauges = []struct {
 		return float64(room)
 	}},
 	{desc("tidemark_group_limit_bytes", "How large the group's segments may grow; 0: as far as the file system has room."), func(g *journal.Group) float64 { return float64(g.Limit()) }},
-	{desc("tidemark_group_journaled_bytes", "How many bytes of records were journaled since the daemon was started."), func(g *journal.Group) float64 { return float64(g.Appended()) }},
+	{desc("tidemark_group_guest_bytes", "How many bytes were written to the group's disks since the daemon was started."), bytesOf(func(b *journal.Bytes) int64 { return b.Guest })},
+	{desc("tidemark_group_journaled_bytes", "How many bytes of records that took."), bytesOf(func(b *journal.Bytes) int64 { return b.Log })},
+	{desc("tidemark_group_originals_bytes", "How many bytes of originals were kept, carried over and copied beside, since the daemon was started."), bytesOf(func(b *journal.Bytes) int64 { return b.Originals })},
+	{desc("tidemark_group_index_bytes", "What the group's part of the index takes up, about."), bytesOf(func(b *journal.Bytes) int64 { return b.Index })},
 	{desc("tidemark_group_journal_bytes", "What the group's segments take up."), func(g *journal.Group) float64 { return float64(g.JournalBytes()) }},
 	{desc("tidemark_group_unapplied_bytes", "How far the backings are behind."), func(g *journal.Group) float64 { return float64(g.Unapplied()) }},
 	{desc("tidemark_group_verified_timestamp_seconds", "When the last verification in the background was begun, Unix seconds; 0: there was none."), func(g *journal.Group) float64 {
@@ -201,6 +204,14 @@ var groupGauges = []struct {
 		}
 		return float64(m.Time.UnixNano()) / float64(time.Second)
 	}},
+}
+
+// bytesOf reads one of the figures of what a history takes; 0 if the index can not be measured.
+func bytesOf(one func(*journal.Bytes) int64) func(*journal.Group) float64 {
+	return func(g *journal.Group) float64 {
+		b, _ := g.Bytes()
+		return float64(one(&b))
+	}
 }
 
 func desc(name, help string) *prometheus.Desc {

@@ -159,6 +159,15 @@ func (d *DB) Group(id uint32) (*Group, error) {
 	return g, nil
 }
 
+// Size is about what the group's part takes up on disk, in bytes. What was not flushed yet takes none.
+func (g *Group) Size() (int64, error) {
+	n, err := g.db.EstimateDiskUsage(appendTable(nil, g.id, 0), appendTable(nil, g.id, 0xff))
+	if err != nil {
+		return 0, fmt.Errorf("measure the index: %w", err)
+	}
+	return int64(n), nil
+}
+
 // LastGroup is the highest number of a group that the database knows; 0: none.
 func (d *DB) LastGroup() (uint32, error) {
 	it, err := d.db.NewIter(&pebble.IterOptions{UpperBound: versionKey})

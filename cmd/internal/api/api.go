@@ -169,6 +169,7 @@ type Group struct {
 	KeptPoints   int       `json:"kept_points"` // beyond it
 	JournalBytes int64     `json:"journal_bytes"`
 	Unapplied    int64     `json:"unapplied_bytes"`
+	Bytes        Bytes     `json:"bytes"`
 	Disks        []Disk    `json:"disks"`
 
 	Epoch uint64 `json:"epoch"`
@@ -183,6 +184,15 @@ type Group struct {
 	Guests   []Guest   `json:"guests"`
 	Schedule *Schedule `json:"schedule,omitempty"`
 	Problems []string  `json:"problems"` // what the operator must see to
+}
+
+// Bytes is what a group's history takes, in bytes: since the daemon was started, but for what it takes up now.
+type Bytes struct {
+	Guest     int64 `json:"guest"`     // written to the disks
+	Log       int64 `json:"log"`       // what that took as records
+	Originals int64 `json:"originals"` // kept, carried over and copied beside
+	Segments  int64 `json:"segments"`  // what files of both take up now
+	Index     int64 `json:"index"`     // about what the group's part of the index does
 }
 
 // Scrub is when a group was verified in the background, and what was found then.
