@@ -70,7 +70,7 @@ func (r *rig) flipBit(path string, bit int64) {
 	require.NoError(r.t, errors.Join(err, f.Close()))
 }
 
-var flipsFlag = flag.Int("verify.flips", 12, "bits to flip in each file")
+var flipsFlag = flag.Int("verify.flips", 5, "bits to flip in each file")
 
 // TestVerifyFindsEveryFlippedBit: thousands of bits of segments, each alone: it is found, its file is named, and views are errors there and right elsewhere.
 func TestVerifyFindsEveryFlippedBit(t *testing.T) {
