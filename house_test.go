@@ -72,7 +72,7 @@ var keptTo = map[string]struct {
 	"golang.org/x/time":                   {[]string{"cmd/tidemarkd"}, "who may ask how often is the daemon's"},
 	"github.com/schollz/progressbar":      {[]string{"cmd/tidemark"}, "the terminal is the client's"},
 	"github.com/vishvananda/netlink":      {[]string{"nbd/kernel", "replica/link"}, "the kernel is spoken to there"},
-	"github.com/klauspost/compress":       {[]string{"replica/wire"}, "what is compressed there is the wire's"},
+	"github.com/klauspost/compress":       {[]string{"replica/wire", "journal/segment"}, "what is compressed is the wire's, and segments at rest"},
 	"github.com/zeebo/blake3":             {[]string{"replica/link"}, "blocks are compared there"},
 	"github.com/hanwen/go-fuse":           {[]string{"restore/mount"}, "go-fuse's types stay there"},
 }

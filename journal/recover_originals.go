@@ -85,7 +85,7 @@ func (r *recovery) originalsTail(f *segment.File, end int64, cause error) error 
 	}
 	// Now, while a torn tail can be told from damage: later, the rounds of the
 	// originals in it will have been applied.
-	return f.Cut(end)
+	return r.g.set.Cut(f, end)
 }
 
 // copied reports whether a file of originals may have what a rewind copied, which says nothing of when it was durable.

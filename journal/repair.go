@@ -111,5 +111,5 @@ func (g *Group) repairOne(files []*segment.File, h record.Header, payload []byte
 		}
 	}
 	b := append(h.Append(make([]byte, 0, h.Size())), payload...)
-	return true, p.f.Rewrite(p.off, append(b, make([]byte, h.Size()-int64(len(b)))...))
+	return true, g.set.Rewrite(p.f, p.off, append(b, make([]byte, h.Size()-int64(len(b)))...))
 }

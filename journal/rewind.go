@@ -289,7 +289,7 @@ func (g *Group) keepOriginals(to record.LSN) error {
 			buf = make([]byte, h.Payload)
 		}
 		content := buf[:h.Payload]
-		if err := f.ReadAt(content, at, false); err != nil {
+		if err := f.ReadDamaged(content, at); err != nil {
 			return err
 		}
 		return g.keep(h, content)
@@ -611,7 +611,7 @@ func (g *Group) finishRewind(n *rewindNote) error {
 		}
 	}
 	if last != nil {
-		if err := cutBehind(last, n.to); err != nil {
+		if err := cutBehind(g.set, last, n.to); err != nil {
 			return err
 		}
 	}
@@ -635,7 +635,7 @@ func (g *Group) dropRewindNote() error {
 
 // cutBehind cuts a file of the log behind the record of an LSN. What a crash tore behind it, and another file went on after, goes too;
 // what is damaged before it stays, for the recovery to find.
-func cutBehind(f *segment.File, to record.LSN) error {
+func cutBehind(set *segment.Set, f *segment.File, to record.LSN) error {
 	seen := f.First - 1
 	end, err := f.Scan(f.Start(), func(_ int64, h record.Header) error {
 		if h.LSN > to {
@@ -646,7 +646,7 @@ func cutBehind(f *segment.File, to record.LSN) error {
 	})
 	switch {
 	case err == nil, errors.Is(err, segment.ErrStop), errors.Is(err, record.ErrCorrupt) && seen == to:
-		return f.Cut(end)
+		return set.Cut(f, end)
 	case errors.Is(err, record.ErrCorrupt):
 		return nil
 	}

@@ -15,6 +15,7 @@
 //   - Space for a record is reserved before it is written, where the file system
 //     can: a record that was taken does not meet a full one later.
 //   - Scan stops at the first record that is not exactly what was written.
+//   - A file that is made compact has the same records at the same offsets, before, meanwhile and after, and whatever a crash leaves.
 //
 // # The caller must
 //

@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"sync"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
 	"github.com/tidemark-cdp/tidemark/journal/record"
@@ -18,9 +21,25 @@ func (f *File) Start() int64 { return f.start }
 func (f *File) Alloc() int64 { return f.alloc.Load() }
 
 // ReadAt fills p from off. With nowait it returns osfile.ErrWouldBlock rather
-// than wait for the disk. The bytes are not verified: the caller has the sums.
+// than wait for the disk. The bytes are not verified: the caller has the sums. An error of a compact file may wrap record.ErrCorrupt.
 func (f *File) ReadAt(p []byte, off int64, nowait bool) error {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.compact != nil {
+		return f.readCompact(p, off, nowait)
+	}
 	return osfile.ReadFull(f.f, p, off, nowait)
+}
+
+// readSome fills p from off as far as the file's records go.
+func (f *File) readSome(p []byte, off int64) (int, error) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.compact == nil {
+		return osfile.ReadAt(f.f, p, off)
+	}
+	p = p[:min(int64(len(p)), max(f.compact.End-off, 0))]
+	return len(p), f.readCompact(p, off, false)
 }
 
 // Block reads the block of a payload at off and verifies it.
@@ -34,10 +53,13 @@ func (f *File) Block(p []byte, off int64, sum uint32, nowait bool) error {
 	return nil
 }
 
-// Cut removes a torn tail: what stands from off on, durably.
-func (f *File) Cut(off int64) error {
+// Cut removes what stands from off on, durably.
+func (s *Set) Cut(f *File, off int64) error {
+	if f.Compact() {
+		return s.expand(f, off, nil, 0)
+	}
 	if err := osfile.Cut(f.f, off); err != nil {
-		return fmt.Errorf("cut the torn tail of %s at %d: %w", f.Path, off, err)
+		return fmt.Errorf("cut the tail of %s at %d: %w", f.Path, off, err)
 	}
 	return nil
 }
@@ -57,6 +79,10 @@ const (
 // bytes there are no record of this file, or fn's or the disk's error. Headers
 // are verified, payloads are not. The header's table is valid until fn returns.
 func (f *File) Scan(off int64, fn func(off int64, h record.Header) error) (int64, error) {
+	off, end, err := f.scanPieces(off, fn)
+	if end || err != nil {
+		return off, err
+	}
 	w := window{f: f}
 	defer w.done()
 	for {
@@ -149,7 +175,7 @@ func (w *window) at(off int64, n int) ([]byte, error) {
 		if w.peek > 0 {
 			size = max(w.peek, n)
 		}
-		got, err := osfile.ReadAt(w.f.f, w.whole[:size], off)
+		got, err := w.f.readSome(w.whole[:size], off)
 		if err != nil {
 			w.buf = nil
 			return nil, err
@@ -173,20 +199,26 @@ func (w *window) header(off int64) (record.Header, error) {
 		if b, err = w.at(off, record.MaxHeaderSize); err != nil {
 			return record.Header{}, err
 		}
-		if h, err = record.Decode(b); errors.Is(err, record.ErrShort) {
-			err = fmt.Errorf("%w: header runs past the end of the file", record.ErrCorrupt)
-		}
 	}
-	if err != nil {
+	if h, err = w.f.decode(b); err != nil {
 		return record.Header{}, err
-	}
-	if h.Salt != w.f.Salt {
-		return record.Header{}, fmt.Errorf("%w: record of another file (salt %08x, expected %08x)", record.ErrCorrupt, h.Salt, w.f.Salt)
 	}
 	return h, nil
 }
 
 var zeroHeader [record.HeaderSize]byte
+
+// decode reads a header that stands at b's start, of the file.
+func (f *File) decode(b []byte) (record.Header, error) {
+	h, err := record.Decode(b)
+	if errors.Is(err, record.ErrShort) {
+		err = fmt.Errorf("%w: header runs past the end of the file", record.ErrCorrupt)
+	}
+	if err == nil && h.Salt != f.Salt {
+		err = fmt.Errorf("%w: record of another file (salt %08x, expected %08x)", record.ErrCorrupt, h.Salt, f.Salt)
+	}
+	return h, err
+}
 
 // VerifyPayload reads the payload of the record at off and compares it with
 // the header's table. buf is scratch and is returned, perhaps grown.
@@ -230,15 +262,21 @@ func (f *File) VerifyRecord(off int64, h record.Header, buf []byte) ([]byte, err
 
 // VerifyHeader reads the file's header and compares it with what it was when the file was opened or begun.
 func (f *File) VerifyHeader() error {
-	b := make([]byte, f.start)
-	if err := f.ReadAt(b, 0, false); err != nil {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	is, n := f.Header, f.start
+	if f.compact != nil {
+		is.Compact, n = f.compact.Compact, f.compact.head
+	}
+	b := make([]byte, n)
+	if err := osfile.ReadFull(f.f, b, 0, false); err != nil {
 		return fmt.Errorf("%s: %w", f.Path, err)
 	}
 	h, err := DecodeHeader(b)
 	if err != nil {
 		return fmt.Errorf("%s: %w", f.Path, err)
 	}
-	if !bytes.Equal(h.encode(), f.Header.encode()) {
+	if !bytes.Equal(h.encode(), is.encode()) {
 		return fmt.Errorf("%w: %s: its header is another one than when it was opened", record.ErrCorrupt, f.Path)
 	}
 	return nil
@@ -248,6 +286,9 @@ func (f *File) VerifyHeader() error {
 // stands. A kernel that failed to write a page may call it clean afterwards: what it shows then is
 // not on the disk, and a Sync has nothing to do. After a Renew it has.
 func (f *File) Renew(off int64, h record.Header, buf []byte) ([]byte, error) {
+	if f.Compact() {
+		return f.VerifyPayload(off, h, buf) // it was durable before it had its name
+	}
 	size := int(h.Size())
 	if cap(buf) < size {
 		buf = make([]byte, size)
@@ -268,8 +309,11 @@ func (f *File) Renew(off int64, h record.Header, buf []byte) ([]byte, error) {
 	return buf, nil
 }
 
-// Rewrite writes a whole record over what stands at off, durably.
-func (f *File) Rewrite(off int64, b []byte) error {
+// Rewrite writes a whole record over what stands at off, durably. A compact file is a plain one afterwards.
+func (s *Set) Rewrite(f *File, off int64, b []byte) error {
+	if f.Compact() {
+		return s.expand(f, math.MaxInt64, b, off)
+	}
 	if off < f.start || off+int64(len(b)) > f.Alloc() {
 		return fmt.Errorf("%s: %d bytes at %d are not within its records", f.Path, len(b), off)
 	}
@@ -281,6 +325,9 @@ func (f *File) Rewrite(off int64, b []byte) error {
 
 // RenewHeader does the same with the file's header.
 func (f *File) RenewHeader() error {
+	if f.Compact() {
+		return nil
+	}
 	b := make([]byte, f.start)
 	if err := f.ReadAt(b, 0, false); err != nil {
 		return fmt.Errorf("%s: %w", f.Path, err)
@@ -292,16 +339,36 @@ func (f *File) RenewHeader() error {
 }
 
 // Sync makes the file's records durable, for one who used Renew. Writers have their own.
-func (f *File) Sync() error {
-	if err := f.f.SyncData(); err != nil {
+func (f *File) Sync() error { return f.sync(vfs.File.SyncData) }
+
+// syncAll does so with what the file system knows of it, too.
+func (f *File) syncAll() error { return f.sync(vfs.File.Sync) }
+
+func (f *File) sync(how func(vfs.File) error) error {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if err := how(f.f); err != nil {
 		return fmt.Errorf("sync %s: %w", f.Path, err)
 	}
 	return nil
 }
 
+// hole is the length of the run at off that is all data or all hole, and which.
+func (f *File) hole(off int64) (n int64, hole bool) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.compact != nil {
+		return f.compact.End - off, false // it has become so meanwhile
+	}
+	return osfile.Run(f.f, off, f.Alloc()-off)
+}
+
 // Resync calls fn with each valid record header at or after off, so that what lies
 // behind damage can be told from a torn tail. ErrStop from fn ends it without an error.
 func (f *File) Resync(off int64, fn func(at int64, h record.Header) error) error {
+	if f.Compact() {
+		return f.resyncPieces(off, fn)
+	}
 	w := window{f: f}
 	defer w.done()
 	first := record.Header{Kind: record.KindTrim, Extent: record.Extent{Len: 1}}
@@ -311,7 +378,7 @@ func (f *File) Resync(off int64, fn func(at int64, h record.Header) error) error
 	for {
 		// What was allocated and never written is a hole, and large.
 		if off >= data && off < f.Alloc() {
-			n, hole := osfile.Run(f.f, off, f.Alloc()-off)
+			n, hole := f.hole(off)
 			if hole {
 				off += max(n&^(record.Alignment-1), record.Alignment)
 				continue

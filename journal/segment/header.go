@@ -48,6 +48,8 @@ type Header struct {
 	// Bridged says that it begins right behind a gap: without it, the bridge before it is not done.
 	Bridged  bool
 	GapAfter record.LSN // if it is Bridged: the last before that gap
+	// Compact says how a compact file's records are found. A [File] has none: it says itself whether it is compact.
+	Compact Compact
 }
 
 const (
@@ -62,6 +64,7 @@ const (
 	flagFollows = 1 << 0
 	flagBridge  = 1 << 1
 	flagBridged = 1 << 2
+	flagCompact = 1 << 3
 )
 
 // encode makes the head of a file, a multiple of 4096 bytes:
@@ -82,13 +85,14 @@ const (
 //	 64     8   created, Unix nanoseconds
 //	 72     8   applied LSN
 //	 80     1   length of the group's name
-//	 81     1   flags: 1, the records are another daemon's; 2, a bridge; 4, the first behind one
+//	 81     1   flags: 1, the records are another daemon's; 2, a bridge; 4, the first behind one; 8, it is compact
 //	 82     2   number of reigns, then 4 zeroes
 //	 88     …   group's name; then for each disk: id (4), size (8), added LSN (8),
 //	            removed LSN (8), length of its name (1), name
 //	  …     …   for each reign: epoch (8), first LSN (8), id (16)
 //	  …     8   of a bridge: the last LSN before its gap
 //	  …     8   of the first behind a bridge: the last LSN before the gap
+//	  …    12   of a compact file: number of its pieces, where the records begin in the plain file, and where they end there, 4 each
 //	  …     …   zeroes
 //
 // Version 3 came with reigns' ids, the flags, records of standing, and definitions and expiries among the originals. In version 2 there was
@@ -122,6 +126,9 @@ func (h *Header) encode() []byte {
 	if h.Bridged {
 		b[81] |= flagBridged
 	}
+	if h.Compact.Pieces > 0 {
+		b[81] |= flagCompact
+	}
 	le.PutUint16(b[82:], uint16(len(h.Reigns)))
 	b = append(b, h.Name...)
 	for _, d := range h.Disks {
@@ -142,6 +149,9 @@ func (h *Header) encode() []byte {
 	}
 	if h.Bridged {
 		b = le.AppendUint64(b, uint64(h.GapAfter))
+	}
+	if c := h.Compact; c.Pieces > 0 {
+		b = le.AppendUint32(le.AppendUint32(le.AppendUint32(b, uint32(c.Pieces)), uint32(c.Start)), uint32(c.End))
 	}
 	b = append(b, make([]byte, (headerUnit-len(b)%headerUnit)%headerUnit)...)
 	le.PutUint32(b[12:], uint32(len(b)))
@@ -205,7 +215,7 @@ func DecodeHeader(b []byte) (Header, error) {
 	if err != nil {
 		return h, err
 	}
-	if unknown := b[81] &^ (flagFollows | flagBridge | flagBridged); unknown != 0 {
+	if unknown := b[81] &^ (flagFollows | flagBridge | flagBridged | flagCompact); unknown != 0 {
 		return h, fmt.Errorf("segment header: %w: it has flags %#x, and what they make of its records is not known; use a newer program", ErrVersion, unknown)
 	}
 	if v := le.Uint32(b[8:]); v < 3 {
@@ -219,10 +229,14 @@ func DecodeHeader(b []byte) (Header, error) {
 	if h.Reigns, err = decodeReigns(rest, reigns); err != nil {
 		return h, err
 	}
-	return h, h.decodeGaps(rest[reigns*reignBytes:])
+	if rest, err = h.decodeGaps(rest[reigns*reignBytes:]); err != nil || b[81]&flagCompact == 0 {
+		return h, err
+	}
+	return h, h.Compact.decode(rest)
 }
 
-func (h *Header) decodeGaps(b []byte) error {
+// decodeGaps reads what bridges say, and returns what stands behind it.
+func (h *Header) decodeGaps(b []byte) ([]byte, error) {
 	for _, of := range []struct {
 		has  bool
 		last *record.LSN // before it
@@ -231,11 +245,23 @@ func (h *Header) decodeGaps(b []byte) error {
 			continue
 		}
 		if len(b) < 8 {
-			return fmt.Errorf("%w: segment header: cut short before its gaps", record.ErrCorrupt)
+			return nil, fmt.Errorf("%w: segment header: cut short before its gaps", record.ErrCorrupt)
 		}
 		if *of.last, b = record.LSN(binary.LittleEndian.Uint64(b)), b[8:]; *of.last >= h.First {
-			return fmt.Errorf("%w: segment header: a gap behind LSN %d, and records from LSN %d on", record.ErrCorrupt, *of.last, h.First)
+			return nil, fmt.Errorf("%w: segment header: a gap behind LSN %d, and records from LSN %d on", record.ErrCorrupt, *of.last, h.First)
 		}
+	}
+	return b, nil
+}
+
+func (c *Compact) decode(b []byte) error {
+	if len(b) < 12 {
+		return fmt.Errorf("%w: segment header: cut short before its pieces", record.ErrCorrupt)
+	}
+	le := binary.LittleEndian
+	c.Pieces, c.Start, c.End = int(le.Uint32(b)), int64(le.Uint32(b[4:])), int64(le.Uint32(b[8:]))
+	if c.Start == 0 || c.Start%headerUnit != 0 || c.Start > maxHeaderSize || c.End <= c.Start || c.Pieces < 1 || int64(c.Pieces) > (c.End-c.Start)/headerUnit+1 {
+		return fmt.Errorf("%w: segment header: %d pieces of records from %d to %d", record.ErrCorrupt, c.Pieces, c.Start, c.End)
 	}
 	return nil
 }

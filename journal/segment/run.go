@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
@@ -50,7 +49,7 @@ func (f *File) ReadRun(buf []byte, off int64, next, last record.LSN) ([]byte, re
 
 // some reads as much of buf as the file has.
 func (f *File) some(buf []byte, off int64) ([]byte, error) {
-	n, err := osfile.ReadAt(f.f, buf, off)
+	n, err := f.readSome(buf, off)
 	if err != nil {
 		return nil, fmt.Errorf("%s at %d: %w", f.Path, off, err)
 	}

@@ -65,8 +65,18 @@ func TestHeaderOfAFile(t *testing.T) {
 		_, err = DecodeHeader(of.encode())
 		require.ErrorIs(t, err, record.ErrCorrupt)
 	}
+	of := h
+	of.Compact = Compact{Pieces: 3, Start: 4096, End: 70000}
+	got, err = DecodeHeader(of.encode())
+	require.NoError(t, err)
+	require.Equal(t, of, got)
+	for _, bad := range []Compact{{3, 0, 70000}, {3, 4097, 70000}, {3, 8 << 20, 9 << 20}, {3, 4096, 4096}, {20, 4096, 70000}} {
+		of.Compact = bad
+		_, err = DecodeHeader(of.encode())
+		require.ErrorIs(t, err, record.ErrCorrupt)
+	}
 	b := h.encode()
-	b[81] |= 8
+	b[81] |= 16
 	binary.LittleEndian.PutUint32(b[16:], record.Checksum(b[20:]))
 	_, err = DecodeHeader(b)
 	require.ErrorIs(t, err, ErrVersion)

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 
@@ -42,6 +43,9 @@ type Set struct {
 		size  int64  // of all files, bytes
 	}
 	broken []Broken
+
+	// renaming is held while files are removed, or others with the same records come in their place.
+	renaming sync.Mutex
 }
 
 // Broken is a file without a valid header: one that was begun before a crash
@@ -55,12 +59,16 @@ type Broken struct {
 }
 
 // File is one file of a set: immutable but for the tail of the newest of its
-// kind. A reference keeps it readable after it was removed from the set.
+// kind, and for how the others keep what they have: see Compact. A reference keeps it readable after it was removed from the set.
 type File struct {
-	Header
-	Path string
+	Header // as of the plain file
+	Path   string
 
-	f     vfs.File
+	// mu is held for reading while f and compact are used: another file with the same records may come in the place of what they are of.
+	mu      sync.RWMutex
+	f       vfs.File
+	compact *contents // nil: a plain file
+
 	start int64        // of the first record, bytes
 	alloc atomic.Int64 // bytes that the file takes up
 	refs  atomic.Int32 // one is the set's
@@ -210,6 +218,10 @@ func readFile(vf vfs.File, path string) (*File, error) {
 		return nil, err
 	}
 	f := &File{Header: h, Path: path, f: vf, start: int64(n)}
+	if c := h.Compact; c.Pieces > 0 {
+		f.Header.Compact = Compact{}
+		f.compact, f.start = &contents{Compact: c, head: int64(n)}, c.Start
+	}
 	f.alloc.Store(info.Size())
 	f.refs.Store(1)
 	return f, nil
@@ -221,6 +233,22 @@ func (s *Set) add(f *File) {
 	s.mu.files[f.Number] = f
 	s.mu.last = max(s.mu.last, f.Number)
 	s.mu.size += f.alloc.Load()
+}
+
+// createTmp makes an empty file, if so many bytes are free that it leaves keep of them.
+func (s *Set) createTmp(path string, size, keep int64) (vfs.File, error) {
+	if u, err := s.fs.GetDiskUsage(s.dir); err == nil && u.AvailBytes < uint64(size+keep) {
+		return nil, fmt.Errorf("%d bytes are free, %d are kept in reserve: %w", u.AvailBytes, keep, syscall.ENOSPC)
+	}
+	vf, err := s.fs.Create(path, vfs.WriteCategoryUnspecified)
+	if err != nil {
+		return nil, err
+	}
+	// Create gives a write-only view on some file systems: open it again.
+	if err := vf.Close(); err != nil {
+		return nil, err
+	}
+	return s.fs.OpenReadWrite(path, vfs.WriteCategoryUnspecified)
 }
 
 func (s *Set) nextNumber() uint32 {
@@ -293,6 +321,8 @@ func (f *File) Release() {
 // Remove takes files out of the set and unlinks them. Readers that hold a
 // reference can go on. It is durable when Remove returns.
 func (s *Set) Remove(files ...*File) error {
+	s.renaming.Lock()
+	defer s.renaming.Unlock()
 	for _, f := range files {
 		if err := s.fs.Remove(f.Path); err != nil {
 			return fmt.Errorf("remove segment: %w", err)
@@ -330,8 +360,8 @@ func (s *Set) syncDir() error {
 func (s *Set) Sync() error {
 	for _, k := range []Kind{Log, Originals} {
 		for _, f := range s.Files(k) {
-			if err := f.f.Sync(); err != nil {
-				return fmt.Errorf("sync %s: %w", f.Path, err)
+			if err := f.syncAll(); err != nil {
+				return err
 			}
 		}
 	}
@@ -340,6 +370,8 @@ func (s *Set) Sync() error {
 
 // Close gives up the set's references. No Writer may be in use.
 func (s *Set) Close() {
+	s.renaming.Lock() // another set may be of the directory from now on
+	defer s.renaming.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, f := range s.mu.files {

@@ -8,7 +8,6 @@ import (
 	"math"
 	"sync"
 	"sync/atomic"
-	"syscall"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 
@@ -158,18 +157,8 @@ func (w *Writer) takeSpare(alloc int64) (vfs.File, error) {
 }
 
 func (w *Writer) create(alloc, keep int64) (vfs.File, error) {
-	if u, err := w.set.fs.GetDiskUsage(w.set.dir); err == nil && u.AvailBytes < uint64(alloc+keep) {
-		return nil, fmt.Errorf("%d bytes are free, %d are kept in reserve: %w", u.AvailBytes, keep, syscall.ENOSPC)
-	}
-	vf, err := w.set.fs.Create(w.tmpPath(), vfs.WriteCategoryUnspecified)
+	vf, err := w.set.createTmp(w.tmpPath(), alloc, keep)
 	if err != nil {
-		return nil, err
-	}
-	// Create gives a write-only view on some file systems: open it again.
-	if err := vf.Close(); err != nil {
-		return nil, err
-	}
-	if vf, err = w.set.fs.OpenReadWrite(w.tmpPath(), vfs.WriteCategoryUnspecified); err != nil {
 		return nil, err
 	}
 	if err := osfile.Allocate(vf, alloc); err != nil {
@@ -282,8 +271,8 @@ func (w *Writer) Sync() error {
 		w.eager.Store(w.kind == Log && n <= eagerBytes)
 	}
 	for _, f := range dirty {
-		if err := f.f.SyncData(); err != nil {
-			return fmt.Errorf("sync %s: %w", f.Path, err)
+		if err := f.Sync(); err != nil {
+			return err
 		}
 		f.Release()
 	}

@@ -1,0 +1,196 @@
+package segment
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+)
+
+// scanPieces is Scan, while the file is compact. end says that all of it was scanned; if not, it is no compact file.
+func (f *File) scanPieces(off int64, fn func(off int64, h record.Header) error) (at int64, end bool, err error) {
+	if !f.Compact() {
+		return off, false, nil
+	}
+	s := readings.Get().(*reading)
+	defer readings.Put(s)
+	for {
+		p, found, err := f.pieceAt(s, off)
+		switch {
+		case err != nil:
+			return off, true, fmt.Errorf("%s at %d: %w", f.Path, off, err)
+		case !found:
+			return off, f.Compact(), nil
+		}
+		begun := false
+		err = f.each(&p, func(header []byte, at int64, _ int, _ int64) (bool, error) {
+			if at < off {
+				return true, nil
+			}
+			if at > off && !begun {
+				return false, f.damaged(off, "no record begins there")
+			}
+			begun = true
+			h, err := f.decode(header)
+			if err != nil {
+				return false, fmt.Errorf("%s at %d: %w", f.Path, at, err)
+			}
+			if err := fn(at, h); err != nil {
+				return false, err
+			}
+			off = at + h.Size()
+			return true, nil
+		})
+		if err != nil {
+			return off, true, err
+		}
+	}
+}
+
+// pieceAt reads the piece that has an offset of the plain file; found is false if none has, or the file is plain.
+func (f *File) pieceAt(s *reading, off int64) (p piece, found bool, err error) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.compact == nil || off >= f.compact.End {
+		return p, false, nil
+	}
+	dir, err := f.directory(false)
+	if err != nil {
+		return p, false, err
+	}
+	if off < f.compact.Start {
+		return p, false, f.damaged(off, "no record begins there")
+	}
+	p, err = f.readPiece(s, dir, pieceOf(dir, off), false)
+	return p, true, err
+}
+
+// pieces is what the file has as a compact one, and where its pieces are; nil if it is plain.
+func (f *File) pieces() (*contents, []pieceAt, error) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.compact == nil {
+		return nil, nil, nil
+	}
+	dir, err := f.directory(false)
+	return f.compact, dir, err
+}
+
+// resyncPieces is Resync of a compact file.
+func (f *File) resyncPieces(off int64, fn func(at int64, h record.Header) error) error {
+	s := readings.Get().(*reading)
+	defer readings.Put(s)
+	for {
+		c, dir, err := f.pieces()
+		if c == nil {
+			return f.Resync(off, fn)
+		}
+		if off = max(off, c.Start); err != nil || off >= c.End {
+			return err
+		}
+		next := c.End
+		if i := pieceOf(dir, off); i+1 < len(dir) {
+			next = int64(dir[i+1].plain)
+		}
+		p, found, err := f.pieceAt(s, off)
+		if err != nil && !errors.Is(err, record.ErrCorrupt) {
+			return err
+		}
+		var ended error
+		if err == nil && found {
+			_ = f.each(&p, func(header []byte, at int64, _ int, _ int64) (bool, error) { // what is damaged of it, there is no record of
+				h, err := f.decode(header)
+				if err == nil && at >= off {
+					ended = fn(at, h)
+				}
+				return ended == nil, nil
+			})
+		}
+		if errors.Is(ended, ErrStop) {
+			return nil
+		}
+		if ended != nil {
+			return ended
+		}
+		off = next
+	}
+}
+
+// VerifyPieces reads a compact file as it stands, with what reading its records passes over, and calls found with what is not as it was written, and where; of a
+// plain file, nothing. step is called with how many bytes were read: its error, or found's, ends it.
+func (f *File) VerifyPieces(found func(at int64, err error) error, step func(bytes int64) error) error {
+	c, dir, err := f.pieces()
+	if c == nil {
+		return nil
+	}
+	for _, at := range []int64{c.head, c.head + c.room()} {
+		if err := f.verifyDirectory(at); errors.Is(err, record.ErrCorrupt) {
+			err = found(at, err)
+			if err != nil {
+				return err
+			}
+		} else if err != nil {
+			return err
+		}
+	}
+	if err != nil {
+		return nil // found twice
+	}
+	s := readings.Get().(*reading)
+	defer readings.Put(s)
+	for i := range dir {
+		n, err := f.verifyPiece(s, dir, i)
+		if errors.Is(err, record.ErrCorrupt) {
+			err = found(int64(dir[i].at), err)
+		}
+		if err == nil {
+			err = step(n)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (f *File) verifyDirectory(at int64) error {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	c := f.compact
+	if c == nil {
+		return nil
+	}
+	if _, err := f.readDirectory(at, false); err != nil {
+		return err
+	}
+	b := make([]byte, c.room())
+	if err := f.readRaw(b, at, false); err != nil {
+		return err
+	}
+	if !zeroes(b[4+8*c.Pieces:]) {
+		return f.damaged(at, "bytes behind a directory")
+	}
+	return nil
+}
+
+// verifyPiece returns how many bytes the piece has.
+func (f *File) verifyPiece(s *reading, dir []pieceAt, i int) (n int64, err error) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.compact == nil {
+		return 0, nil
+	}
+	p, err := f.readPiece(s, dir, i, false)
+	if err != nil {
+		return 0, err
+	}
+	s.frames = slices.Grow(s.frames[:0], int(p.size))[:p.size]
+	if err := f.readRaw(s.frames, p.frames, false); err != nil {
+		return 0, err
+	}
+	if record.Checksum(s.frames) != p.sum {
+		return p.size, f.damaged(p.frames, "a piece's frames have another checksum than was recorded")
+	}
+	return p.size, f.each(&p, func([]byte, int64, int, int64) (bool, error) { return true, nil })
+}
