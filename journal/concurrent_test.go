@@ -90,6 +90,13 @@ func TestReadersBesideEverything(t *testing.T) {
 			verified.Add(1)
 		}
 	})
+	var compacted atomic.Int64
+	loop(func(*rand.Rand) {
+		n, err := r.g.Compact()
+		require.NoError(t, err)
+		compacted.Add(n)
+		time.Sleep(time.Millisecond)
+	})
 	loop(func(*rand.Rand) {
 		if r.g.JournalBytes() > 2<<20 {
 			_, err := r.g.Expire(256 << 10)
@@ -99,7 +106,9 @@ func TestReadersBesideEverything(t *testing.T) {
 		}
 	})
 	buf := make([]byte, record.BlockSize)
-	enough := func() bool { return r.g.Horizon() > 0 && views.Load() > 50 && verified.Load() > 0 }
+	enough := func() bool {
+		return r.g.Horizon() > 0 && views.Load() > 50 && verified.Load() > 0 && compacted.Load() > 0
+	}
 	least, most := time.Now().Add(3*time.Second), time.Now().Add(time.Minute) // a slow host takes longer
 	for now := time.Now(); (now.Before(least) || !enough() && now.Before(most)) && !t.Failed(); now = time.Now() {
 		lsn := r.g.Head() + 1
@@ -115,6 +124,7 @@ func TestReadersBesideEverything(t *testing.T) {
 	require.Positive(t, r.g.Horizon(), "nothing expired: the test did not test")
 	require.Greater(t, views.Load(), int64(50))
 	require.Positive(t, verified.Load())
+	require.Positive(t, compacted.Load())
 }
 
 func checkBlock(t *testing.T, b []byte, want record.LSN, format string, args ...any) {

@@ -56,6 +56,7 @@
 //	let go of kept points: note, index, flush   as before, or as after: an original of then may not do for a point that comes back
 //	clean a file of originals: copy a part, index it   both: the index finds one, and either is true
 //	flush the index, note, remove the files    files that nothing refers to: cleaned again
+//	make a file compact: write another one, sync, rename, sync the directory   the file as it was, or the other one, which has the same records at the same offsets
 //
 // A note (marker, amendment, definition) is a record like any other. Of those that belong together:
 //
@@ -84,7 +85,7 @@
 // # Concurrency
 //
 // A Store and a Group are safe for concurrent use. Locks are taken in this order: the Store's joining, the Group's
-// receiving, joining, cleaning, apply, syncing, index, append, and pins, claims and the Store's open under any of them (the fields
+// receiving, joining, cleaning, compacting, apply, syncing, index, append, and pins, claims and the Store's open under any of them (the fields
 // say what each guards).
 //
 // # Limits

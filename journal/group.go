@@ -123,6 +123,11 @@ type Group struct {
 		sync.Mutex
 		needs needs
 	}
+	// compacting serialises what makes files compact.
+	compacting struct {
+		sync.Mutex
+		plain map[uint32]bool // numbers of files that stay plain
+	}
 	unapplied  atomic.Int64 // bytes of records, each counted as a block at least
 	owed       atomic.Int64 // bytes of originals that applying may cost, at most
 	recordTime atomic.Int64 // of the newest record, Unix nanoseconds; set with g.append held
@@ -192,8 +197,8 @@ type Bytes struct {
 	// Guest is what was written to the disks since the group was opened, Log what that took as records, and Originals what was kept, carried over and copied
 	// beside.
 	Guest, Log, Originals int64
-	// Segments is what the files of both take up now, and Index, about, the group's part of the index.
-	Segments, Index int64
+	// Segments is what the files of both take up now, Saved what they would take more if none was compact, and Index, about, the group's part of the index.
+	Segments, Saved, Index int64
 }
 
 // Bytes says what the group's history takes.
@@ -201,7 +206,7 @@ func (g *Group) Bytes() (b Bytes, err error) {
 	g.append.Lock()
 	b.Guest, b.Log = g.append.guest, g.append.bytes
 	g.append.Unlock()
-	b.Originals, b.Segments = g.originals.Load(), g.set.Size()
+	b.Originals, b.Segments, b.Saved = g.originals.Load(), g.set.Size(), g.saved()
 	b.Index, err = g.ix.Size()
 	return b, err
 }

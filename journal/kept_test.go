@@ -87,6 +87,10 @@ func (r *keptRig) step() {
 		require.NoError(r.t, err)
 	case n < 38:
 		r.clean()
+		if r.rng.IntN(2) == 0 {
+			_, err := r.g.Compact()
+			require.NoError(r.t, err)
+		}
 		r.check()
 	case n < 39:
 		require.NoError(r.t, r.s.Close())

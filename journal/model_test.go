@@ -60,7 +60,7 @@ func TestModel(t *testing.T) {
 			})
 		}
 	})
-	for _, what := range []string{"crossed", "stopped", "gone back", "crashed on the way", "crashed at the end", "came in a gap", "kept", "thinned", "cleaned"} {
+	for _, what := range []string{"crossed", "stopped", "gone back", "crashed on the way", "crashed at the end", "came in a gap", "kept", "thinned", "cleaned", "compact"} {
 		require.Positive(t, reached[what], "no seed came to: %s", what)
 	}
 }
@@ -997,6 +997,14 @@ func (m *model) thin(g *Group) {
 		if did {
 			m.reached["thinned"]++
 			m.note("thin: %d points kept", len(g.KeptPoints()))
+		}
+	}
+	if m.rng.IntN(2) == 0 {
+		n, err := g.Compact()
+		require.NoError(m.t, err)
+		if n > 0 {
+			m.reached["compact"]++
+			m.note("compact: %d bytes", n)
 		}
 	}
 	if m.rng.IntN(2) == 0 {

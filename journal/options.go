@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"time"
@@ -40,6 +41,10 @@ type Options struct {
 	Unapplied int64
 	// IndexCache is the memory for blocks of the index, bytes; 64 MiB by default.
 	IndexCache int64
+	// CompactPace waits until so many more bytes of closed segments may be read to make them smaller in the background, see [Group.Compact]: it is called by one group
+	// at a time. Its error ends that. nil: none are made smaller. CompactAfter is how long one was closed before: who follows reads it then, and applying may.
+	CompactPace  func(ctx context.Context, bytes int64) error
+	CompactAfter time.Duration
 	// ReadOnly opens a store at rest and changes nothing in it: for Verify and
 	// Dump. A view of what the index does not have yet is an error.
 	ReadOnly bool
@@ -128,7 +133,7 @@ func (o Options) Validate() error {
 	for _, f := range []struct {
 		name string
 		v    int64
-	}{{"reserve", o.Reserve}, {"limit", o.Limit}, {"total", o.Total}, {"unapplied", o.Unapplied}, {"index cache", o.IndexCache}} {
+	}{{"reserve", o.Reserve}, {"limit", o.Limit}, {"total", o.Total}, {"unapplied", o.Unapplied}, {"index cache", o.IndexCache}, {"compact after", int64(o.CompactAfter)}} {
 		if f.v < 0 {
 			errs = append(errs, fmt.Errorf("%s of %d bytes: it must not be negative", f.name, f.v))
 		}

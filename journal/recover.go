@@ -38,6 +38,7 @@ func (s *Store) openGroup(gc GroupConfig, newID uint32) (*Group, error) {
 	g.policy.Store(&gc.Retain)
 	g.limit.Store(cmp.Or(gc.Limit, s.o.Limit))
 	g.cleaning.needs = needs{}
+	g.compacting.plain = map[uint32]bool{}
 	g.pins.holds = map[*Hold]record.LSN{}
 	g.pins.markers = map[record.LSN]bool{}
 	g.pins.users = map[*disk.Disk]int{}

@@ -78,6 +78,8 @@ type Store struct {
 		disks map[osfile.ID]string // the disk that each backing is of
 	}
 
+	compacting chan struct{} // full while a group makes files compact in the background: one at a time, as it takes a processor
+
 	failed chan error // what the index can not go on after
 }
 
@@ -91,6 +93,7 @@ func Open(dir string, groups []GroupConfig, o Options) (*Store, error) {
 	}
 	s := &Store{dir: dir, o: o.withDefaults(len(groups)), failed: make(chan error, 1)}
 	s.claims.disks = map[osfile.ID]string{}
+	s.compacting = make(chan struct{}, 1)
 	if err := s.openAll(groups); err != nil {
 		return nil, errors.Join(err, s.Abandon())
 	}

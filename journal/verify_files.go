@@ -45,6 +45,9 @@ func (v *verifier) held(f *segment.File, fn func() error) error {
 			err = v.failed(f.Path, 0, err)
 		}
 		if err == nil {
+			err = f.VerifyPieces(func(at int64, err error) error { return v.failed(fmt.Sprintf("%s at %d", f.Path, at), 0, err) }, v.step)
+		}
+		if err == nil {
 			err = fn()
 		}
 	}

@@ -178,6 +178,7 @@ var groupGauges = []struct {
 	{desc("tidemark_group_journaled_bytes", "How many bytes of records that took."), bytesOf(func(b *journal.Bytes) int64 { return b.Log })},
 	{desc("tidemark_group_originals_bytes", "How many bytes of originals were kept, carried over and copied beside, since the daemon was started."), bytesOf(func(b *journal.Bytes) int64 { return b.Originals })},
 	{desc("tidemark_group_index_bytes", "What the group's part of the index takes up, about."), bytesOf(func(b *journal.Bytes) int64 { return b.Index })},
+	{desc("tidemark_group_saved_bytes", "How much more the group's segments would take up if none was compact."), bytesOf(func(b *journal.Bytes) int64 { return b.Saved })},
 	{desc("tidemark_group_journal_bytes", "What the group's segments take up."), func(g *journal.Group) float64 { return float64(g.JournalBytes()) }},
 	{desc("tidemark_group_unapplied_bytes", "How far the backings are behind."), func(g *journal.Group) float64 { return float64(g.Unapplied()) }},
 	{desc("tidemark_group_verified_timestamp_seconds", "When the last verification in the background was begun, Unix seconds; 0: there was none."), func(g *journal.Group) float64 {

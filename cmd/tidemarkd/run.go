@@ -179,6 +179,7 @@ func openStore(c config.Config, log *zap.Logger) (*journal.Store, error) {
 	return journal.Open(c.StateDir, groups, journal.Options{
 		Log: log, SegmentSize: int64(c.Journal.Segment), Limit: int64(c.Journal.Limit), Total: int64(c.Journal.Total), Reserve: int64(c.Journal.Reserve),
 		Unapplied: int64(c.Journal.Unapplied), IndexCache: int64(c.Journal.IndexCache),
+		CompactPace: readPace(*c.Compact.Rate), CompactAfter: time.Duration(*c.Compact.After),
 	})
 }
 

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"go.uber.org/zap"
-	"golang.org/x/time/rate"
 
 	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
 	"github.com/tidemark-cdp/tidemark/cmd/internal/config"
@@ -36,8 +35,6 @@ func newScrubber(store *journal.Store, conf config.Scrub, repl *replication, log
 const (
 	// scrubLook is how often it is looked whether a group is due.
 	scrubLook = time.Minute
-	// scrubBurst is what may be read at once behind a pause, in bytes.
-	scrubBurst = 4 << 20
 	// scrubLogged bounds the findings of one verification that are logged.
 	scrubLogged = 20
 )
@@ -74,17 +71,10 @@ func (s *scrubber) next(ctx context.Context) bool {
 	return g != nil && s.group(ctx, g)
 }
 
-// pause is a pace of so many bytes a second.
+// pause keeps the pace that is configured.
 func (s *scrubber) pause(ctx context.Context) func(int64) error {
-	l := rate.NewLimiter(rate.Limit(s.conf.Rate), scrubBurst)
-	return func(bytes int64) error {
-		for ; bytes > 0; bytes -= scrubBurst {
-			if err := l.WaitN(ctx, int(min(bytes, scrubBurst))); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
+	wait := readPace(s.conf.Rate)
+	return func(bytes int64) error { return wait(ctx, bytes) }
 }
 
 // group verifies one, has what can be repaired repaired, and notes when. It reports whether it came to an end.

@@ -192,6 +192,7 @@ type Bytes struct {
 	Log       int64 `json:"log"`       // what that took as records
 	Originals int64 `json:"originals"` // kept, carried over and copied beside
 	Segments  int64 `json:"segments"`  // what files of both take up now
+	Saved     int64 `json:"saved"`     // how much more that would be if none was compact
 	Index     int64 `json:"index"`     // about what the group's part of the index does
 }
 

@@ -54,6 +54,7 @@ type Config struct {
 
 	Replication Replication `yaml:"replication"`
 	Scrub       Scrub       `yaml:"scrub"`
+	Compact     Compact     `yaml:"compact"`
 }
 
 // Guests is what holds of the guests of all groups.
@@ -95,6 +96,29 @@ const (
 	ScrubEvery = Span(30 * 24 * time.Hour)
 	ScrubRate  = Size(16 << 20)
 )
+
+// Compact says how history is made smaller in the background.
+type Compact struct {
+	After *Span `yaml:"after"` // how long a segment was closed before; 1m by default
+	Rate  *Size `yaml:"rate"`  // how many bytes a second are read, of all groups; 16 MiB by default, 0: none
+}
+
+// CompactAfter and CompactRate are what Compact has by default.
+const (
+	CompactAfter = Span(time.Minute)
+	CompactRate  = Size(16 << 20)
+)
+
+func (c *Compact) setDefaults() {
+	if c.After == nil {
+		after := CompactAfter
+		c.After = &after
+	}
+	if c.Rate == nil {
+		rate := CompactRate
+		c.Rate = &rate
+	}
+}
 
 func (s *Scrub) setDefaults() {
 	if s.Every == nil {
@@ -286,6 +310,7 @@ func (c *Config) Default() {
 	}
 	c.Replication.setDefaults(c.StateDir)
 	c.Scrub.setDefaults()
+	c.Compact.setDefaults()
 	for name, g := range c.Groups {
 		def(&g.Markers.Consistency, record.Crash.String())
 		def(&g.Markers.Label, "auto")
