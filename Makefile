@@ -10,8 +10,9 @@ GUEST    := qemu-system-x86 busybox-static cpio debootstrap kmod guestmount gues
 SERVERS  := qemu-guest-agent postgresql mariadb-server redis-server libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
 FUZZTIME ?= 10s
 SEEDS    ?= 600
+SOAK     ?= 1h
 
-.PHONY: build deps guest-deps test test-guest test-long fuzz bench bench-markers bench-back bench-replica bench-history lint demo clean
+.PHONY: build deps guest-deps test test-guest test-long soak fuzz bench bench-markers bench-back bench-replica bench-history lint demo clean
 
 build:
 	$(GO) build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/tidemark ./cmd/tidemarkd
@@ -47,6 +48,10 @@ test-long: guest-deps
 	TIDEMARK_KILLS=200 $(GO) test -race -timeout 2h ./cmd/tidemarkd -run TestKill
 	FLIPS=2000 $(GO) test -timeout 4h ./restore/guestfs -run TestCorrupt
 	$(MAKE) fuzz FUZZTIME=5m
+
+# soak has everything at work at once for an hour, or SOAK: load, markers, retention, compaction, verification, a replica that comes and goes, kills.
+soak: guest-deps
+	SOAK=$(SOAK) $(GO) test -race -timeout 24h ./cmd/tidemarkd -run TestSoak -v
 
 fuzz:
 	@set -e; for p in ./fuzz ./cmd/internal/config; do \

@@ -1,0 +1,412 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/binary"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
+	"github.com/tidemark-cdp/tidemark/nbd/client"
+)
+
+// soakFor is how long TestSoak goes on; SOAK for longer, see make soak.
+func soakFor(t *testing.T) time.Duration {
+	t.Helper()
+	s := os.Getenv("SOAK")
+	if s == "" {
+		return 45 * time.Second
+	}
+	d, err := time.ParseDuration(s)
+	require.NoError(t, err)
+	return d
+}
+
+const (
+	soakBlocks = 4 << 10 // of a disk
+	soakPace   = 3 * time.Millisecond
+	soakPages  = 64
+)
+
+// soakDisk is what is known of a disk that one writer writes, one request after the other, numbered from 1 on: what it holds behind each of them.
+type soakDisk struct {
+	name string
+	id   byte
+
+	mu       sync.Mutex
+	versions [soakBlocks][]uint32 // of each block: the requests that it was written by; trims have soakTrim
+	trims    []bool               // by request: whether it was a trim
+	acked    uint32               // what was answered; the next one may have been taken too
+}
+
+const soakTrim = 1 << 31
+
+// soakPage is what blocks begin as: text, of which each request changes some bytes.
+var soakPage = sync.OnceValue(func() (pages [soakPages][4096]byte) {
+	rng := rand.New(rand.NewPCG(1, 2))
+	for i := range pages {
+		for at := 0; at < len(pages[i])-40; at += 64 {
+			copy(pages[i][at:], fmt.Sprintf("%d|%x|row of a table", rng.Uint32(), rng.Uint32()))
+		}
+	}
+	return pages
+})
+
+// fill makes b the block that a request writes.
+func (d *soakDisk) fill(b []byte, block int64, request uint32) {
+	pages := soakPage()
+	copy(b, pages[block%soakPages][:])
+	rng := rand.NewPCG(uint64(request)<<8|uint64(d.id), uint64(block))
+	n := 8
+	if block%16 == 0 {
+		n = 512 // nothing like what was there
+	}
+	for range n {
+		r := rng.Uint64()
+		binary.LittleEndian.PutUint64(b[16+(r>>32)%4000/8*8:], r)
+	}
+	binary.LittleEndian.PutUint64(b, uint64(block)<<8|uint64(d.id))
+	binary.LittleEndian.PutUint32(b[8:], request)
+}
+
+// begin notes a request before it is sent.
+func (d *soakDisk) begin(first, n int64, trim bool) (request uint32) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.trims) == 0 {
+		d.trims = []bool{false}
+	}
+	request = uint32(len(d.trims))
+	d.trims = append(d.trims, trim)
+	for block := first; block < first+n; block++ {
+		v := request
+		if trim {
+			v |= soakTrim
+		}
+		d.versions[block] = append(d.versions[block], v)
+	}
+	return request
+}
+
+func (d *soakDisk) answered() (acked, sent uint32) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.acked, uint32(max(len(d.trims), 1) - 1)
+}
+
+// load writes as a guest does until ctx ends: mostly where it wrote before, in pieces of many lengths, with trims and flushes. A request that a kill cut off is sent again.
+func (d *soakDisk) load(ctx context.Context, s *served, seed uint64) {
+	rng := rand.New(rand.NewPCG(seed, uint64(d.id)))
+	var c *client.Client
+	defer func() {
+		if c != nil {
+			_ = c.Close()
+		}
+	}()
+	buf := make([]byte, 32*4096)
+	for ctx.Err() == nil {
+		n := int64(1 + rng.IntN(4))
+		trim := false
+		switch rng.IntN(20) {
+		case 0:
+			n = 32
+		case 1:
+			trim, n = true, 1+rng.Int64N(64)
+		}
+		first := rng.Int64N(soakBlocks - n)
+		if rng.IntN(4) > 0 {
+			first = rng.Int64N(soakBlocks/32) * 8 % (soakBlocks - n)
+		}
+		request := d.begin(first, n, trim)
+		for i := range n {
+			if !trim {
+				d.fill(buf[i*4096:(i+1)*4096], first+i, request)
+			}
+		}
+		for {
+			err := error(nil)
+			if c == nil {
+				c, err = client.Dial(ctx, "unix", s.sock(), d.name, nil)
+			}
+			if err == nil && trim {
+				err = c.Trim(first*4096, uint32(n*4096))
+			} else if err == nil {
+				err = c.WriteAt(buf[:n*4096], first*4096, false)
+			}
+			if err == nil && rng.IntN(30) == 0 {
+				err = c.Flush()
+			}
+			if err == nil {
+				break
+			}
+			if c != nil {
+				_, c = c.Close(), nil
+			}
+			if ctx.Err() != nil {
+				return
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		d.mu.Lock()
+		d.acked = request
+		d.mu.Unlock()
+		time.Sleep(time.Duration(rng.ExpFloat64() * float64(soakPace)))
+	}
+}
+
+// at is the newest version of a block that requests up to one made; 0: none, or zeroes.
+func (d *soakDisk) at(block int64, request uint32) uint32 {
+	all := d.versions[block]
+	i, _ := slices.BinarySearchFunc(all, request+1, func(v, r uint32) int { return cmp.Compare(v&^soakTrim, r) })
+	if i == 0 || all[i-1]&soakTrim != 0 {
+		return 0
+	}
+	return all[i-1]
+}
+
+// check reads a disk as of a point, and returns behind which request it is what that shows: all of it, and nothing of a later one. Requests from least to most may be it.
+func (d *soakDisk) check(s *served, point string, least, most uint32) uint32 {
+	s.t.Helper()
+	image := imageOf(s.t, s, d.name+point, soakBlocks*4096)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var has [soakBlocks]uint32
+	want, zero := make([]byte, 4096), make([]byte, 4096)
+	newest := uint32(0)
+	for block := range int64(soakBlocks) {
+		b := image[block*4096:][:4096]
+		if bytes.Equal(b, zero) {
+			continue
+		}
+		has[block] = binary.LittleEndian.Uint32(b[8:])
+		d.fill(want, block, has[block])
+		require.True(s.t, bytes.Equal(want, b), "block %d of %s%s is nothing that was written there: request %d", block, d.name, point, has[block])
+		newest = max(newest, has[block])
+	}
+	is := func(request uint32) int64 {
+		for block := range int64(soakBlocks) {
+			if d.at(block, request) != has[block] {
+				return block
+			}
+		}
+		return -1
+	}
+	request := max(newest, least)
+	bad := is(request)
+	for bad >= 0 && int(request)+1 < len(d.trims) && d.trims[request+1] {
+		request++ // what trims made zeroes says nothing of itself
+		bad = is(request)
+	}
+	if bad >= 0 {
+		require.Failf(s.t, "a mix", "%s%s has request %d as the newest, and block %d is of request %d", d.name, point, newest, bad, has[bad])
+	}
+	require.LessOrEqual(s.t, request, most, "%s%s", d.name, point)
+	return request
+}
+
+// soakMark is a marker, and between which requests of each disk it was taken.
+type soakMark struct {
+	label       string
+	least, most [2]uint32
+}
+
+type soak struct {
+	t     *testing.T
+	a, b  *served
+	disks [2]*soakDisk
+	marks []soakMark
+	rng   *rand.Rand
+	did   map[string]int
+}
+
+const soakConf = "journal: {segment: 2MiB, reserve: 16MiB}\ncompact: {after: 1s, rate: 64MiB}\nscrub: {every: 10s, rate: 64MiB}\n"
+
+// TestSoak has guests' load, markers, retention with compaction and verification, and a replica with a policy of its own at work for long, kills either daemon again and again, has the
+// replica away at times, and reads all the while. In the end every point that either keeps is what it was.
+func TestSoak(t *testing.T) {
+	long := soakFor(t)
+	s := &soak{t: t, rng: rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 5)), did: map[string]int{}}
+	s.a, s.b = &served{t: t, dir: t.TempDir()}, &served{t: t, dir: t.TempDir()}
+	s.begin()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var wg sync.WaitGroup
+	for i, d := range s.disks {
+		seed := s.rng.Uint64() + uint64(i)
+		wg.Go(func() { d.load(ctx, s.a, seed) })
+	}
+	for end := time.Now().Add(long); time.Now().Before(end) && !t.Failed(); {
+		time.Sleep(time.Duration(s.rng.Int64N(int64(time.Second))))
+		s.step()
+	}
+	cancel()
+	wg.Wait()
+	s.a.ok("mark", "web01", "end", "--wait-replica=120s")
+	var sent [2]uint32
+	for i, d := range s.disks {
+		_, sent[i] = d.answered()
+	}
+	t.Logf("%v; %d and %d requests; writer: %s; replica: %s", s.did, sent[0], sent[1], s.all(s.a), s.all(s.b))
+	s.a.kill()
+	s.a.start()
+	s.all(s.a)
+	for _, d := range []*served{s.a, s.b} {
+		require.Contains(t, d.ok("verify", "web01"), "no damage")
+		g := d.group("web01")
+		require.Positive(t, g.Horizon)
+		require.NotZero(t, g.KeptPoints)
+		require.Positive(t, g.Bytes.Saved, "nothing became compact")
+		require.Zero(t, g.Scrub.Damaged)
+	}
+}
+
+// begin starts both daemons, with a policy each.
+func (s *soak) begin() {
+	listen := freePort(s.t)
+	s.b.configure(soakConf + fmt.Sprintf("replication: {listen: 'tcp:%s', name: hostb}\ngroups: {web01: {received: true, retain: {every_write: 15s, tiers: {5s: 1h}}, disks: {d0: {backing: %%DIR/d0.raw}, d1: {backing: %%DIR/d1.raw}}}}\n", listen))
+	s.a.configure(soakConf + "replication: {name: hosta}\ngroups: {web01: {disks: {d0: {backing: %DIR/d0.raw}, d1: {backing: %DIR/d1.raw}}, replicas: [hostb], retain: {every_write: 8s, tiers: {1s: 20s, 10s: 2h}, markers: 20}}}\n")
+	for i := range s.disks {
+		s.disks[i] = &soakDisk{name: fmt.Sprintf("web01/d%d", i), id: byte(i)}
+		for _, d := range []*served{s.a, s.b} {
+			d.raw(fmt.Sprintf("d%d.raw", i), soakBlocks*4096)
+		}
+	}
+	s.b.start()
+	token, _, _ := bytes.Cut([]byte(s.b.ok("replica", "invite")), []byte("\n"))
+	s.a.start()
+	s.a.ok("replica", "join", listen, string(token))
+	s.a.streams()
+}
+
+// step does something to either daemon.
+func (s *soak) step() {
+	what := ""
+	switch s.rng.IntN(12) {
+	case 0:
+		what = "writer killed"
+		s.a.kill()
+		s.a.start()
+	case 1:
+		what = "replica killed"
+		s.b.kill()
+		s.b.start()
+	case 2:
+		what = "replica away"
+		s.b.stop()
+		time.Sleep(time.Duration(s.rng.Int64N(int64(8 * time.Second))))
+		s.b.start()
+	case 3, 4, 5, 6:
+		what = "marker"
+		m := soakMark{label: fmt.Sprintf("m%d", len(s.marks))}
+		args := []string{"mark", "web01", m.label}
+		if s.rng.IntN(8) == 0 {
+			args = append(args, "--pin")
+		}
+		for i, d := range s.disks {
+			m.least[i], _ = d.answered()
+		}
+		s.a.ok(args...)
+		for i, d := range s.disks {
+			_, m.most[i] = d.answered()
+		}
+		s.marks = append(s.marks, m)
+	case 7, 8:
+		what = "read"
+		s.some(s.a)
+	case 9, 10:
+		what = "read at the replica"
+		s.some(s.b)
+	default:
+		what = "both killed"
+		s.a.kill()
+		s.b.kill()
+		s.b.start()
+		s.a.start()
+	}
+	s.did[what]++
+}
+
+// hold opens a disk as of a point, so that it stays; nil if the point has gone since it was listed, as it may.
+func (s *soak) hold(d *served, disk *soakDisk, lsn uint64) *client.Client {
+	s.t.Helper()
+	c, err := client.Dial(s.t.Context(), "unix", d.sock(), fmt.Sprintf("%s@lsn:%d", disk.name, lsn), nil)
+	if err == nil {
+		return c
+	}
+	p, perr := d.api().Points(s.t.Context(), "web01", api.Filter{})
+	require.NoError(s.t, perr)
+	require.False(s.t, lsn >= p.Horizon || slices.ContainsFunc(p.Kept, func(k api.Kept) bool { return k.LSN == lsn }), "%s at LSN %d is kept, and can not be opened: %v", disk.name, lsn, err)
+	s.did["gone meanwhile"]++
+	return nil
+}
+
+// some reads a point that can be viewed, of the window or beyond.
+func (s *soak) some(d *served) {
+	p, err := d.api().Points(s.t.Context(), "web01", api.Filter{})
+	require.NoError(s.t, err)
+	lsn := max(p.Horizon, 1) + s.rng.Uint64N(p.Head-p.Horizon)
+	if len(p.Kept) > 0 && s.rng.IntN(2) == 0 {
+		lsn = p.Kept[s.rng.IntN(len(p.Kept))].LSN
+	}
+	disk := s.disks[s.rng.IntN(2)]
+	if c := s.hold(d, disk, lsn); c != nil {
+		_, sent := disk.answered()
+		disk.check(d, fmt.Sprintf("@lsn:%d", lsn), 0, sent)
+		require.NoError(s.t, c.Close())
+	}
+}
+
+// all compares every kept point, and some of the window, at a daemon: each is what it was, and none is older than one of a lower LSN.
+func (s *soak) all(d *served) string {
+	s.t.Helper()
+	p, err := d.api().Points(s.t.Context(), "web01", api.Filter{})
+	require.NoError(s.t, err)
+	var sent, last [2]uint32
+	for i, disk := range s.disks {
+		_, sent[i] = disk.answered()
+	}
+	var lsns []uint64
+	for _, k := range p.Kept {
+		lsns = append(lsns, k.LSN)
+	}
+	for range 10 {
+		lsns = append(lsns, max(p.Horizon, 1)+s.rng.Uint64N(p.Head-p.Horizon))
+	}
+	slices.Sort(lsns)
+	for _, lsn := range slices.Compact(lsns) {
+		for i, disk := range s.disks {
+			if c := s.hold(d, disk, lsn); c != nil {
+				last[i] = disk.check(d, fmt.Sprintf("@lsn:%d", lsn), last[i], sent[i])
+				require.NoError(s.t, c.Close())
+			}
+		}
+	}
+	marks := 0
+	for _, m := range p.Markers {
+		j := slices.IndexFunc(s.marks, func(s soakMark) bool { return s.label == m.Label })
+		if j < 0 {
+			continue
+		}
+		for i, disk := range s.disks {
+			if c := s.hold(d, disk, m.LSN); c != nil {
+				disk.check(d, "@"+m.Label, s.marks[j].least[i], s.marks[j].most[i])
+				require.NoError(s.t, c.Close())
+			}
+		}
+		marks++
+	}
+	for _, disk := range s.disks {
+		acked, sent := disk.answered()
+		disk.check(d, "", acked, sent)
+	}
+	return fmt.Sprintf("%d kept points, %d markers, horizon %d of %d", len(p.Kept), marks, p.Horizon, p.Head)
+}
