@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,7 +24,7 @@ func (b *bench) history(rounds, seconds int, only string) (rows []string, err er
 		name string
 		run  func(int, int) ([]string, error)
 	}{
-		{"space", b.space}, {"cleaning", b.cleaning}, {"dropping", b.dropping}, {"many groups", b.manyGroups},
+		{"space", b.space}, {"database", b.databaseHistory}, {"reading", b.reading}, {"cleaning", b.cleaning}, {"dropping", b.dropping}, {"many groups", b.manyGroups},
 	} {
 		if only != "" && only != part.name {
 			continue
@@ -180,6 +181,165 @@ func (b *bench) space(_, _ int) (rows []string, err error) {
 		rows = append(rows, fmt.Sprintf("| %s | %.3f (%d MiB of %d MiB) | %s |", one.what, float64(n)/float64(w.bytes), n>>20, w.bytes>>20, one.aims))
 	}
 	return rows, nil
+}
+
+// plain and compact are configurations under which segments stay as they are, and become compact as fast as they can.
+const (
+	plain   = "compact: {rate: 0}\n"
+	compact = "compact: {after: 0s, rate: 4GiB}\n"
+)
+
+// databaseHistory has a database work for ten minutes, and measures what its history takes, and what each part of compaction does to some segments of it.
+func (b *bench) databaseHistory(_, seconds int) (rows []string, err error) {
+	l, err := b.lone(plain + oneDisk)
+	defer l.end()
+	if err != nil {
+		return nil, err
+	}
+	db, err := b.database("nbd+unix:///g/d?socket=" + l.path("nbd.sock"))
+	defer func() { err = errors.Join(err, db.close()) }()
+	if err != nil {
+		return nil, err
+	}
+	_, err = db.pgbench(60 * seconds)
+	if err = errors.Join(err, db.close()); err != nil {
+		return nil, err
+	}
+	g, err := l.group()
+	if err = errors.Join(err, l.stop()); err != nil {
+		return nil, err
+	}
+	wrote := g.Bytes.Guest // the file system and the tables, too, as their history is kept with the rest
+	before, err := used(l.path("state"))
+	if err != nil {
+		return nil, err
+	}
+	some, err := l.someSegments(8)
+	if err != nil {
+		return nil, err
+	}
+	if err := l.start(compact + oneDisk); err != nil {
+		return nil, err
+	}
+	if err = errors.Join(l.compacted(), l.stop()); err != nil {
+		return nil, err
+	}
+	after, err := used(l.path("state"))
+	if err != nil {
+		return nil, err
+	}
+	rows = append(rows, fmt.Sprintf("| … pgbench for %d s, and the making of its tables, after compaction, everything kept | %.3f (%d MiB of %d MiB; before it %d MiB) | 0.5 | 0.1 |", 60*seconds, float64(after)/float64(wrote), after>>20, wrote>>20, before>>20))
+	out, err := exec.Command("go", "test", "./journal/segment", "-run", "^$", "-bench", "PartsOfCompaction", "-benchtime", "1x", "-compact.dir", some).CombinedOutput()
+	if err != nil {
+		return rows, fmt.Errorf("the parts of compaction: %w: %s", err, out)
+	}
+	for line := range strings.Lines(string(out)) {
+		if strings.HasPrefix(line, "|") {
+			rows = append(rows, strings.TrimSpace(line))
+		}
+	}
+	return rows, os.RemoveAll(some)
+}
+
+// someSegments copies so many closed segments, of all of the history, to a directory.
+func (l *lone) someSegments(n int) (dir string, err error) {
+	logs, err := filepath.Glob(l.path("state/groups/*/log-*.seg"))
+	if err != nil || len(logs) < n+1 {
+		return "", errors.Join(err, fmt.Errorf("%d segments, and %d are to be looked at", len(logs), n))
+	}
+	dir = l.path("some")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	for i := range n {
+		if err := tools("cp " + logs[i*(len(logs)-1)/n] + " " + dir); err != nil {
+			return "", err
+		}
+	}
+	return dir, nil
+}
+
+// compacted waits until nothing becomes compact any more: the groups look every 15 s.
+func (l *lone) compacted() error {
+	saved, since := int64(-1), time.Now()
+	return l.wait(time.Hour, func() (bool, error) {
+		g, err := l.group()
+		if err == nil && g.Bytes.Saved != saved {
+			saved, since = g.Bytes.Saved, time.Now()
+		}
+		return saved > 0 && time.Since(since) > 40*time.Second, err
+	})
+}
+
+// rowsOfATable changes some bytes of a page, or makes it anew.
+func rowsOfATable(page []byte, anew bool) {
+	for at := 0; anew && at < len(page)-40; at += 64 {
+		copy(page[at:], fmt.Sprintf("%d|%x|row of a table", rand.Uint32(), rand.Uint32()))
+	}
+	for range 4 {
+		page[rand.IntN(len(page))] = byte(rand.Uint32())
+	}
+}
+
+// reading compares reads of a view at random before and after what it reads was made compact: blocks of which each has several versions that differ little.
+func (b *bench) reading(rounds, seconds int) (rows []string, err error) {
+	const pages = 16 << 10 // a segment has four versions of each
+	l, err := b.lone(plain + oneDisk)
+	defer l.end()
+	if err != nil {
+		return nil, err
+	}
+	c, err := client.Dial(b.ctx, "unix", l.path("nbd.sock"), "g/d", nil)
+	if err != nil {
+		return nil, err
+	}
+	disk := make([]byte, pages*4096)
+	for version := range 5 {
+		for _, i := range rand.Perm(pages) {
+			page := disk[i*4096:][:4096]
+			rowsOfATable(page, version == 0)
+			if err := c.WriteAt(page, int64(i)*4096, false); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if err := c.Close(); err != nil {
+		return nil, err
+	}
+	if err := l.stop(); err != nil {
+		return nil, err
+	}
+	rates := map[string]map[int]float64{}
+	for _, conf := range []string{plain, compact} {
+		if err := l.start(conf + oneDisk); err != nil {
+			return nil, err
+		}
+		if conf == compact {
+			if err := l.compacted(); err != nil {
+				return nil, err
+			}
+		}
+		rates[conf] = map[int]float64{}
+		for _, depth := range []int{1, 32} {
+			var all []float64
+			for range rounds {
+				// In the midst of a version: what each block was stands in the log.
+				uri := fmt.Sprintf("nbd+unix:///g/d%%40lsn:%d?socket=%s", pages*5/2, l.path("nbd.sock"))
+				rate, err := b.fio(uri, "randread", "4k", depth, 2*seconds, "--size="+strconv.Itoa(pages*4096))
+				if err != nil {
+					return nil, err
+				}
+				all = append(all, rate)
+			}
+			rates[conf][depth] = median(all)
+		}
+		if err := l.stop(); err != nil {
+			return nil, err
+		}
+	}
+	was, is := rates[plain], rates[compact]
+	return []string{fmt.Sprintf("| view's 4 KiB random read after compaction with differences, against before, depth 32 | %.2f (%.0f, %.0f a second); depth 1: %.2f (%.0f, %.0f) | 0.5 | 0.8 |",
+		is[32]/was[32], is[32], was[32], is[1]/was[1], is[1], was[1])}, nil
 }
 
 // cleaning compares the latency of writes while history is expired, thinned and cleaned with that while all is kept. In turn, as machines drift.

@@ -309,64 +309,19 @@ func (b *bench) pgbench(_, seconds int) (rows []string, err error) {
 	if err != nil {
 		return nil, err
 	}
-	mnt, fuse := filepath.Join(b.dir, "mnt"), filepath.Join(b.dir, "fuse")
-	if err := errors.Join(os.MkdirAll(mnt, 0o755), os.MkdirAll(fuse, 0o755)); err != nil {
-		return nil, err
+	db, err := b.database(h.uri(0, "g/d"))
+	defer func() { err = errors.Join(err, db.close()) }()
+	if err == nil {
+		err = h.level(time.Minute)
 	}
-	nbdfuse := exec.Command("nbdfuse", fuse, h.uri(0, "g/d"))
-	if err := nbdfuse.Start(); err != nil {
-		return nil, err
-	}
-	defer func() {
-		_ = exec.Command("fusermount3", "-u", fuse).Run() // it ends with that
-		_ = nbdfuse.Wait()
-	}()
-	if err := h.wait(10*time.Second, func() (bool, error) {
-		_, err := os.Stat(filepath.Join(fuse, "nbd"))
-		return err == nil, nil
-	}); err != nil {
-		return nil, err
-	}
-	loop, err := exec.Command("losetup", "--find", "--show", filepath.Join(fuse, "nbd")).Output()
 	if err != nil {
-		return nil, fmt.Errorf("losetup: %w", err)
-	}
-	dev := strings.TrimSpace(string(loop))
-	defer func() { _ = exec.Command("losetup", "-d", dev).Run() }()
-	if err := tools("mkfs.ext4 -q "+dev, "mount "+dev+" "+mnt); err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, tools("umount "+mnt)) }()
-	bin, err := filepath.Glob("/usr/lib/postgresql/*/bin")
-	if err != nil || len(bin) == 0 {
-		return nil, errors.New("no PostgreSQL: run make guest-deps")
-	}
-	pg := func(cmd string) string { return "runuser -u postgres -- " + bin[len(bin)-1] + "/" + cmd }
-	data := mnt + "/data"
-	at := " -h " + mnt + "/sock -U postgres postgres"
-	if err := tools("mkdir "+data+" "+mnt+"/sock", "chown postgres "+data+" "+mnt+"/sock", pg("initdb -D "+data+" -A trust"),
-		pg("pg_ctl -w -D "+data+" -l "+data+"/log -o \"-k "+mnt+"/sock -c listen_addresses=\" start")); err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, tools(pg("pg_ctl -w -m fast -D "+data+" stop"))) }()
-	if err := tools(pg("pgbench -q -i -s 20"+at), "sync"); err != nil {
-		return nil, err
-	}
-	if err := h.level(time.Minute); err != nil {
 		return nil, err
 	}
 	was, err := h.replica()
 	if err != nil {
 		return nil, err
 	}
-	from, err := written(dev)
-	if err != nil {
-		return nil, err
-	}
-	if err := tools(pg(fmt.Sprintf("pgbench -c 4 -T %d%s", 3*seconds, at)), "sync"); err != nil {
-		return nil, err
-	}
-	to, err := written(dev)
+	wrote, err := db.pgbench(3 * seconds)
 	if err == nil {
 		err = h.level(time.Minute)
 	}
@@ -378,31 +333,7 @@ func (b *bench) pgbench(_, seconds int) (rows []string, err error) {
 		return nil, err
 	}
 	sent := r.SentBytes - was.SentBytes
-	return []string{fmt.Sprintf("| bytes sent per guest byte, pgbench for %d s | %.2f (%d of %d MB) | 0.5 | 0.2 |", 3*seconds, float64(sent)/float64(to-from), sent>>20, (to-from)>>20)}, nil
-}
-
-// tools runs commands of a shell.
-func tools(lines ...string) error {
-	for _, line := range lines {
-		if out, err := exec.Command("sh", "-c", line).CombinedOutput(); err != nil {
-			return fmt.Errorf("%s: %w: %s", line, err, out)
-		}
-	}
-	return nil
-}
-
-// written is how many bytes were written to a block device.
-func written(dev string) (int64, error) {
-	b, err := os.ReadFile("/sys/block/" + filepath.Base(dev) + "/stat")
-	if err != nil {
-		return 0, err
-	}
-	f := strings.Fields(string(b))
-	if len(f) < 7 {
-		return 0, fmt.Errorf("what the kernel says of %s has %d fields", dev, len(f))
-	}
-	n, err := strconv.ParseInt(f[6], 10, 64)
-	return 512 * n, err
+	return []string{fmt.Sprintf("| bytes sent per guest byte, pgbench for %d s | %.2f (%d of %d MB) | 0.5 | 0.2 |", 3*seconds, float64(sent)/float64(wrote), sent>>20, wrote>>20)}, nil
 }
 
 // seeding sends a disk to a replica that has a copy of it, of which a hundredth differs, and to one that has nothing.
