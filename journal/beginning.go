@@ -35,7 +35,7 @@ func (g *Group) Beginning(at record.LSN) (b record.Beginning, err error) {
 	}
 	b.Time = files[i].Created
 	_, err = files[i].Scan(files[i].Start(), func(_ int64, h record.Header) error {
-		if h.LSN <= at {
+		if h.LSN <= at || h.Time < b.Time { // notes of older programs could be older than their file
 			b.Time = h.Time
 		}
 		if h.LSN >= at {

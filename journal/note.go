@@ -11,16 +11,21 @@ import (
 // asked for once its LSN and time are known. The append lock is held, by way of admittedNote.
 func (g *Group) appendNoteLocked(kind record.Kind, flags uint8, disk record.DiskID, payload func(record.LSN, time.Time) []byte) (record.Header, error) {
 	a := &g.append
-	now := g.nowLocked()
-	body := payload(a.next, time.Unix(0, now).UTC())
-	h := record.Header{
-		LSN: a.next, Time: now, Durable: g.Durable(), Disk: disk, Kind: kind,
-		Flags: flags, Payload: len(body), Sums: record.AppendSums(nil, body),
+	var h record.Header
+	var body []byte
+	stamp := func() {
+		now := g.nowLocked()
+		body = payload(a.next, time.Unix(0, now).UTC())
+		h = record.Header{
+			LSN: a.next, Time: now, Durable: g.Durable(), Disk: disk, Kind: kind,
+			Flags: flags, Payload: len(body), Sums: record.AppendSums(nil, body),
+		}
 	}
-	if !a.log.Fits(h.Size()) {
+	if stamp(); !a.log.Fits(h.Size()) {
 		if err := g.rollLocked(h.Size()); err != nil {
 			return h, err
 		}
+		stamp() // no record is older than its file's head
 	}
 	h.Salt = a.log.Current().Salt
 	a.enc.Reset(h.EncodedSize())

@@ -1,10 +1,16 @@
 package journal
 
 import (
+	"fmt"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
 // TestABurstHasTheDisk: while a guest writes much, and a moment after, what it wrote is not applied, but for what is old.
@@ -36,4 +42,29 @@ func TestABurstHasTheDisk(t *testing.T) {
 	r.g.append.oldest = now
 	r.g.append.Unlock()
 	require.False(t, look(2*applyAge/tick, busyFollower), "what comes from a writer")
+}
+
+// TestNoRecordIsOlderThanItsFile: neither one that takes a new file, nor a note that does: what begins there, and how long a kept point stays what the disks were, goes by it.
+func TestNoRecordIsOlderThanItsFile(t *testing.T) {
+	var clock atomic.Int64
+	r := newRig(t, Options{SegmentSize: segment.MinSize, Now: func() time.Time { return time.Unix(0, clock.Add(1)) }})
+	notes := 0
+	for i := range 200 {
+		if i%7 == 0 {
+			require.NoError(t, r.write(int64(i%8), byte(i)))
+		}
+		_, err := r.g.Mark(record.Marker{Label: fmt.Sprint("m", i), By: "test", Description: strings.Repeat("y", 800+i)})
+		require.NoError(t, err)
+	}
+	for _, f := range r.g.set.Files(segment.Log) {
+		_, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
+			require.GreaterOrEqual(t, h.Time, f.Created, "LSN %d", h.LSN)
+			if off == f.Start() && h.Kind == record.KindMarker {
+				notes++
+			}
+			return nil
+		})
+		require.NoError(t, err)
+	}
+	require.Positive(t, notes, "no note took a new file: %d files", len(r.g.set.Files(segment.Log)))
 }
