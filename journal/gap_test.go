@@ -77,7 +77,7 @@ func (m *model) cross() bool {
 	at := m.g.Durable()
 	behind := f.g.Newest() < m.g.Horizon()
 	switch {
-	case open && (m.rng.IntN(4) == 0 || at <= f.g.Head()):
+	case open && (m.rng.IntN(3) == 0 || at <= f.g.Head()):
 		m.note("the follower goes back to before the gap")
 		m.reached["gone back"]++
 		require.NoError(m.t, f.g.Sync())

@@ -135,7 +135,7 @@ func runModel(t *testing.T, seed uint64) (reached map[string]int) {
 	m.checkpoint = m.rng.Int64N(1 << 20)
 	m.clock.at.Store(int64(time.Hour))
 	if seed%3 > 0 {
-		m.retain = retain.Policy{Tiers: []retain.Tier{{Every: time.Second, For: time.Duration(5+m.rng.IntN(20)) * time.Second}, {Every: 5 * time.Second, For: 2 * time.Minute}}, Markers: m.rng.IntN(3)}
+		m.retain = retain.Policy{Tiers: []retain.Tier{{Every: time.Second, For: time.Duration(3+m.rng.IntN(12)) * time.Second}, {Every: 5 * time.Second, For: time.Duration(20+m.rng.IntN(60)) * time.Second}}, Markers: m.rng.IntN(3)}
 	}
 	m.sizes = []int64{300*record.BlockSize + 512, 20 * record.BlockSize}
 	if seed%40 == 0 {
@@ -296,6 +296,7 @@ func (m *model) step() {
 	case n < 89:
 		require.NoError(m.t, m.g.Checkpoint())
 		m.note("checkpoint")
+		m.thin(m.g)
 	case n < 92:
 		m.expire()
 	case n < 93:
@@ -991,7 +992,7 @@ func (m *model) expireIn(g *Group) {
 
 // thin has a group let go of what it keeps no longer, or clean up, sometimes.
 func (m *model) thin(g *Group) {
-	if m.rng.IntN(2) == 0 {
+	if m.rng.IntN(3) > 0 {
 		did, err := g.Thin()
 		require.NoError(m.t, err)
 		if did {

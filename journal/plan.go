@@ -2,6 +2,7 @@ package journal
 
 import (
 	"fmt"
+	"math"
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/record"
@@ -43,7 +44,7 @@ func (g *Group) Plan(policy retain.Policy) (plan Plan, err error) {
 	var fresh []KeptPoint
 	closed := closedFiles(files)
 	passed := policy.Passed(g.o.Now().UnixNano(), closed)
-	n := retain.Expire(closed, passed, held, min(g.Applied(), g.Durable()))
+	n := retain.Expire(closed, math.MaxInt64, held, min(g.Applied(), g.Durable(), passed))
 	if n > 0 {
 		plan.Horizon = closed[n-1].Last
 		if fresh, err = g.fresh(policy, files[:n], files[n], plan.Horizon); err != nil {

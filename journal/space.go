@@ -19,21 +19,26 @@ func (g *Group) expireDue() (freed int64, err error) {
 	if freed, err = g.expireAged(); err != nil {
 		return freed, err
 	}
-	if excess := g.excess(); excess > 0 {
-		n, err := g.Expire(excess)
+	if g.excess() > 0 {
+		n, err := g.expire(expiring{excess: g.excess, held: g.oldestHold(), upTo: record.MaxLSN})
 		if freed += n; err != nil {
 			return freed, err
 		}
 	}
-	if u, err := g.fs.GetDiskUsage(g.dir); err == nil {
-		// Room for the next files, so that no write has to wait for this.
-		floor := g.o.keepLog() + 4*g.o.SegmentSize
-		if excess := min(floor-int64(u.AvailBytes), 2*g.o.SegmentSize); excess > 0 {
-			n, err := g.expireNeeded(excess)
-			return freed + n, err
-		}
+	if g.lacking() > 0 {
+		n, err := g.expire(expiring{excess: g.lacking, held: record.MaxLSN, upTo: record.MaxLSN})
+		return freed + n, err
 	}
 	return freed, nil
+}
+
+// lacking is how many bytes the file system lacks of room for the next files, so that no write has to wait for an expiry.
+func (g *Group) lacking() int64 {
+	u, err := g.fs.GetDiskUsage(g.dir)
+	if err != nil {
+		return 0
+	}
+	return min(g.o.keepLog()+4*g.o.SegmentSize-int64(u.AvailBytes), 2*g.o.SegmentSize)
 }
 
 // logCanGo reports whether there is a file of the window yet that may expire, if not at present: before it, no kept point goes.
@@ -65,8 +70,12 @@ func (g *Group) expireAged() (freed int64, err error) {
 	}
 	now := g.o.Now().UnixNano()
 	files := g.set.Files(segment.Log)
-	if bytes := g.Policy().Passed(now, closedFiles(files)); bytes > 0 {
-		return g.Expire(bytes)
+	if last := g.Policy().Passed(now, closedFiles(files)); last > 0 {
+		// Nobody waits for it: the checkpoint that it takes is one that comes anyway.
+		freed, err := g.expire(expiring{excess: all, held: g.oldestHold(), upTo: min(last, record.LSN(g.checkpointed.Load()))})
+		if freed > 0 || err != nil {
+			return freed, err
+		}
 	}
 	// A file that is written slowly would keep the oldest of it for long.
 	if n := len(files); n > 0 && now-files[n-1].Created > int64(max(window/8, time.Minute)) {
@@ -106,33 +115,45 @@ func (g *Group) expireForSpace() (bool, error) {
 // and unapplied records allow. It returns how many bytes came free. The horizon moves to
 // the last record dropped.
 func (g *Group) Expire(excess int64) (freed int64, err error) {
-	return g.expire(excess, g.oldestHold())
+	return g.expire(expiring{excess: func() int64 { return excess }, held: g.oldestHold(), upTo: record.MaxLSN})
 }
 
 // expireNeeded is Expire for one that must have the space: no hold keeps anything from it.
 func (g *Group) expireNeeded(excess int64) (freed int64, err error) {
-	return g.expire(excess, record.MaxLSN)
+	return g.expire(expiring{excess: func() int64 { return excess }, held: record.MaxLSN, upTo: record.MaxLSN})
 }
+
+// expiring is what is to expire: the oldest files, so that so many bytes come free, asked for when it begins, as files become smaller; nothing from an LSN that is held on, or behind another one.
+type expiring struct {
+	excess     func() int64
+	held, upTo record.LSN
+}
+
+// all is more than any files have.
+func all() int64 { return math.MaxInt64 }
 
 // expireFiles bounds the files that go in one pass, and with them its memory.
 const expireFiles = 8
 
-func (g *Group) expire(excess int64, held record.LSN) (freed int64, err error) {
+func (g *Group) expire(e expiring) (freed int64, err error) {
 	g.apply.Lock()
 	defer g.apply.Unlock()
 	files := g.set.Files(segment.Log)
 	closed := closedFiles(files)
-	n := min(g.mayGo(closed, excess, held), expireFiles)
+	excess := e.excess()
+	n := min(g.mayGo(closed, excess, e), expireFiles)
 	if n == 0 {
-		if len(closed) == 0 {
+		if excess > 0 && len(closed) == 0 {
 			return 0, g.closeLog()
 		}
 		return 0, nil
 	}
 	before := g.set.Size()
 	// Blocks that fall to the backing must be there durably.
-	if err := g.checkpointLocked(); err != nil {
-		return 0, err
+	if closed[n-1].Last > record.LSN(g.checkpointed.Load()) {
+		if err := g.checkpointLocked(); err != nil {
+			return 0, err
+		}
 	}
 	err = g.expireUpTo(closed[n-1].Last, files[:n], files[n])
 	if errors.Is(err, errNeeded) {
@@ -141,7 +162,7 @@ func (g *Group) expire(excess int64, held record.LSN) (freed int64, err error) {
 	if errors.Is(err, segment.ErrFull) {
 		// There is no room to carry over what views behind a near horizon
 		// need. Behind the farthest one, they need next to nothing.
-		n = g.mayGo(closed, math.MaxInt64, held)
+		n = g.mayGo(closed, all(), e)
 		g.log.Warn("no room to expire the oldest history alone: expiring all that may go", zap.Error(err))
 		err = g.expireUpTo(closed[n-1].Last, files[:n], files[n])
 	}
@@ -151,9 +172,9 @@ func (g *Group) expire(excess int64, held record.LSN) (freed int64, err error) {
 	return before - g.set.Size(), err
 }
 
-// mayGo is how many of the oldest closed files may go for some bytes, as far as pins, and holds from an LSN on, allow.
-func (g *Group) mayGo(closed []retain.File, excess int64, held record.LSN) int {
-	return retain.Expire(closed, excess, min(g.oldestPin(), held), min(g.Applied(), g.Durable()))
+// mayGo is how many of the oldest closed files may go for some bytes, as far as pins, and what else must stay, allow.
+func (g *Group) mayGo(closed []retain.File, excess int64, e expiring) int {
+	return retain.Expire(closed, excess, min(g.oldestPin(), e.held), min(g.Applied(), g.Durable(), e.upTo))
 }
 
 // closedFiles are the log files that no record is added to.

@@ -16,10 +16,10 @@ type File struct {
 // Expire is how many of the oldest files to drop so that at least excess bytes
 // come free. files are in the order of their records. Dropping a file makes its last LSN
 // the horizon: that must not pass pin, the oldest LSN from which on all must stay,
-// nor applied, up to which the backings hold every record.
-func Expire(files []File, excess int64, pin, applied record.LSN) (n int) {
+// nor upTo.
+func Expire(files []File, excess int64, pin, upTo record.LSN) (n int) {
 	for _, f := range files {
-		if excess <= 0 || f.Last > pin || f.Last > applied {
+		if excess <= 0 || f.Last > pin || f.Last > upTo {
 			break
 		}
 		excess -= f.Size
@@ -28,9 +28,8 @@ func Expire(files []File, excess int64, pin, applied record.LSN) (n int) {
 	return n
 }
 
-// Passed is how many bytes the oldest files have whose records are all older than the window at a time, Unix nanoseconds: those that
-// Expire may be asked for.
-func (p Policy) Passed(now int64, files []File) (bytes int64) {
+// Passed is the newest record of the oldest files whose records are all older than the window at a time, Unix nanoseconds; 0: there are none.
+func (p Policy) Passed(now int64, files []File) (last record.LSN) {
 	if p.EveryWrite == 0 {
 		return 0
 	}
@@ -38,9 +37,9 @@ func (p Policy) Passed(now int64, files []File) (bytes int64) {
 		if f.Time >= now-int64(p.EveryWrite) {
 			break
 		}
-		bytes += f.Size
+		last = f.Last
 	}
-	return bytes
+	return last
 }
 
 // Lives reports whether any of the kept points, in the order of their LSNs, falls in a life from one LSN up to, and not with, another.

@@ -143,7 +143,7 @@ func TestEachSlotHasItsPoint(t *testing.T) {
 }
 
 func TestPassed(t *testing.T) {
-	files := []File{{Time: 1, Size: 10}, {Time: 5, Size: 10}, {Time: 9, Size: 10}}
+	files := []File{{Last: 7, Time: 1}, {Last: 20, Time: 5}, {Last: 30, Time: 9}}
 	require.EqualValues(t, 20, Policy{EveryWrite: 4}.Passed(10, files))
 	require.EqualValues(t, 0, Policy{EveryWrite: 100}.Passed(10, files))
 	require.EqualValues(t, 0, Policy{}.Passed(10, files))
