@@ -34,7 +34,7 @@ func (p Policy) Validate() error {
 	var errs []error
 	fault := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
 	if p.EveryWrite < 0 {
-		fault("every write for %v: it must not be negative", p.EveryWrite)
+		fault("every write for %v: it must not be negative", Span(p.EveryWrite))
 	}
 	if p.Markers < 0 || p.Markers > MaxPoints {
 		fault("the last %d markers: 0 to %d can be kept", p.Markers, MaxPoints)
@@ -43,17 +43,17 @@ func (p Policy) Validate() error {
 	for i, t := range p.Tiers {
 		switch {
 		case t.Every < time.Second || t.For <= 0:
-			fault("a point each %v for %v: a tier takes a second at least, and a time for which it lasts", t.Every, t.For)
+			fault("a point each %v for %v: a tier takes a second at least, and a time for which it lasts", Span(t.Every), Span(t.For))
 			continue
 		case t.For < t.Every:
-			fault("a point each %v for %v: it would be gone before the next one", t.Every, t.For)
+			fault("a point each %v for %v: it would be gone before the next one", Span(t.Every), Span(t.For))
 		case p.EveryWrite > 0 && t.For <= p.EveryWrite:
-			fault("a point each %v for %v: every write is kept for %v, so that the tier keeps nothing", t.Every, t.For, p.EveryWrite)
+			fault("a point each %v for %v: every write is kept for %v, so that the tier keeps nothing", Span(t.Every), Span(t.For), Span(p.EveryWrite))
 		}
 		if i > 0 && t.Every <= p.Tiers[i-1].Every {
-			fault("a point each %v behind one each %v: tiers are given finest first, each once", t.Every, p.Tiers[i-1].Every)
+			fault("a point each %v behind one each %v: tiers are given finest first, each once", Span(t.Every), Span(p.Tiers[i-1].Every))
 		} else if i > 0 && t.For <= p.Tiers[i-1].For {
-			fault("a point each %v for %v, and one each %v for %v: the thinner tier keeps nothing that the other does not", t.Every, t.For, p.Tiers[i-1].Every, p.Tiers[i-1].For)
+			fault("a point each %v for %v, and one each %v for %v: the thinner tier keeps nothing that the other does not", Span(t.Every), Span(t.For), Span(p.Tiers[i-1].Every), Span(p.Tiers[i-1].For))
 		}
 		points += int64(t.For/t.Every) + 2
 	}

@@ -166,3 +166,9 @@ func TestATierOfManyYears(t *testing.T) {
 	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC).UnixNano()
 	require.True(t, p.Keep(now, []Point{{LSN: 1, Time: now - int64(time.Hour)}})[0].Kept())
 }
+
+func TestFaultsAreToldAsTheyAreGiven(t *testing.T) {
+	day := 24 * time.Hour
+	err := Policy{EveryWrite: 60 * day, Tiers: []Tier{{Every: time.Hour, For: 30 * day}}}.Validate()
+	require.ErrorContains(t, err, "a point each 1h for 30d: every write is kept for 60d")
+}
