@@ -1126,3 +1126,46 @@ func due(g *Group) error {
 	_, err := g.expireDue()
 	return err
 }
+
+// TestCompactTakesRoom: without room for another file beside, or when that runs out on the way, segments stay as they are, and the group goes on; with it, they become compact.
+func TestCompactTakesRoom(t *testing.T) {
+	r := newRig(t, Options{Reserve: 64 << 10, SegmentSize: 128 << 10})
+	require.NoError(t, r.s.Close())
+	fs := freeFS{r.fs, &atomic.Int64{}}
+	fs.free.Store(64 << 20)
+	r.fs = fs
+	r.open()
+	for i := range 100 {
+		require.NoError(t, r.write(int64(i%20), byte(i)))
+	}
+	require.NoError(t, r.g.Apply())
+	require.NoError(t, r.g.Checkpoint())
+	was := r.g.JournalBytes()
+	fs.free.Store(smallFS{FS: r.fs}.used("state") + r.g.o.keepLog() + 64<<10)
+	_, err := r.g.Compact()
+	require.ErrorIs(t, err, ErrNoSpace)
+	fs.free.Store(64 << 20)
+	f := r.inject(errorfs.OpFileWriteAt, "compact.tmp", syscall.ENOSPC)
+	f.spare.Store(2)
+	_, err = r.g.Compact()
+	require.ErrorIs(t, err, ErrNoSpace)
+	require.Positive(t, f.fired.Load())
+	r.fault.Store(nil)
+	require.Equal(t, was, r.g.JournalBytes())
+	names, err := r.fs.List("state/groups/g")
+	require.NoError(t, err)
+	require.False(t, slices.ContainsFunc(names, func(n string) bool { return strings.HasPrefix(n, "compact") }), "%v", names)
+	require.NoError(t, r.write(0, 99))
+	saved, err := r.g.Compact()
+	require.NoError(t, err)
+	require.Positive(t, saved)
+	require.Less(t, r.g.JournalBytes(), was)
+	b, err := r.g.Bytes()
+	require.NoError(t, err)
+	require.Positive(t, b.Saved)
+	for _, lsn := range []record.LSN{1, 20, 55, 100} {
+		got, err := r.at(lsn, int64(lsn-1)%20)
+		require.NoError(t, err)
+		require.Equal(t, byte(lsn-1), got)
+	}
+}
