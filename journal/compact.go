@@ -14,7 +14,17 @@ import (
 	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
-// Compact makes every file compact that is closed, and whose records are in the backings durably: see [segment.Compact]. What any view shows stays the same. It returns
+const (
+	// compactEvery is how often it is looked whether any file is to become compact.
+	compactEvery = 15 * time.Second
+	// compactHold is how long a file waits in all for a guest that writes much: others are looked at then, and it is begun with again later.
+	compactHold = time.Minute
+)
+
+// errLater says that a file is to become compact when there is less to do, or more room.
+var errLater = errors.New("there is no time for it now")
+
+// Compact makes every file compact that is closed, and whose records are in the backings durably: see [segment.Set.Compact]. What any view shows stays the same. It returns
 // how many bytes came free. Files that are no smaller so, or damaged, stay plain, as do all while there is no room.
 func (g *Group) Compact() (saved int64, err error) {
 	for {
@@ -55,10 +65,25 @@ func (g *Group) toCompact(age time.Duration) *segment.File {
 	return found
 }
 
-// compact makes a file compact, or notes that it stays plain.
-func (g *Group) compact(f *segment.File, pause func(int64) error) (saved int64, err error) {
+// keepPlain notes that a file stays plain, or may become compact again.
+func (g *Group) keepPlain(f *segment.File, plain bool) {
 	g.compacting.Lock()
 	defer g.compacting.Unlock()
+	if plain {
+		g.compacting.plain[f.Number] = true
+	} else {
+		delete(g.compacting.plain, f.Number)
+	}
+}
+
+// keepCompact is what is left free on the file system meanwhile, in bytes: no write must wait for room, and no history go for it.
+func (o *Options) keepCompact() int64 { return o.keepLog() + 2*o.SegmentSize }
+
+// compact makes a file compact, or notes that it stays plain.
+func (g *Group) compact(f *segment.File, pause func(int64) error) (saved int64, err error) {
+	if err := g.ended(); err != nil {
+		return 0, err
+	}
 	f, err = g.set.Acquire(f.Number)
 	if errors.Is(err, segment.ErrGone) {
 		return 0, nil
@@ -67,51 +92,76 @@ func (g *Group) compact(f *segment.File, pause func(int64) error) (saved int64, 
 		return 0, err
 	}
 	defer f.Release()
-	saved, err = g.set.Compact(f, g.o.keepLog(), pause)
+	saved, err = g.set.Compact(f, g.o.keepCompact(), pause)
 	switch {
 	case errors.Is(err, segment.ErrGone):
 		return 0, nil
-	case errors.Is(err, segment.ErrFull):
-		return 0, fmt.Errorf("make a segment compact: %w", err)
+	case errors.Is(err, segment.ErrUnsynced):
+		return saved, g.fail(err)
 	case errors.Is(err, record.ErrCorrupt):
 		// What a crash tore off at a file's end is no damage; what is, a verification finds.
 		g.log.Info("a segment is not made compact, as it has more than whole records", zap.Error(err))
 		err = nil
-	case err != nil:
+	case errors.Is(err, segment.ErrFull), errors.Is(err, errLater), errors.Is(err, context.Canceled):
 		return 0, fmt.Errorf("make a segment compact: %w", err)
+	case err != nil:
+		g.keepPlain(f, true) // or every try would write it anew
+		return 0, fmt.Errorf("make %s compact: %w", f.Path, err)
 	}
 	if !f.Compact() {
-		g.compacting.plain[f.Number] = true
+		g.keepPlain(f, true)
 	}
 	return saved, err
 }
 
-// compactDue makes one file compact at the store's pace, if one is due and no other group is at it. It reports whether there may be more.
-func (g *Group) compactDue(ctx context.Context) (more bool, err error) {
-	if g.o.CompactPace == nil {
-		return false, nil
+// runCompaction makes files compact at the daemon's pace, one after the other, as it takes a processor, until ctx ends.
+func (s *Store) runCompaction(ctx context.Context) {
+	t := time.NewTicker(compactEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		for again := true; again; {
+			again = false
+			for _, g := range s.Groups() {
+				again = g.compactDue(ctx) || again
+			}
+		}
+	}
+}
+
+// compactDue makes a file compact, if one is due. It reports whether it did: there may be more.
+func (g *Group) compactDue(ctx context.Context) bool {
+	if ctx.Err() != nil || g.ended() != nil {
+		return false
 	}
 	f := g.toCompact(g.o.CompactAfter)
 	if f == nil {
-		return false, nil
-	}
-	select {
-	case g.store.compacting <- struct{}{}:
-		defer func() { <-g.store.compacting }()
-	default:
-		return false, nil
+		return false
 	}
 	began := time.Now()
+	hold := compactHold
 	saved, err := g.compact(f, func(bytes int64) error {
 		if err := g.o.CompactPace(ctx, bytes); err != nil {
 			return err
 		}
-		return g.cleanPause(ctx, 0) // for a guest that writes much
+		held := time.Now()
+		err := g.cleanPause(ctx, 0) // for a guest that writes much
+		if hold -= time.Since(held); err == nil && (hold < 0 || g.hurry.Load() > 0) {
+			return errLater
+		}
+		return err
 	})
-	if saved > 0 {
+	switch {
+	case saved > 0:
 		g.log.Info("made a segment compact", zap.String("segment", f.Path), zap.Int64("bytes_saved", saved), zap.Duration("took", time.Since(began)))
+	case err != nil && ctx.Err() == nil && g.alive():
+		g.log.Warn("a segment stays as large as it is", zap.Error(err))
 	}
-	return err == nil, err
+	return err == nil
 }
 
 // saved is how many bytes the group's compact files take less than they would as plain ones.

@@ -85,7 +85,7 @@
 // # Concurrency
 //
 // A Store and a Group are safe for concurrent use. Locks are taken in this order: the Store's joining, the Group's
-// receiving, joining, cleaning, compacting, apply, syncing, index, append, and pins, claims and the Store's open under any of them (the fields
+// receiving, joining, cleaning, apply, syncing, index, append, and pins, compacting, claims and the Store's open under any of them (the fields
 // say what each guards).
 //
 // # Limits

@@ -1145,7 +1145,7 @@ func TestCompactTakesRoom(t *testing.T) {
 	_, err := r.g.Compact()
 	require.ErrorIs(t, err, ErrNoSpace)
 	fs.free.Store(64 << 20)
-	f := r.inject(errorfs.OpFileWriteAt, "compact.tmp", syscall.ENOSPC)
+	f := r.inject(errorfs.OpFileWriteAt, "compact-", syscall.ENOSPC)
 	f.spare.Store(2)
 	_, err = r.g.Compact()
 	require.ErrorIs(t, err, ErrNoSpace)

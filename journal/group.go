@@ -123,10 +123,9 @@ type Group struct {
 		sync.Mutex
 		needs needs
 	}
-	// compacting serialises what makes files compact.
 	compacting struct {
 		sync.Mutex
-		plain map[uint32]bool // numbers of files that stay plain
+		plain map[uint32]bool // numbers of files that are not to become compact
 	}
 	unapplied  atomic.Int64 // bytes of records, each counted as a block at least
 	owed       atomic.Int64 // bytes of originals that applying may cost, at most

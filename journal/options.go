@@ -41,8 +41,7 @@ type Options struct {
 	Unapplied int64
 	// IndexCache is the memory for blocks of the index, bytes; 64 MiB by default.
 	IndexCache int64
-	// CompactPace waits until so many more bytes of closed segments may be read to make them smaller in the background, see [Group.Compact]: it is called by one group
-	// at a time. Its error ends that. nil: none are made smaller. CompactAfter is how long one was closed before: who follows reads it then, and applying may.
+	// CompactPace waits until so many more bytes of closed segments may be read to make them smaller in the background, see [Group.Compact]; its error ends that. nil: none are made smaller. CompactAfter is how long one was closed before: who follows reads it then, and applying may.
 	CompactPace  func(ctx context.Context, bytes int64) error
 	CompactAfter time.Duration
 	// ReadOnly opens a store at rest and changes nothing in it: for Verify and

@@ -111,5 +111,10 @@ func (g *Group) repairOne(files []*segment.File, h record.Header, payload []byte
 		}
 	}
 	b := append(h.Append(make([]byte, 0, h.Size())), payload...)
-	return true, g.set.Rewrite(p.f, p.off, append(b, make([]byte, h.Size()-int64(len(b)))...))
+	err = g.set.Rewrite(p.f, p.off, append(b, make([]byte, h.Size()-int64(len(b)))...))
+	if errors.Is(err, segment.ErrUnsynced) {
+		err = g.fail(err)
+	}
+	g.keepPlain(p.f, false) // it may have been damaged when it was looked at
+	return true, err
 }

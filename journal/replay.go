@@ -166,9 +166,12 @@ func (q *replayQueue) finish() (err error) {
 // behind looks for valid records behind a damaged one, and raises durable to
 // what they say was.
 func (r *recovery) behind(f *segment.File, off int64) error {
-	for _, g := range r.logs {
+	for i, g := range r.logs {
 		if g.Number < f.Number {
 			continue
+		}
+		if i+1 < len(r.logs) && g.Compact() {
+			r.durable = max(r.durable, r.logs[i+1].First-1) // or it would not have become so
 		}
 		from := g.Start()
 		if g == f {

@@ -185,7 +185,7 @@ const (
 	closeShare = 8
 )
 
-// runCleans lets go of what is kept no longer, and makes smaller what is, until ctx ends.
+// runCleans lets go of what is kept no longer until ctx ends.
 func (g *Group) runCleans(ctx context.Context) {
 	t := time.NewTicker(cleanEvery)
 	defer t.Stop()
@@ -195,17 +195,7 @@ func (g *Group) runCleans(ctx context.Context) {
 			return
 		case <-t.C:
 		}
-		if !g.alive() {
-			continue
-		}
-		for more := true; more; {
-			var err error
-			if more, err = g.compactDue(ctx); err != nil && ctx.Err() == nil {
-				g.log.Warn("segments stay as large as they are", zap.Error(err))
-			}
-			more = more && g.hurry.Load() == 0 && !g.everKept()
-		}
-		if !g.everKept() {
+		if !g.everKept() || !g.alive() {
 			continue
 		}
 		began := time.Now()

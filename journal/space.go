@@ -32,13 +32,18 @@ func (g *Group) expireDue() (freed int64, err error) {
 	return freed, nil
 }
 
-// lacking is how many bytes the file system lacks of room for the next files, so that no write has to wait for an expiry.
+// lacking is how many bytes the file system lacks of room for the next files, so that no write has to wait for an expiry. What files take that are to come in
+// the place of others is as good as free.
 func (g *Group) lacking() int64 {
 	u, err := g.fs.GetDiskUsage(g.dir)
 	if err != nil {
 		return 0
 	}
-	return min(g.o.keepLog()+4*g.o.SegmentSize-int64(u.AvailBytes), 2*g.o.SegmentSize)
+	free := int64(u.AvailBytes)
+	for _, o := range g.store.Groups() {
+		free += o.set.Temporary()
+	}
+	return min(g.o.keepLog()+4*g.o.SegmentSize-free, 2*g.o.SegmentSize)
 }
 
 // logCanGo reports whether there is a file of the window yet that may expire, if not at present: before it, no kept point goes.

@@ -78,8 +78,6 @@ type Store struct {
 		disks map[osfile.ID]string // the disk that each backing is of
 	}
 
-	compacting chan struct{} // full while a group makes files compact in the background: one at a time, as it takes a processor
-
 	failed chan error // what the index can not go on after
 }
 
@@ -93,7 +91,6 @@ func Open(dir string, groups []GroupConfig, o Options) (*Store, error) {
 	}
 	s := &Store{dir: dir, o: o.withDefaults(len(groups)), failed: make(chan error, 1)}
 	s.claims.disks = map[osfile.ID]string{}
-	s.compacting = make(chan struct{}, 1)
 	if err := s.openAll(groups); err != nil {
 		return nil, errors.Join(err, s.Abandon())
 	}
@@ -471,7 +468,7 @@ func (s *Store) KeepFree() int64 { return s.o.keepLog() }
 func (s *Store) IndexBytes() int64 { return s.ix.Size() }
 
 // Run does the groups' background work until ctx ends: it syncs, indexes, applies,
-// checkpoints and expires. It returns an error only when the index can not
+// checkpoints, expires, cleans, and makes segments compact. It returns an error only when the index can not
 // go on: the process must then end, without a Close. A group that fails says so itself.
 func (s *Store) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
@@ -482,8 +479,13 @@ func (s *Store) Run(ctx context.Context) error {
 		s.open.run(g)
 	}
 	s.open.Unlock()
+	var compaction sync.WaitGroup
+	if s.o.CompactPace != nil {
+		compaction.Go(func() { s.runCompaction(ctx) })
+	}
 	select {
 	case <-ctx.Done():
+		compaction.Wait()
 		s.open.Lock()
 		s.open.run = nil
 		s.open.Unlock()

@@ -106,9 +106,46 @@ type piece struct {
 type reading struct {
 	piece, frames, from []byte
 	block, diff         [record.BlockSize]byte
+
+	nowait bool
+	// around has what can not be read for damage filled in with bytes that no checksum there is of.
+	around bool
+	good   int64 // up to this offset of the plain file, what was asked for was read
 }
 
 var readings = sync.Pool{New: func() any { return &reading{piece: make([]byte, pieceGuess)} }}
+
+// keptScratch is how large a buffer of a reading may be to be kept for the next one, in bytes.
+const keptScratch = 1 << 20
+
+func newReading() *reading {
+	s := readings.Get().(*reading)
+	s.nowait, s.around = false, false
+	return s
+}
+
+func (s *reading) done() {
+	for _, b := range []*[]byte{&s.piece, &s.frames, &s.from} {
+		if cap(*b) > keptScratch {
+			*b = nil
+		}
+	}
+	if cap(s.piece) < pieceGuess {
+		s.piece = make([]byte, pieceGuess)
+	}
+	readings.Put(s)
+}
+
+// failed is an error of what was read up to an offset of the plain file; nil if p was filled in instead.
+func (s *reading) failed(err error, p []byte) error {
+	if !s.around || !errors.Is(err, record.ErrCorrupt) {
+		return err
+	}
+	for i := range p {
+		p[i] = 0xff
+	}
+	return nil
+}
 
 // unzstd is for any number of goroutines. Nothing that it is given has more than a block.
 var unzstd = sync.OnceValues(func() (*zstd.Decoder, error) {
@@ -136,7 +173,7 @@ func (f *File) Saved() int64 {
 	return f.compact.End - f.alloc.Load()
 }
 
-// directory is where the pieces are. f.mu is held.
+// directory is where the pieces are, as far as that can be known. f.mu is held.
 func (f *File) directory(nowait bool) ([]pieceAt, error) {
 	c := f.compact
 	c.mu.Lock()
@@ -145,11 +182,37 @@ func (f *File) directory(nowait bool) ([]pieceAt, error) {
 		return c.dir, nil
 	}
 	dir, err := f.readDirectory(c.head, nowait)
-	if errors.Is(err, record.ErrCorrupt) {
+	if err != nil && !errors.Is(err, osfile.ErrWouldBlock) {
 		dir, err = f.readDirectory(c.head+c.room(), nowait)
+	}
+	if err != nil && !errors.Is(err, osfile.ErrWouldBlock) {
+		dir, err = f.walkPieces(err)
 	}
 	c.dir = dir
 	return dir, err
+}
+
+// walkPieces makes the directory from the pieces: up to the first that can not be read. cause is why. f.mu is held.
+func (f *File) walkPieces(cause error) (dir []pieceAt, err error) {
+	c := f.compact
+	s := newReading()
+	defer s.done()
+	plain, at := c.Start, c.head+2*c.room()
+	for plain < c.End && len(dir) < c.Pieces {
+		p, err := f.pieceFrom(s, at)
+		if err == nil && p.first != plain {
+			err = f.damaged(at, "a piece for records at %d, where one for %d must be", p.first, plain)
+		}
+		if err != nil && len(dir) == 0 {
+			return nil, cause
+		}
+		if err != nil {
+			break
+		}
+		dir = append(dir, pieceAt{uint32(plain), uint32(at)})
+		plain, at = p.end, p.frames+p.size
+	}
+	return dir, nil
 }
 
 func (f *File) readDirectory(at int64, nowait bool) ([]pieceAt, error) {
@@ -187,32 +250,47 @@ func (f *File) readRaw(p []byte, at int64, nowait bool) error {
 }
 
 // readPiece reads a piece but for its frames. It is of s, until the next one is read. f.mu is held.
-func (f *File) readPiece(s *reading, dir []pieceAt, i int, nowait bool) (p piece, err error) {
-	at, end := int64(dir[i].at), f.alloc.Load()
-	plainEnd := f.compact.End
-	if i+1 < len(dir) {
-		end, plainEnd = int64(dir[i+1].at), int64(dir[i+1].plain)
+func (f *File) readPiece(s *reading, dir []pieceAt, i int) (p piece, err error) {
+	p, err = f.pieceFrom(s, int64(dir[i].at))
+	if err != nil {
+		return p, err
 	}
-	if end-at < pieceFixed {
+	end, plainEnd := p.frames+p.size, p.end
+	switch {
+	case i+1 < len(dir):
+		end, plainEnd = int64(dir[i+1].at), int64(dir[i+1].plain)
+	case len(dir) == f.compact.Pieces:
+		end, plainEnd = f.alloc.Load(), f.compact.End
+	}
+	if p.first != int64(dir[i].plain) || p.end != plainEnd || p.frames+p.size != end {
+		return p, f.damaged(p.at, "a piece for records from %d to %d that ends at %d, where one for %d to %d that ends at %d must be", p.first, p.end, p.frames+p.size, dir[i].plain, plainEnd, end)
+	}
+	return p, nil
+}
+
+// pieceFrom reads the piece that begins at an offset of the file, but for its frames. f.mu is held.
+func (f *File) pieceFrom(s *reading, at int64) (p piece, err error) {
+	rest := f.alloc.Load() - at
+	if rest < pieceFixed {
 		return p, f.damaged(at, "no room for a piece")
 	}
-	b := s.piece[:min(end-at, pieceGuess)]
-	if err := f.readRaw(b, at, nowait); err != nil {
+	b := s.piece[:min(rest, pieceGuess)]
+	if err := f.readRaw(b, at, s.nowait); err != nil {
 		return p, err
 	}
 	le := binary.LittleEndian
-	p = piece{first: int64(le.Uint32(b[12:])), end: int64(le.Uint32(b[16:])), size: int64(le.Uint32(b[20:])), sum: le.Uint32(b[8:])}
+	p = piece{first: int64(le.Uint32(b[12:])), end: int64(le.Uint32(b[16:])), size: int64(le.Uint32(b[20:])), sum: le.Uint32(b[8:]), at: at}
 	headers, frames := int64(le.Uint32(b[24:])), int64(le.Uint32(b[28:]))
 	all := pieceFixed + headers + 2*frames
-	if le.Uint32(b) != pieceMagic || all+p.size != end-at {
-		return p, f.damaged(at, "no piece of %d bytes begins there", end-at)
+	if le.Uint32(b) != pieceMagic || all+p.size > rest {
+		return p, f.damaged(at, "no piece begins there")
 	}
 	if all > int64(len(b)) {
 		if int64(cap(s.piece)) < all {
 			s.piece = slices.Grow(s.piece[:0], int(all))
 		}
 		b = s.piece[:all]
-		if err := f.readRaw(b, at, nowait); err != nil {
+		if err := f.readRaw(b, at, s.nowait); err != nil {
 			return p, err
 		}
 		s.piece = b
@@ -220,10 +298,10 @@ func (f *File) readPiece(s *reading, dir []pieceAt, i int, nowait bool) (p piece
 	if record.Checksum(b[8:all]) != le.Uint32(b[4:]) {
 		return p, f.damaged(at, "a piece's headers have another checksum than was recorded")
 	}
-	if p.first != int64(dir[i].plain) || p.end != plainEnd {
-		return p, f.damaged(at, "a piece for records from %d to %d, where one for %d to %d must be", p.first, p.end, dir[i].plain, plainEnd)
+	if p.end <= p.first {
+		return p, f.damaged(at, "a piece for records from %d to %d", p.first, p.end)
 	}
-	p.headers, p.lengths, p.frames, p.at, p.read = b[pieceFixed:pieceFixed+headers], b[pieceFixed+headers:all], at+all, at, b
+	p.headers, p.lengths, p.frames, p.read = b[pieceFixed:pieceFixed+headers], b[pieceFixed+headers:all], at+all, b
 	return p, nil
 }
 
@@ -266,34 +344,41 @@ func (f *File) each(p *piece, fn func(header []byte, off int64, frame int, at in
 }
 
 // readCompact reads at an offset of the plain file. f.mu is held.
-func (f *File) readCompact(p []byte, off int64, nowait bool) error {
+func (f *File) readCompact(s *reading, p []byte, off int64) error {
+	s.good = off
 	if off < f.compact.Start || off > f.compact.End-int64(len(p)) {
 		return fmt.Errorf("read %d bytes at %d of %s: its records stand from %d to %d: %w", len(p), off, f.Path, f.compact.Start, f.compact.End, io.ErrUnexpectedEOF)
 	}
-	dir, err := f.directory(nowait)
+	dir, err := f.directory(s.nowait)
 	if err != nil {
 		return err
 	}
-	s := readings.Get().(*reading)
-	defer readings.Put(s)
 	for i := pieceOf(dir, off); len(p) > 0; i++ {
-		pc, err := f.readPiece(s, dir, i, nowait)
-		if err != nil {
-			return err
+		end := f.compact.End
+		if i+1 < len(dir) {
+			end = int64(dir[i+1].plain)
 		}
-		n := min(pc.end-off, int64(len(p)))
-		if err := f.fromPiece(s, &pc, p[:n], off, nowait); err != nil {
+		n := min(end-off, int64(len(p)))
+		if err := s.failed(f.fromPiece(s, dir, i, p[:n], off), p[max(s.good-off, 0):n]); err != nil {
 			return err
 		}
 		p, off = p[n:], off+n
+		s.good = off
 	}
 	return nil
 }
 
-// fromPiece fills p with what stood from off on in the plain file, all of which is of the piece.
-func (f *File) fromPiece(s *reading, pc *piece, p []byte, off int64, nowait bool) error {
+// fromPiece fills p with what stood from off on in the plain file, all of which is of a piece.
+func (f *File) fromPiece(s *reading, dir []pieceAt, i int, p []byte, off int64) error {
+	pc, err := f.readPiece(s, dir, i)
+	if err != nil {
+		return err
+	}
 	end := off + int64(len(p))
-	return f.each(pc, func(header []byte, at int64, frame int, frameAt int64) (bool, error) {
+	if end > pc.end {
+		return f.damaged(pc.at, "where the piece behind it stands is not known")
+	}
+	return f.each(&pc, func(header []byte, at int64, frame int, frameAt int64) (bool, error) {
 		h := record.Header{Payload: int(binary.LittleEndian.Uint32(header[56:]))}
 		if at+h.Size() <= off {
 			return true, nil
@@ -302,12 +387,14 @@ func (f *File) fromPiece(s *reading, pc *piece, p []byte, off int64, nowait bool
 			copy(p[max(at-off, 0):], header[max(off-at, 0):])
 		}
 		body := at + int64(len(header))
-		if err := f.payload(s, pc, p, off, body, int64(h.Payload), frame, frameAt, nowait); err != nil {
+		s.good = min(body, end)
+		if err := f.payload(s, &pc, p, off, body, int64(h.Payload), frame, frameAt); err != nil {
 			return false, err
 		}
 		if pad, padEnd := body+int64(h.Payload), at+h.Size(); pad < end && padEnd > off {
 			clear(p[max(pad-off, 0) : min(padEnd, end)-off])
 		}
+		s.good = min(at+h.Size(), end)
 		return at+h.Size() < end, nil
 	})
 }
@@ -318,7 +405,7 @@ func overlap(p []byte, off, at int64, b []byte) int64 {
 }
 
 // payload fills in what p, from off on, has of a payload of n bytes at body, whose first frame stands at at.
-func (f *File) payload(s *reading, pc *piece, p []byte, off, body, n int64, frame int, at int64, nowait bool) error {
+func (f *File) payload(s *reading, pc *piece, p []byte, off, body, n int64, frame int, at int64) error {
 	from, to := max(off, body)-body, min(off+int64(len(p)), body+n)-body
 	if from >= to {
 		return nil
@@ -337,7 +424,7 @@ func (f *File) payload(s *reading, pc *piece, p []byte, off, body, n int64, fram
 		b = pc.read[at-pc.at : end]
 	} else {
 		s.frames = slices.Grow(s.frames[:0], int(all))[:all]
-		if err := f.readRaw(s.frames, at, nowait); err != nil {
+		if err := f.readRaw(s.frames, at, s.nowait); err != nil {
 			return err
 		}
 		b = s.frames
@@ -351,19 +438,20 @@ func (f *File) payload(s *reading, pc *piece, p []byte, off, body, n int64, fram
 		if part {
 			whole = s.block[:size]
 		}
-		if err := f.block(s, whole, b[:length(i)], at, nowait); err != nil {
+		if err := s.failed(f.block(s, whole, b[:length(i)], at), whole); err != nil {
 			return err
 		}
 		if part {
 			copy(dst, whole[begin:])
 		}
 		at, b = at+length(i), b[length(i):]
+		s.good = body + i*record.BlockSize + end
 	}
 	return nil
 }
 
 // block fills dst with the block that a frame, which stands at at, keeps.
-func (f *File) block(s *reading, dst, frame []byte, at int64, nowait bool) error {
+func (f *File) block(s *reading, dst, frame []byte, at int64) error {
 	if len(frame) == 0 {
 		clear(dst)
 		return nil
@@ -380,7 +468,7 @@ func (f *File) block(s *reading, dst, frame []byte, at int64, nowait bool) error
 		return f.damaged(at, "a frame that needs one of %d bytes at %d, which is not before it", n, from)
 	}
 	s.from = slices.Grow(s.from[:0], int(n))[:n]
-	if err := f.readRaw(s.from, from, nowait); err != nil {
+	if err := f.readRaw(s.from, from, s.nowait); err != nil {
 		return err
 	}
 	if err := f.full(dst, s.from, from); err != nil {

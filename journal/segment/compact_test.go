@@ -125,8 +125,15 @@ func compact(t *testing.T, s *Set, f *File) {
 	require.True(t, f.Compact())
 }
 
-// requireSame requires a file to be read as the plain one that it was.
+// requireSame requires a file to be read as the plain one that it was, and to be whole.
 func requireSame(t *testing.T, f *File, plain []byte) {
+	t.Helper()
+	requireRecords(t, f, plain)
+	require.NoError(t, f.VerifyHeader())
+	require.NoError(t, f.VerifyPieces(func(at int64, err error) error { return err }, noPause))
+}
+
+func requireRecords(t *testing.T, f *File, plain []byte) {
 	t.Helper()
 	at, end := f.Start(), int64(len(plain))
 	got, err := f.Scan(at, func(off int64, h record.Header) error {
@@ -156,8 +163,6 @@ func requireSame(t *testing.T, f *File, plain []byte) {
 		return nil
 	}))
 	require.Positive(t, n)
-	require.NoError(t, f.VerifyHeader())
-	require.NoError(t, f.VerifyPieces(func(at int64, err error) error { return err }, noPause))
 }
 
 func TestCompact(t *testing.T) {
@@ -253,7 +258,7 @@ func TestARepairedCompactFileIsPlain(t *testing.T) {
 	// A block of frames is damaged: some records can not be read, and one of them is written again.
 	dir, err := f.readDirectory(f.compact.head, false)
 	require.NoError(t, err)
-	p, err := f.readPiece(&reading{piece: make([]byte, pieceGuess)}, dir, 1, false)
+	p, err := f.readPiece(newReading(), dir, 1)
 	require.NoError(t, err)
 	b := make([]byte, p.size/2)
 	require.NoError(t, f.readRaw(b, p.frames, false))
@@ -410,7 +415,7 @@ func TestNoRoomForACompactFile(t *testing.T) {
 	compact(t, s, f)
 	requireSame(t, f, plain)
 
-	s, f, _ = guestFile(t, vfs.NewMem(), 4, 512<<10)
+	s, f, _ = guestFile(t, vfs.NewMem(), 4, 4<<20)
 	defer s.Close()
 	ended := errors.New("ended")
 	_, err = s.Compact(f, 0, func(int64) error { return ended })

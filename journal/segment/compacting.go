@@ -9,6 +9,7 @@ import (
 	"io"
 	"math"
 	"slices"
+	"syscall"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/klauspost/compress/s2"
@@ -19,8 +20,6 @@ import (
 )
 
 const (
-	compactTmp = "compact" + tmpSuffix
-
 	// worthShare is how much of a file must be saved for it to become compact, as a part of it; after worthLook bytes a file is given up on that does not look so.
 	worthShare = 8
 	worthLook  = 16 << 20
@@ -33,8 +32,9 @@ const (
 )
 
 // Compact makes a file compact that nothing is added to any more, unless that saves little, and returns how many bytes it takes less. It leaves keep bytes free on the
-// file system, or is an ErrFull. A file that has anything but its records, whole, stays as it is: record.ErrCorrupt. pause is called behind each step, with how
-// many bytes were read; its error ends it. One Compact at a time is for a Set.
+// file system, or is an ErrFull. A file that has anything but its records, whole, stays as it is: record.ErrCorrupt. pause is called behind each step of some
+// compactStep bytes, with how many were read; its error ends it. ErrGone says that the file was removed meanwhile, and [ErrUnsynced] that it is compact, but that a crash may undo what else
+// was to be durable.
 //
 // A crash leaves the file as it was, or compact, and durable either way.
 func (s *Set) Compact(f *File, keep int64, pause func(bytes int64) error) (saved int64, err error) {
@@ -54,24 +54,57 @@ func (s *Set) compact(f *File, keep int64, c compactor) (saved int64, err error)
 	if err := c.plan(); err != nil || len(c.plans) == 0 {
 		return 0, err
 	}
-	path := s.fs.PathJoin(s.dir, compactTmp)
+	path := s.tmpPath("compact")
 	if c.out, err = s.createTmp(path, f.Alloc(), keep); err != nil {
 		return 0, fmt.Errorf("begin a compact file: %w", err)
 	}
+	defer func() { s.temporary.Add(-c.counted) }()
+	c.step = func(bytes int64) error { return s.step(&c, keep, bytes) }
 	worth, err := c.write()
 	if err == nil && worth {
 		if err = c.compare(path); err == nil {
-			saved, err = s.replace(f, c.out, path, c.at)
-			return saved, err
+			s.changing.Lock()
+			defer s.changing.Unlock()
+			return s.replace(f, c.out, path, c.at)
 		}
 	}
 	return 0, errors.Join(err, c.out.Close(), s.fs.Remove(path))
 }
 
+// compactStep is how many bytes are read between two pauses.
+const compactStep = 1 << 20
+
+// step is called behind each piece, with what was read.
+func (s *Set) step(c *compactor, keep, bytes int64) error {
+	if c.read += bytes; c.read < compactStep {
+		return nil
+	}
+	read := c.read
+	c.read = 0
+	s.temporary.Add(c.at - c.counted)
+	c.counted = c.at
+	s.mu.RLock()
+	there := s.mu.files[c.f.Number] == c.f
+	s.mu.RUnlock()
+	if !there {
+		return fmt.Errorf("%w: number %d in %s", ErrGone, c.f.Number, s.dir)
+	}
+	if u, err := s.fs.GetDiskUsage(s.dir); err == nil && u.AvailBytes < uint64(keep) {
+		return fmt.Errorf("%d bytes are free, %d are kept in reserve: %w", u.AvailBytes, keep, syscall.ENOSPC)
+	}
+	return c.pause(read)
+}
+
+// Temporary is how many bytes the files take up that are to come in the place of others, and are in none yet.
+func (s *Set) Temporary() int64 { return s.temporary.Load() }
+
 // compactor writes a file's records into a compact one.
 type compactor struct {
-	f     *File
-	pause func(int64) error
+	f       *File
+	pause   func(int64) error
+	step    func(int64) error
+	read    int64 // since the last pause, bytes
+	counted int64 // in Set.temporary
 	// Without one, what it saves is measured.
 	withoutDifferences bool
 
@@ -167,7 +200,7 @@ func (c *compactor) write() (worth bool, err error) {
 		if read := p.end - c.f.start; read >= worthLook && c.at > most(read) {
 			return false, nil
 		}
-		if err := c.pause(p.end - p.first); err != nil {
+		if err := c.step(p.end - p.first); err != nil {
 			return false, err
 		}
 	}
@@ -345,18 +378,21 @@ func (c *compactor) compare(path string) error {
 		if !bytes.Equal(was[:n], is[:n]) {
 			return fmt.Errorf("a compact file of %s has other bytes between %d and %d: it is not used; please report it", c.f.Path, off, off+n)
 		}
-		if err := c.pause(n); err != nil {
+		if err := c.step(n); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// replace has a durable file with the same records come in the place of a file's, and returns how many bytes less it takes.
+// ErrUnsynced is wrapped when a file has another one in its place, and the directory could not be synced: what else was to be durable in it may not be.
+var ErrUnsynced = errors.New("the directory of the segments could not be synced")
+
+// replace has a durable file with the same records come in the place of a file's, and returns how many bytes less it takes. s.changing is held.
 func (s *Set) replace(f *File, vf vfs.File, path string, size int64) (saved int64, err error) {
 	now, err := readFile(vf, path)
 	if err != nil {
-		return 0, errors.Join(err, vf.Close())
+		return 0, errors.Join(err, vf.Close(), s.fs.Remove(path))
 	}
 	s.renaming.Lock()
 	defer s.renaming.Unlock()
@@ -367,7 +403,7 @@ func (s *Set) replace(f *File, vf vfs.File, path string, size int64) (saved int6
 		return 0, errors.Join(fmt.Errorf("%w: number %d in %s", ErrGone, f.Number, s.dir), vf.Close(), s.fs.Remove(path))
 	}
 	if err := s.fs.Rename(path, f.Path); err != nil {
-		return 0, errors.Join(fmt.Errorf("name a segment: %w", err), vf.Close())
+		return 0, errors.Join(fmt.Errorf("name a segment: %w", err), vf.Close(), s.fs.Remove(path))
 	}
 	f.mu.Lock()
 	old := f.f
@@ -377,5 +413,9 @@ func (s *Set) replace(f *File, vf vfs.File, path string, size int64) (saved int6
 	s.mu.Lock()
 	s.mu.size -= saved
 	s.mu.Unlock()
-	return saved, errors.Join(old.Close(), s.syncDir())
+	_ = old.Close() // it was read only, or all of it is in the other one
+	if err := s.syncDir(); err != nil {
+		return saved, fmt.Errorf("%w: %w", ErrUnsynced, err)
+	}
+	return saved, nil
 }

@@ -3,24 +3,57 @@ package segment
 import (
 	"errors"
 	"fmt"
+	"math"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/tidemark-cdp/tidemark/journal/internal/osfile"
-	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
-const expandTmp = "expand" + tmpSuffix
+// Cut removes what stands in a file from off on, durably. A compact file is a plain one afterwards, unless nothing stands there.
+func (s *Set) Cut(f *File, off int64) error {
+	s.changing.Lock()
+	defer s.changing.Unlock()
+	if c, _, _ := f.pieces(); c != nil {
+		if off >= c.End {
+			return nil
+		}
+		return s.expand(f, off, nil, 0)
+	}
+	if err := osfile.Cut(f.f, off); err != nil {
+		return fmt.Errorf("cut the tail of %s at %d: %w", f.Path, off, err)
+	}
+	return nil
+}
+
+// Rewrite writes a whole record over what stands at off, durably. A compact file is a plain one afterwards. [ErrUnsynced] says that it is written, but a crash may undo it and
+// what else was to be durable.
+func (s *Set) Rewrite(f *File, off int64, b []byte) error {
+	s.changing.Lock()
+	defer s.changing.Unlock()
+	if f.Compact() {
+		return s.expand(f, math.MaxInt64, b, off)
+	}
+	if off < f.start || off+int64(len(b)) > f.Alloc() {
+		return fmt.Errorf("%s: %d bytes at %d are not within its records", f.Path, len(b), off)
+	}
+	if err := osfile.WriteVec(f.f, [][]byte{b}, off); err != nil {
+		return fmt.Errorf("write %s at %d: %w", f.Path, off, err)
+	}
+	return f.Sync()
+}
 
 // expand makes a compact file a plain one that ends at an offset of it, if not before, with some bytes of a record in the place of what stands there. What is damaged stays
-// so: in other bytes than any that were written.
-func (s *Set) expand(f *File, end int64, b []byte, at int64) error {
+// so: in other bytes than any that were written. s.changing is held.
+func (s *Set) expand(f *File, end int64, b []byte, at int64) (err error) {
+	defer func() {
+		if osfile.IsNoSpace(err) {
+			err = fmt.Errorf("%w: %w", ErrFull, err)
+		}
+	}()
 	f.mu.RLock()
 	c := f.compact
 	f.mu.RUnlock()
-	if c == nil {
-		return fmt.Errorf("%s has become a plain file", f.Path)
-	}
 	if end = min(end, c.End); len(b) > 0 && (at < c.Start || at+int64(len(b)) > end) {
 		return fmt.Errorf("%s: %d bytes at %d are not within its records", f.Path, len(b), at)
 	}
@@ -28,7 +61,7 @@ func (s *Set) expand(f *File, end int64, b []byte, at int64) error {
 	if int64(len(head)) != c.Start {
 		return fmt.Errorf("%s: its records began at %d, and its head has %d bytes", f.Path, c.Start, len(head))
 	}
-	path := s.fs.PathJoin(s.dir, expandTmp)
+	path := s.tmpPath("expand")
 	vf, err := s.createTmp(path, end, 0)
 	if err != nil {
 		return fmt.Errorf("begin a plain file in the place of %s: %w", f.Path, err)
@@ -58,34 +91,4 @@ func (f *File) writePlain(vf vfs.File, head []byte, end int64, b []byte, at int6
 		}
 	}
 	return vf.Sync()
-}
-
-// ReadDamaged is ReadAt, but fills in what can not be read for damage with bytes that no checksum there is of.
-func (f *File) ReadDamaged(p []byte, off int64) error {
-	err := f.ReadAt(p, off, false)
-	if !errors.Is(err, record.ErrCorrupt) {
-		return err
-	}
-	if _, _, derr := f.pieces(); derr != nil {
-		return err // all of it would be damaged
-	}
-	return f.readAround(p, off)
-}
-
-// around is the unit of readAround, in bytes: headers with their tables, and payloads, begin at multiples of it.
-const around = 4
-
-// readAround reads what can be read of p.
-func (f *File) readAround(p []byte, off int64) error {
-	if err := f.ReadAt(p, off, false); !errors.Is(err, record.ErrCorrupt) {
-		return err
-	}
-	if len(p) <= around {
-		for i := range p {
-			p[i] = 0xff
-		}
-		return nil
-	}
-	half := (len(p)/2 + around - 1) &^ (around - 1)
-	return errors.Join(f.readAround(p[:half], off), f.readAround(p[half:], off+int64(half)))
 }

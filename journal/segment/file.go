@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"sync"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -26,20 +25,45 @@ func (f *File) ReadAt(p []byte, off int64, nowait bool) error {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	if f.compact != nil {
-		return f.readCompact(p, off, nowait)
+		s := newReading()
+		defer s.done()
+		s.nowait = nowait
+		return f.readCompact(s, p, off)
 	}
 	return osfile.ReadFull(f.f, p, off, nowait)
 }
 
-// readSome fills p from off as far as the file's records go.
+// readSome fills p from off as far as the file's records go, or can be read, if any of it can.
 func (f *File) readSome(p []byte, off int64) (int, error) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	if f.compact == nil {
 		return osfile.ReadAt(f.f, p, off)
 	}
-	p = p[:min(int64(len(p)), max(f.compact.End-off, 0))]
-	return len(p), f.readCompact(p, off, false)
+	if off >= f.compact.End {
+		return 0, nil
+	}
+	p = p[:min(int64(len(p)), f.compact.End-off)]
+	s := newReading()
+	defer s.done()
+	err := f.readCompact(s, p, off)
+	if n := s.good - off; n > 0 && errors.Is(err, record.ErrCorrupt) {
+		return int(n), nil
+	}
+	return len(p), err
+}
+
+// ReadDamaged is ReadAt, but fills in what can not be read for damage with bytes that no checksum there is of.
+func (f *File) ReadDamaged(p []byte, off int64) error {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.compact == nil {
+		return osfile.ReadFull(f.f, p, off, false)
+	}
+	s := newReading()
+	defer s.done()
+	s.around = true
+	return f.readCompact(s, p, off)
 }
 
 // Block reads the block of a payload at off and verifies it.
@@ -49,17 +73,6 @@ func (f *File) Block(p []byte, off int64, sum uint32, nowait bool) error {
 	}
 	if got := record.Checksum(p); got != sum {
 		return fmt.Errorf("%w: %s: block at %d has checksum %08x, recorded %08x", record.ErrCorrupt, f.Path, off, got, sum)
-	}
-	return nil
-}
-
-// Cut removes what stands from off on, durably.
-func (s *Set) Cut(f *File, off int64) error {
-	if f.Compact() {
-		return s.expand(f, off, nil, 0)
-	}
-	if err := osfile.Cut(f.f, off); err != nil {
-		return fmt.Errorf("cut the tail of %s at %d: %w", f.Path, off, err)
 	}
 	return nil
 }
@@ -307,20 +320,6 @@ func (f *File) Renew(off int64, h record.Header, buf []byte) ([]byte, error) {
 		return buf, fmt.Errorf("write %s again at %d: %w", f.Path, off, err)
 	}
 	return buf, nil
-}
-
-// Rewrite writes a whole record over what stands at off, durably. A compact file is a plain one afterwards.
-func (s *Set) Rewrite(f *File, off int64, b []byte) error {
-	if f.Compact() {
-		return s.expand(f, math.MaxInt64, b, off)
-	}
-	if off < f.start || off+int64(len(b)) > f.Alloc() {
-		return fmt.Errorf("%s: %d bytes at %d are not within its records", f.Path, len(b), off)
-	}
-	if err := osfile.WriteVec(f.f, [][]byte{b}, off); err != nil {
-		return fmt.Errorf("write %s at %d: %w", f.Path, off, err)
-	}
-	return f.Sync()
 }
 
 // RenewHeader does the same with the file's header.

@@ -13,15 +13,15 @@ func (f *File) scanPieces(off int64, fn func(off int64, h record.Header) error) 
 	if !f.Compact() {
 		return off, false, nil
 	}
-	s := readings.Get().(*reading)
-	defer readings.Put(s)
+	s := newReading()
+	defer s.done()
 	for {
-		p, found, err := f.pieceAt(s, off)
+		p, is, err := f.pieceAt(s, off)
 		switch {
 		case err != nil:
 			return off, true, fmt.Errorf("%s at %d: %w", f.Path, off, err)
-		case !found:
-			return off, f.Compact(), nil
+		case is != inPiece:
+			return off, is == behindPieces, nil
 		}
 		begun := false
 		err = f.each(&p, func(header []byte, at int64, _ int, _ int64) (bool, error) {
@@ -48,22 +48,37 @@ func (f *File) scanPieces(off int64, fn func(off int64, h record.Header) error) 
 	}
 }
 
-// pieceAt reads the piece that has an offset of the plain file; found is false if none has, or the file is plain.
-func (f *File) pieceAt(s *reading, off int64) (p piece, found bool, err error) {
+// where an offset is.
+type where int
+
+const (
+	inPlain      where = iota // of a file that is none of pieces
+	inPiece                   // of a piece
+	behindPieces              // behind them
+)
+
+// pieceAt reads the piece that has an offset of the plain file.
+func (f *File) pieceAt(s *reading, off int64) (p piece, is where, err error) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	if f.compact == nil || off >= f.compact.End {
-		return p, false, nil
+	if f.compact == nil {
+		return p, inPlain, nil
+	}
+	if off >= f.compact.End {
+		return p, behindPieces, nil
 	}
 	dir, err := f.directory(false)
 	if err != nil {
-		return p, false, err
+		return p, inPiece, err
 	}
 	if off < f.compact.Start {
-		return p, false, f.damaged(off, "no record begins there")
+		return p, inPiece, f.damaged(off, "no record begins there")
 	}
-	p, err = f.readPiece(s, dir, pieceOf(dir, off), false)
-	return p, true, err
+	p, err = f.readPiece(s, dir, pieceOf(dir, off))
+	if err == nil && off >= p.end {
+		err = f.damaged(p.at, "where the piece behind it stands is not known")
+	}
+	return p, inPiece, err
 }
 
 // pieces is what the file has as a compact one, and where its pieces are; nil if it is plain.
@@ -79,26 +94,32 @@ func (f *File) pieces() (*contents, []pieceAt, error) {
 
 // resyncPieces is Resync of a compact file.
 func (f *File) resyncPieces(off int64, fn func(at int64, h record.Header) error) error {
-	s := readings.Get().(*reading)
-	defer readings.Put(s)
+	s := newReading()
+	defer s.done()
 	for {
 		c, dir, err := f.pieces()
 		if c == nil {
 			return f.Resync(off, fn)
 		}
-		if off = max(off, c.Start); err != nil || off >= c.End {
+		if off = max(off, c.Start); off >= c.End || errors.Is(err, record.ErrCorrupt) {
+			return nil
+		}
+		if err != nil {
 			return err
 		}
 		next := c.End
 		if i := pieceOf(dir, off); i+1 < len(dir) {
 			next = int64(dir[i+1].plain)
 		}
-		p, found, err := f.pieceAt(s, off)
+		p, is, err := f.pieceAt(s, off)
+		if is == inPlain {
+			continue
+		}
 		if err != nil && !errors.Is(err, record.ErrCorrupt) {
 			return err
 		}
 		var ended error
-		if err == nil && found {
+		if err == nil {
 			_ = f.each(&p, func(header []byte, at int64, _ int, _ int64) (bool, error) { // what is damaged of it, there is no record of
 				h, err := f.decode(header)
 				if err == nil && at >= off {
@@ -117,7 +138,7 @@ func (f *File) resyncPieces(off int64, fn func(at int64, h record.Header) error)
 	}
 }
 
-// VerifyPieces reads a compact file as it stands, with what reading its records passes over, and calls found with what is not as it was written, and where; of a
+// VerifyPieces reads a compact file as it stands, with what reading its records passes over, and calls found with what can not be read, or is not as it was written, and where; of a
 // plain file, nothing. step is called with how many bytes were read: its error, or found's, ends it.
 func (f *File) VerifyPieces(found func(at int64, err error) error, step func(bytes int64) error) error {
 	c, dir, err := f.pieces()
@@ -125,23 +146,20 @@ func (f *File) VerifyPieces(found func(at int64, err error) error, step func(byt
 		return nil
 	}
 	for _, at := range []int64{c.head, c.head + c.room()} {
-		if err := f.verifyDirectory(at); errors.Is(err, record.ErrCorrupt) {
-			err = found(at, err)
-			if err != nil {
+		if err := f.verifyDirectory(at); err != nil {
+			if err := found(at, err); err != nil {
 				return err
 			}
-		} else if err != nil {
-			return err
 		}
 	}
 	if err != nil {
-		return nil // found twice
+		return nil // that is what was found
 	}
-	s := readings.Get().(*reading)
-	defer readings.Put(s)
+	s := newReading()
+	defer s.done()
 	for i := range dir {
 		n, err := f.verifyPiece(s, dir, i)
-		if errors.Is(err, record.ErrCorrupt) {
+		if err != nil {
 			err = found(int64(dir[i].at), err)
 		}
 		if err == nil {
@@ -181,7 +199,7 @@ func (f *File) verifyPiece(s *reading, dir []pieceAt, i int) (n int64, err error
 	if f.compact == nil {
 		return 0, nil
 	}
-	p, err := f.readPiece(s, dir, i, false)
+	p, err := f.readPiece(s, dir, i)
 	if err != nil {
 		return 0, err
 	}

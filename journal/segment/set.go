@@ -44,8 +44,18 @@ type Set struct {
 	}
 	broken []Broken
 
-	// renaming is held while files are removed, or others with the same records come in their place.
-	renaming sync.Mutex
+	// changing is held while a closed file is written to, or another one with the same records comes in its place.
+	changing sync.Mutex
+	// renaming is held, changing before it, while files are removed or replaced, or the set is closed.
+	renaming  sync.Mutex
+	temporary atomic.Int64 // see Temporary
+}
+
+// temporaries numbers temporary files: a set that is closed may have one in the works yet while another one is of its directory.
+var temporaries atomic.Uint64
+
+func (s *Set) tmpPath(what string) string {
+	return s.fs.PathJoin(s.dir, fmt.Sprintf("%s-%d%s", what, temporaries.Add(1), tmpSuffix))
 }
 
 // Broken is a file without a valid header: one that was begun before a crash
@@ -103,6 +113,12 @@ func OpenSet(fs vfs.FS, dir string, readOnly bool) (*Set, error) {
 			if err != nil {
 				s.Close()
 				return nil, fmt.Errorf("open segment %s: %w", path, err)
+			}
+			if twin := s.mu.files[f.Number]; twin != nil || name != fileName(f.Kind, f.First, f.Number) {
+				err := fmt.Errorf("open segment %s: its head says that it is %s: it is another file than its name says; put back what was there", path, fileName(f.Kind, f.First, f.Number))
+				f.Release()
+				s.Close()
+				return nil, err
 			}
 			s.add(f)
 		}
@@ -338,6 +354,11 @@ func (s *Set) Remove(files ...*File) error {
 
 // shorten gives back what a file takes up behind n bytes.
 func (s *Set) shorten(f *File, n int64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.compact != nil {
+		return nil
+	}
 	if err := osfile.Truncate(f.f, n); err != nil {
 		return fmt.Errorf("trim %s: %w", f.Path, err)
 	}

@@ -122,12 +122,10 @@ func (w *Writer) roll(h Header, n int64) (err error) {
 	if err := w.set.fs.Rename(w.tmpPath(), f.Path); err != nil {
 		return errors.Join(fmt.Errorf("name a segment: %w", err), vf.Close())
 	}
-	w.set.add(f)
 	if old := w.cur; old != nil && old.Alloc()-w.tail >= giveBack {
-		if err := w.set.shorten(old, w.tail); err != nil {
-			return err
-		}
+		_ = w.set.shorten(old, w.tail) // while nobody takes it for closed; if it can not be, it is as long as it was
 	}
+	w.set.add(f)
 	w.cur, w.tail, w.ahead = f, f.start, f.start
 	w.mu.Lock()
 	w.mu.newName = true
