@@ -74,8 +74,8 @@ bench-back: guest-deps build
 bench-replica: guest-deps build
 	$(GO) run ./cmd/internal/bench -replica -out docs/BENCHMARKS.md
 
-# bench-history measures what history takes and what many groups cost, and rewrites that part of the page.
-bench-history: deps build
+# bench-history measures what history takes and what many groups cost, as root, and rewrites that part of the page.
+bench-history: guest-deps build
 	$(GO) run ./cmd/internal/bench -history -out docs/BENCHMARKS.md
 
 lint:

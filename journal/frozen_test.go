@@ -14,12 +14,14 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
 var frozenWrite = flag.String("frozen.write", "", "make a frozen sample of the present formats at this path, which must not exist")
@@ -87,6 +89,8 @@ func openFrozen(t *testing.T, sample string) {
 				require.Equal(t, record.Application, markers[1].Consistency)
 				require.Equal(t, "described", markers[0].Description)
 			}
+			compact := slices.ContainsFunc(g.set.Files(segment.Log), (*segment.File).Compact)
+			require.Equal(t, filepath.Base(sample) >= "state-5", compact)
 			reigns := g.Reigns()
 			require.Len(t, reigns, 1)
 			require.EqualValues(t, 1, reigns[0].Epoch)
@@ -206,8 +210,13 @@ func writeFrozen(t *testing.T, path string) {
 	_, err = g.Delete("deleted")
 	require.NoError(t, err)
 	change(10)
+	require.NoError(t, g.closeLog())
+	require.NoError(t, g.Apply())
 	require.NoError(t, g.Checkpoint())
-	change(10)
+	saved, err := g.Compact()
+	require.NoError(t, err)
+	require.Positive(t, saved)
+	change(20)
 	require.NoError(t, g.Sync())
 	views := frozenViews(t, g)
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "views"), []byte(views), 0o600))
