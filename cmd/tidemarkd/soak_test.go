@@ -24,7 +24,7 @@ func soakFor(t *testing.T) time.Duration {
 	t.Helper()
 	s := os.Getenv("SOAK")
 	if s == "" {
-		return 45 * time.Second
+		return 30 * time.Second
 	}
 	d, err := time.ParseDuration(s)
 	require.NoError(t, err)
