@@ -3,8 +3,10 @@ package journal
 import (
 	"bytes"
 	"fmt"
+	"sync/atomic"
 	"testing"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 	"github.com/stretchr/testify/require"
 
@@ -85,4 +87,38 @@ func TestAFailedBeginning(t *testing.T) {
 	defs, err = f.Definitions(20)
 	require.NoError(t, err)
 	require.Len(t, defs, 1)
+}
+
+// TestAnExpiryOfAllThatMayGoIsOfWhatIsInTheBackingsDurably: without room to copy what views need of the oldest files, newer ones go too, and those may have been applied since the last checkpoint.
+func TestAnExpiryOfAllThatMayGoIsOfWhatIsInTheBackingsDurably(t *testing.T) {
+	r := newRig(t, Options{Reserve: 64 << 10, SegmentSize: 128 << 10})
+	require.NoError(t, r.s.Close())
+	fs := freeFS{r.fs, &atomic.Int64{}}
+	fs.free.Store(64 << 20)
+	r.fs = fs
+	r.open()
+	for round := range 2 {
+		for b := range int64(20) {
+			require.NoError(t, r.write(b, byte(10+round)))
+		}
+		require.NoError(t, r.g.closeLog())
+		require.NoError(t, r.g.Apply())
+		if round == 0 {
+			require.NoError(t, r.g.Checkpoint())
+		}
+	}
+	require.Less(t, r.g.checkpointed.Load(), uint64(r.g.Applied()))
+	fs.free.Store(smallFS{FS: r.fs}.used("state") + r.g.o.keepExpire() + 40<<10) // a note fits, and 20 blocks do not
+	_, err := r.g.Expire(1)
+	require.NoError(t, err)
+	require.Equal(t, r.g.Head(), r.g.Horizon(), "all went")
+	r.mem = r.mem.CrashClone(vfs.CrashCloneCfg{})
+	require.NoError(t, r.s.Abandon())
+	fs.FS, fs.free = r.mem, &atomic.Int64{}
+	fs.free.Store(64 << 20)
+	r.fs = fs
+	r.open()
+	for b := range int64(20) {
+		require.Equal(t, byte(11), r.live(b), "block %d", b)
+	}
 }

@@ -13,8 +13,8 @@ import (
 	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
-// expireDue drops the oldest history that the group's limit, or a file system
-// that is nearly full, asks for, a pass of each. It returns how many bytes came free.
+// expireDue drops what is older than the window, then the oldest history that the limits or a file system
+// that is nearly full ask for: a pass of each. It returns how many bytes came free.
 func (g *Group) expireDue() (freed int64, err error) {
 	if freed, err = g.expireAged(); err != nil {
 		return freed, err
@@ -76,8 +76,8 @@ func (g *Group) expireAged() (freed int64, err error) {
 	now := g.o.Now().UnixNano()
 	files := g.set.Files(segment.Log)
 	if last := g.Policy().Passed(now, closedFiles(files)); last > 0 {
-		// Nobody waits for it: the checkpoint that it takes is one that comes anyway.
-		freed, err := g.expire(expiring{excess: all, held: g.oldestHold(), upTo: min(last, record.LSN(g.checkpointed.Load()))})
+		// Only up to the last checkpoint: nobody waits for it, and it makes none of its own.
+		freed, err := g.expire(expiring{excess: everything, held: g.oldestHold(), upTo: min(last, record.LSN(g.checkpointed.Load()))})
 		if freed > 0 || err != nil {
 			return freed, err
 		}
@@ -128,16 +128,17 @@ func (g *Group) expireNeeded(excess int64) (freed int64, err error) {
 	return g.expire(expiring{excess: func() int64 { return excess }, held: record.MaxLSN, upTo: record.MaxLSN})
 }
 
-// expiring is what is to expire: the oldest files, so that so many bytes come free, asked for when it begins, as files become smaller; nothing from an LSN that is held on, or behind another one.
+// expiring is what is to expire: the oldest files, so that so many bytes come free, which is asked when it begins, as files become smaller meanwhile; nothing after the LSN up to
+// which holds let it, or after another one.
 type expiring struct {
 	excess     func() int64
 	held, upTo record.LSN
 }
 
-// all is more than any files have.
-func all() int64 { return math.MaxInt64 }
+// everything is more than any files have.
+func everything() int64 { return math.MaxInt64 }
 
-// expireFiles bounds the files that go in one pass, and with them its memory.
+// expireFiles bounds the files that go in one pass, and with them its memory, unless there is no room to copy what points need of so few.
 const expireFiles = 8
 
 func (g *Group) expire(e expiring) (freed int64, err error) {
@@ -154,27 +155,32 @@ func (g *Group) expire(e expiring) (freed int64, err error) {
 		return 0, nil
 	}
 	before := g.set.Size()
-	// Blocks that fall to the backing must be there durably.
-	if closed[n-1].Last > record.LSN(g.checkpointed.Load()) {
-		if err := g.checkpointLocked(); err != nil {
-			return 0, err
-		}
-	}
-	err = g.expireUpTo(closed[n-1].Last, files[:n], files[n])
+	err = g.expireFirst(n, files, closed)
 	if errors.Is(err, errNeeded) {
 		return 0, nil // the next look finds the pin
 	}
 	if errors.Is(err, segment.ErrFull) {
 		// There is no room to carry over what views behind a near horizon
 		// need. Behind the farthest one, they need next to nothing.
-		n = g.mayGo(closed, all(), e)
+		n = g.mayGo(closed, everything(), e)
 		g.log.Warn("no room to expire the oldest history alone: expiring all that may go", zap.Error(err))
-		err = g.expireUpTo(closed[n-1].Last, files[:n], files[n])
+		err = g.expireFirst(n, files, closed)
 	}
 	if err != nil {
 		err = fmt.Errorf("expire history up to LSN %d: %w", closed[n-1].Last, err)
 	}
 	return before - g.set.Size(), err
+}
+
+// expireFirst drops the first n log files. g.apply is held.
+func (g *Group) expireFirst(n int, files []*segment.File, closed []retain.File) error {
+	// Blocks that fall to the backing must be there durably.
+	if closed[n-1].Last > record.LSN(g.checkpointed.Load()) {
+		if err := g.checkpointLocked(); err != nil {
+			return err
+		}
+	}
+	return g.expireUpTo(closed[n-1].Last, files[:n], files[n])
 }
 
 // mayGo is how many of the oldest closed files may go for some bytes, as far as pins, and what else must stay, allow.
