@@ -41,21 +41,23 @@ func (v *verifier) held(f *segment.File, fn func() error) error {
 				v.file = nil
 			}
 		}()
-		if err = f.VerifyHeader(); err != nil {
-			err = v.failed(f.Path, 0, err)
-		}
-		if err == nil {
-			err = f.VerifyPieces(func(at int64, err error) error { return v.failed(fmt.Sprintf("%s at %d", f.Path, at), 0, err) }, v.step)
-		}
-		if err == nil {
-			err = fn()
-		}
+		err = fn()
 	}
 	if errors.Is(err, segment.ErrGone) {
 		v.ended = v.closed() // then all are
 		return v.ended
 	}
 	return err
+}
+
+// asItStands reads what reading a file's records passes over: its head, and, of a compact file, all that is kept.
+func (v *verifier) asItStands(f *segment.File) error {
+	if err := f.VerifyHeader(); err != nil {
+		if err := v.failed(f.Path, 0, err); err != nil {
+			return err
+		}
+	}
+	return f.VerifyPieces(func(at int64, err error) error { return v.failed(fmt.Sprintf("%s at %d", f.Path, at), 0, err) }, v.step)
 }
 
 // logFile reads the records of a file up to a limit. Behind damage, it goes on where it finds the next one.
@@ -65,6 +67,9 @@ func (v *verifier) logFile(f *segment.File, limit record.LSN) error {
 	if sum.last <= v.g.expiredTo() {
 		sum.unsure = true
 		return nil // it is about to go, and the index forgets it
+	}
+	if err := v.asItStands(f); err != nil {
+		return err
 	}
 	next, off := f.First, f.Start()
 	for {
@@ -151,6 +156,9 @@ func (v *verifier) originals() error {
 func (v *verifier) originalsFile(f *segment.File) error {
 	sum := &fileSum{f: f}
 	v.origs = append(v.origs, sum)
+	if err := v.asItStands(f); err != nil {
+		return err
+	}
 	off := f.Start()
 	for {
 		end, err := f.Scan(off, func(off int64, h record.Header) error {

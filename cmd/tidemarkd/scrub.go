@@ -83,9 +83,41 @@ func (s *scrubber) group(ctx context.Context, g *journal.Group) bool {
 	s.setNow(g.Name())
 	defer s.setNow("")
 	log := s.log.With(zap.String("group", g.Name()))
-	var damaged []uint64
-	places := 0 // that are no records of the log
-	done, err := g.Verify(ctx, journal.VerifyOptions{Pause: s.pause(ctx)}, func(f journal.Finding) {
+	left, repaired := int64(0), 0
+	for { // behind a damaged header, a file can not be read before it is mended
+		damaged, places, err := s.verify(ctx, g, log)
+		if ctx.Err() != nil || errors.Is(err, os.ErrClosed) {
+			return false
+		}
+		left = int64(places + len(damaged))
+		if err != nil {
+			log.Error("the group could not be verified to its end", zap.Error(err))
+			_, before := g.Verified()
+			left = max(left, before, 1) // it is tried again when it is due next: what stands in the way is there for a while
+		}
+		if len(damaged) == 0 {
+			break
+		}
+		n, why := s.repair(ctx, g, damaged)
+		if repaired += n; why != nil {
+			log.Warn("not all damaged records could be repaired", zap.Error(why))
+		}
+		if n == 0 || err != nil {
+			break
+		}
+	}
+	if err := g.SetVerified(began, left); err != nil {
+		log.Warn("note that the group was verified", zap.Error(err))
+		return false
+	}
+	log.Info("verified the group", zap.Int64("damaged", left), zap.Int("repaired", repaired), zap.Duration("took", time.Since(began)))
+	s.files(ctx)
+	return true
+}
+
+// verify verifies a group, and returns which of its records are damaged, and how many places that are no records of the log.
+func (s *scrubber) verify(ctx context.Context, g *journal.Group, log *zap.Logger) (damaged []uint64, places int, err error) {
+	_, err = g.Verify(ctx, journal.VerifyOptions{Pause: s.pause(ctx)}, func(f journal.Finding) {
 		if len(damaged)+places < scrubLogged {
 			log.Error("damage", zap.String("where", f.Where), zap.Uint64("lsn", uint64(f.LSN)), zap.String("what", f.What))
 		}
@@ -94,29 +126,7 @@ func (s *scrubber) group(ctx context.Context, g *journal.Group) bool {
 		}
 		damaged = appendDamaged(damaged, uint64(f.LSN), uint64(f.Last))
 	})
-	if ctx.Err() != nil || errors.Is(err, os.ErrClosed) {
-		return false
-	}
-	left := int64(places + len(damaged))
-	if err != nil {
-		log.Error("the group could not be verified to its end", zap.Error(err))
-		_, before := g.Verified()
-		left = max(left, before, 1) // it is tried again when it is due next: what stands in the way is there for a while
-	}
-	repaired := 0
-	if len(damaged) > 0 {
-		var why error
-		if repaired, why = s.repair(ctx, g, damaged); why != nil {
-			log.Warn("not all damaged records could be repaired", zap.Error(why))
-		}
-	}
-	if err := g.SetVerified(began, max(left-int64(repaired), 0)); err != nil {
-		log.Warn("note that the group was verified", zap.Error(err))
-		return false
-	}
-	log.Info("verified the group", zap.Int64("bytes", done.Bytes), zap.Int64("damaged", left), zap.Int("repaired", repaired), zap.Duration("took", time.Since(began)))
-	s.files(ctx)
-	return true
+	return damaged, places, err
 }
 
 // files verifies the index's files, if they are due.
