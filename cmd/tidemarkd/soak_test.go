@@ -173,8 +173,9 @@ func (d *soakDisk) at(block int64, request uint32) uint32 {
 	return all[i-1]
 }
 
-// check reads a disk as of a point, and returns behind which request it is what that shows: all of it, and nothing of a later one. Requests from least to most may be it.
-func (d *soakDisk) check(s *served, point string, least, most uint32) uint32 {
+// check reads a disk as of a point, and returns the first request after which it was what that shows, all of it and nothing of a later one, and the first such one from least on: there
+// must be one up to most.
+func (d *soakDisk) check(s *served, point string, least, most uint32) (first, request uint32) {
 	s.t.Helper()
 	image := imageOf(s.t, s, d.name+point, soakBlocks*4096)
 	d.mu.Lock()
@@ -192,25 +193,30 @@ func (d *soakDisk) check(s *served, point string, least, most uint32) uint32 {
 		require.True(s.t, bytes.Equal(want, b), "block %d of %s%s is nothing that was written there: request %d", block, d.name, point, has[block])
 		newest = max(newest, has[block])
 	}
-	is := func(request uint32) int64 {
-		for block := range int64(soakBlocks) {
-			if d.at(block, request) != has[block] {
-				return block
+	from := func(request uint32) uint32 {
+		for {
+			bad := slices.IndexFunc(d.blocks(), func(block int64) bool { return d.at(block, request) != has[block] })
+			if bad < 0 {
+				return request
 			}
+			if int(request)+1 >= len(d.trims) || !d.trims[request+1] {
+				require.Failf(s.t, "a mix", "%s%s has request %d as the newest, and block %d is of request %d", d.name, point, newest, bad, has[bad])
+			}
+			request++ // what trims made zeroes says nothing of itself
 		}
-		return -1
 	}
-	request := max(newest, least)
-	bad := is(request)
-	for bad >= 0 && int(request)+1 < len(d.trims) && d.trims[request+1] {
-		request++ // what trims made zeroes says nothing of itself
-		bad = is(request)
-	}
-	if bad >= 0 {
-		require.Failf(s.t, "a mix", "%s%s has request %d as the newest, and block %d is of request %d", d.name, point, newest, bad, has[bad])
-	}
+	first, request = from(newest), from(max(newest, least))
 	require.LessOrEqual(s.t, request, most, "%s%s", d.name, point)
-	return request
+	return first, request
+}
+
+// blocks are the disk's.
+func (d *soakDisk) blocks() []int64 {
+	all := make([]int64, soakBlocks)
+	for i := range all {
+		all[i] = int64(i)
+	}
+	return all
 }
 
 // soakMark is a marker, and between which requests of each disk it was taken.
@@ -226,6 +232,26 @@ type soak struct {
 	marks []soakMark
 	rng   *rand.Rand
 	did   map[string]int
+	// shown is what was seen of a disk at an LSN, at either daemon: it is that for ever.
+	shown map[soakShown]uint32
+}
+
+type soakShown struct {
+	disk byte
+	lsn  uint64
+}
+
+// look checks a disk as of an LSN.
+func (s *soak) look(d *served, disk *soakDisk, lsn uint64, least, most uint32) uint32 {
+	s.t.Helper()
+	first, request := disk.check(d, fmt.Sprintf("@lsn:%d", lsn), least, most)
+	key := soakShown{disk.id, lsn}
+	if was, seen := s.shown[key]; seen {
+		require.Equal(s.t, was, first, "%s at LSN %d is another one than before", disk.name, lsn)
+		s.did["seen again"]++
+	}
+	s.shown[key] = first
+	return request
 }
 
 const soakConf = "journal: {segment: 2MiB, reserve: 16MiB}\ncompact: {after: 1s, rate: 64MiB}\nscrub: {every: 10s, rate: 64MiB}\n"
@@ -234,7 +260,9 @@ const soakConf = "journal: {segment: 2MiB, reserve: 16MiB}\ncompact: {after: 1s,
 // replica away at times, and reads all the while. In the end every point that either keeps is what it was.
 func TestSoak(t *testing.T) {
 	long := soakFor(t)
-	s := &soak{t: t, rng: rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 5)), did: map[string]int{}}
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	s := &soak{t: t, rng: rand.New(rand.NewPCG(seed, 5)), did: map[string]int{}, shown: map[soakShown]uint32{}}
 	s.a, s.b = &served{t: t, dir: t.TempDir()}, &served{t: t, dir: t.TempDir()}
 	s.begin()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -255,7 +283,8 @@ func TestSoak(t *testing.T) {
 	for i, d := range s.disks {
 		_, sent[i] = d.answered()
 	}
-	t.Logf("%v; %d and %d requests; writer: %s; replica: %s", s.did, sent[0], sent[1], s.all(s.a), s.all(s.b))
+	atWriter, atReplica := s.all(s.a), s.all(s.b)
+	t.Logf("%v; %d and %d requests; writer: %s; replica: %s", s.did, sent[0], sent[1], atWriter, atReplica)
 	s.a.kill()
 	s.a.start()
 	s.all(s.a)
@@ -353,14 +382,14 @@ func (s *soak) hold(d *served, disk *soakDisk, lsn uint64) *client.Client {
 func (s *soak) some(d *served) {
 	p, err := d.api().Points(s.t.Context(), "web01", api.Filter{})
 	require.NoError(s.t, err)
-	lsn := max(p.Horizon, 1) + s.rng.Uint64N(p.Head-p.Horizon)
+	lsn := min(max(p.Horizon, 1)+s.rng.Uint64N(p.Head-p.Horizon+1), p.Head)
 	if len(p.Kept) > 0 && s.rng.IntN(2) == 0 {
 		lsn = p.Kept[s.rng.IntN(len(p.Kept))].LSN
 	}
 	disk := s.disks[s.rng.IntN(2)]
 	if c := s.hold(d, disk, lsn); c != nil {
 		_, sent := disk.answered()
-		disk.check(d, fmt.Sprintf("@lsn:%d", lsn), 0, sent)
+		s.look(d, disk, lsn, 0, sent)
 		require.NoError(s.t, c.Close())
 	}
 }
@@ -379,13 +408,13 @@ func (s *soak) all(d *served) string {
 		lsns = append(lsns, k.LSN)
 	}
 	for range 10 {
-		lsns = append(lsns, max(p.Horizon, 1)+s.rng.Uint64N(p.Head-p.Horizon))
+		lsns = append(lsns, min(max(p.Horizon, 1)+s.rng.Uint64N(p.Head-p.Horizon+1), p.Head))
 	}
 	slices.Sort(lsns)
 	for _, lsn := range slices.Compact(lsns) {
 		for i, disk := range s.disks {
 			if c := s.hold(d, disk, lsn); c != nil {
-				last[i] = disk.check(d, fmt.Sprintf("@lsn:%d", lsn), last[i], sent[i])
+				last[i] = s.look(d, disk, lsn, last[i], sent[i])
 				require.NoError(s.t, c.Close())
 			}
 		}
@@ -398,7 +427,7 @@ func (s *soak) all(d *served) string {
 		}
 		for i, disk := range s.disks {
 			if c := s.hold(d, disk, m.LSN); c != nil {
-				disk.check(d, "@"+m.Label, s.marks[j].least[i], s.marks[j].most[i])
+				s.look(d, disk, m.LSN, s.marks[j].least[i], s.marks[j].most[i])
 				require.NoError(s.t, c.Close())
 			}
 		}
