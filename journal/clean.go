@@ -117,7 +117,7 @@ func (g *Group) allPoints() []record.LSN {
 	return points
 }
 
-// cleanBytes is how many bytes of a file are looked at with backings and originals held; of a file less than one part in cleanShare of which is needed, that is copied.
+// cleanBytes is how many bytes of a file a step looks at with g.apply held. Of a file less than one part in cleanShare of which is needed, that is copied, and the file goes.
 const (
 	cleanBytes = 4 << 20
 	cleanShare = 2
@@ -170,7 +170,7 @@ all:
 	if len(gone) == 0 {
 		return 0, nil
 	}
-	if err := g.dropCleaned(gone); err != nil {
+	if dropped, err := g.dropCleaned(gone); err != nil || !dropped {
 		return 0, err
 	}
 	freed = before - g.set.Size()
@@ -375,33 +375,30 @@ func partBytes(h *record.Header, content []byte, first, n int) []byte {
 	return content[first*record.BlockSize : min((first+n)*record.BlockSize, h.Payload)]
 }
 
-// dropCleaned removes files that nothing durable refers to any more. What they said of the horizon and of definitions is said again first.
-func (g *Group) dropCleaned(gone []*segment.File) error {
-	if len(gone) == 0 {
-		return nil
-	}
+// dropCleaned removes files that nothing durable refers to any more, if there is room to note it: what they said of the horizon and of definitions is said again first.
+func (g *Group) dropCleaned(gone []*segment.File) (dropped bool, err error) {
 	g.apply.Lock()
 	defer g.apply.Unlock()
 	if err := g.ended(); err != nil {
-		return err
+		return false, err
 	}
 	if err := g.store.ix.Flush(); err != nil {
-		return g.fail(err)
+		return false, g.fail(err)
 	}
 	horizon := g.expiredTo()
 	if err := g.carryDefinitions(horizon); err != nil {
-		return err
+		return false, err
 	}
-	if err := g.noteExpired(horizon, g.KeptPoints(), g.currentMarker); err != nil {
-		if errors.Is(err, segment.ErrFull) {
-			return nil
-		}
-		return g.fail(err)
+	if err := g.noteExpired(horizon, g.KeptPoints(), g.currentMarker); errors.Is(err, segment.ErrFull) {
+		g.log.Warn("files of cleaned originals stay until there is room to note that they go", zap.Error(err))
+		return false, nil // the next Clean finds them
+	} else if err != nil {
+		return false, g.fail(err)
 	}
 	if err := g.set.Remove(gone...); err != nil {
-		return g.fail(err)
+		return false, g.fail(err)
 	}
-	return nil
+	return true, nil
 }
 
 // carryDefinitions says again which definitions were carried over by the expiry to a horizon.

@@ -39,7 +39,7 @@ func (g *Group) Compact() (saved int64, err error) {
 	}
 }
 
-// toCompact is the newest file that is to become compact, and was closed a time ago; nil: none. Those that are older go sooner.
+// toCompact is the newest file that is to become compact, and was closed a time ago; nil: none. Older ones expire sooner, and the work with them.
 func (g *Group) toCompact(age time.Duration) *segment.File {
 	g.compacting.Lock()
 	defer g.compacting.Unlock()
@@ -76,9 +76,6 @@ func (g *Group) keepPlain(f *segment.File, plain bool) {
 	}
 }
 
-// keepCompact is what is left free on the file system meanwhile, in bytes: no write must wait for room, and no history go for it.
-func (o *Options) keepCompact() int64 { return o.keepLog() + 2*o.SegmentSize }
-
 // compact makes a file compact, or notes that it stays plain.
 func (g *Group) compact(f *segment.File, pause func(int64) error) (saved int64, err error) {
 	if err := g.ended(); err != nil {
@@ -100,10 +97,10 @@ func (g *Group) compact(f *segment.File, pause func(int64) error) (saved int64, 
 		return saved, g.fail(err)
 	case errors.Is(err, record.ErrCorrupt):
 		// What a crash tore off at a file's end is no damage; what is, a verification finds.
-		g.log.Info("a segment is not made compact, as it has more than whole records", zap.Error(err))
+		g.log.Info("a segment stays plain: something in it is not a whole record", zap.Error(err))
 		err = nil
 	case errors.Is(err, segment.ErrFull), errors.Is(err, errLater), errors.Is(err, context.Canceled):
-		return 0, fmt.Errorf("make a segment compact: %w", err)
+		return 0, fmt.Errorf("make %s compact: %w", f.Path, err)
 	case err != nil:
 		g.keepPlain(f, true) // or every try would write it anew
 		return 0, fmt.Errorf("make %s compact: %w", f.Path, err)
@@ -158,8 +155,10 @@ func (g *Group) compactDue(ctx context.Context) bool {
 	switch {
 	case saved > 0:
 		g.log.Info("made a segment compact", zap.String("segment", f.Path), zap.Int64("bytes_saved", saved), zap.Duration("took", time.Since(began)))
+	case errors.Is(err, errLater), errors.Is(err, segment.ErrFull):
+		g.log.Debug("a segment stays plain for now", zap.Error(err))
 	case err != nil && ctx.Err() == nil && g.alive():
-		g.log.Warn("a segment stays as large as it is", zap.Error(err))
+		g.log.Warn("a segment stays plain", zap.Error(err))
 	}
 	return err == nil
 }

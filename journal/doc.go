@@ -29,7 +29,7 @@
 //
 //  1. be the only process that writes the state directory and the backings (the
 //     directory is locked, the backings are not);
-//  2. call Run, which syncs, indexes, applies, expires and cleans in the background, or
+//  2. call Run, which syncs, indexes, applies, expires, cleans and makes compact in the background, or
 //     each of those itself (the tests do);
 //  3. close views, or their history is pinned, and feeds before the group.
 //
@@ -56,7 +56,8 @@
 //	let go of kept points: note, index, flush   as before, or as after: an original of then may not do for a point that comes back
 //	clean a file of originals: copy a part, index it   both: the index finds one, and either is true
 //	flush the index, note, remove the files    files that nothing refers to: cleaned again
-//	make a file compact: write another one, sync, rename, sync the directory   the file as it was, or the other one, which has the same records at the same offsets
+//	make a file compact, or plain again to cut or repair it: write another one, sync, rename, sync the directory
+//	                                           the file as it was, or the other one, which has the same records at the same offsets
 //
 // A note (marker, amendment, definition) is a record like any other. Of those that belong together:
 //
@@ -85,7 +86,7 @@
 // # Concurrency
 //
 // A Store and a Group are safe for concurrent use. Locks are taken in this order: the Store's joining, the Group's
-// receiving, joining, cleaning, apply, syncing, index, append, and pins, compacting, claims and the Store's open under any of them (the fields
+// receiving, joining, cleaning, apply, syncing, index, append, and pins, compacting, claims, the Store's open and those of segments under any of them (the fields
 // say what each guards).
 //
 // # Limits

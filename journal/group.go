@@ -377,7 +377,7 @@ func kick(c chan struct{}) {
 	}
 }
 
-// closeFiles gives up everything that open took. Background work has ended.
+// closeFiles gives up everything that open took. Background work has ended, but for a compaction, which holds its file and finds the set closed.
 func (g *Group) closeFiles() error {
 	var errs []error
 	for _, d := range g.disks.Load().all {

@@ -41,7 +41,7 @@ type Options struct {
 	Unapplied int64
 	// IndexCache is the memory for blocks of the index, bytes; 64 MiB by default.
 	IndexCache int64
-	// CompactPace waits until so many more bytes of closed segments may be read to make them smaller in the background, see [Group.Compact]; its error ends that. nil: none are made smaller. CompactAfter is how long one was closed before: who follows reads it then, and applying may.
+	// CompactPace waits until so many more bytes of closed segments may be read, each twice, to make them smaller in the background, see [Group.Compact]; its error ends that. nil: none are made smaller. CompactAfter is how long one was closed before: who follows reads it then, and applying may.
 	CompactPace  func(ctx context.Context, bytes int64) error
 	CompactAfter time.Duration
 	// ReadOnly opens a store at rest and changes nothing in it: for Verify and
@@ -123,6 +123,9 @@ func (o *Options) keepLog() int64    { return o.Reserve + 2*o.SegmentSize }
 func (o *Options) keepApply() int64  { return o.Reserve/2 + o.SegmentSize }
 func (o *Options) keepExpire() int64 { return o.Reserve / 4 }
 
+// keepCompact is what compaction leaves, so that no history goes for it.
+func (o *Options) keepCompact() int64 { return o.keepLog() + 2*o.SegmentSize }
+
 // Validate reports every fault of the options at once.
 func (o Options) Validate() error {
 	var errs []error
@@ -132,10 +135,13 @@ func (o Options) Validate() error {
 	for _, f := range []struct {
 		name string
 		v    int64
-	}{{"reserve", o.Reserve}, {"limit", o.Limit}, {"total", o.Total}, {"unapplied", o.Unapplied}, {"index cache", o.IndexCache}, {"compact after", int64(o.CompactAfter)}} {
+	}{{"reserve", o.Reserve}, {"limit", o.Limit}, {"total", o.Total}, {"unapplied", o.Unapplied}, {"index cache", o.IndexCache}} {
 		if f.v < 0 {
 			errs = append(errs, fmt.Errorf("%s of %d bytes: it must not be negative", f.name, f.v))
 		}
+	}
+	if o.CompactAfter < 0 {
+		errs = append(errs, fmt.Errorf("compact after %v: it must not be negative", o.CompactAfter))
 	}
 	return errors.Join(errs...)
 }

@@ -34,7 +34,7 @@ type loops struct {
 	wg     sync.WaitGroup
 }
 
-// startLoops begins the background work; stopLoops ends it and waits for that.
+// startLoops begins the background work but for compaction, which is the store's; stopLoops ends it and waits for that.
 func (g *Group) startLoops(ctx context.Context) {
 	g.loops.Lock()
 	defer g.loops.Unlock()

@@ -46,7 +46,7 @@ import (
 //	  5     2   of 4 and 5: its length
 //	  …     …   1: the block, as it is
 //	            2: a zstd frame of it
-//	            3: an S2 block of it, which takes more space than zstd's, and less time to read: of blocks of which many versions follow
+//	            3: an S2 block of it, which takes more space than zstd's, and less time to read: of blocks that the file has several versions of
 //	            4: a zstd frame of its exclusive or with that version
 //	            5: what is other than in that version, run by run: how many bytes are the same before, and how many are not (uvarints), and those
 //
@@ -108,7 +108,7 @@ type reading struct {
 	block, diff         [record.BlockSize]byte
 
 	nowait bool
-	// around has what can not be read for damage filled in with bytes that no checksum there is of.
+	// around has what can not be read for damage filled in with 0xff, which fails the records' checksums.
 	around bool
 	good   int64 // up to this offset of the plain file, what was asked for was read
 }
@@ -136,7 +136,7 @@ func (s *reading) done() {
 	readings.Put(s)
 }
 
-// failed is an error of what was read up to an offset of the plain file; nil if p was filled in instead.
+// failed returns err, or fills p with 0xff and returns nil if damage is to be got around.
 func (s *reading) failed(err error, p []byte) error {
 	if !s.around || !errors.Is(err, record.ErrCorrupt) {
 		return err
@@ -176,7 +176,11 @@ func (f *File) Saved() int64 {
 // directory is where the pieces are, as far as that can be known. f.mu is held.
 func (f *File) directory(nowait bool) ([]pieceAt, error) {
 	c := f.compact
-	c.mu.Lock()
+	if nowait && !c.mu.TryLock() {
+		return nil, osfile.ErrWouldBlock // somebody reads it
+	} else if !nowait {
+		c.mu.Lock()
+	}
 	defer c.mu.Unlock()
 	if c.dir != nil {
 		return c.dir, nil
@@ -185,7 +189,10 @@ func (f *File) directory(nowait bool) ([]pieceAt, error) {
 	if err != nil && !errors.Is(err, osfile.ErrWouldBlock) {
 		dir, err = f.readDirectory(c.head+c.room(), nowait)
 	}
-	if err != nil && !errors.Is(err, osfile.ErrWouldBlock) {
+	if err != nil && nowait {
+		return nil, osfile.ErrWouldBlock
+	}
+	if err != nil {
 		dir, err = f.walkPieces(err)
 	}
 	c.dir = dir
@@ -374,11 +381,22 @@ func (f *File) fromPiece(s *reading, dir []pieceAt, i int, p []byte, off int64) 
 	if err != nil {
 		return err
 	}
-	end := off + int64(len(p))
-	if end > pc.end {
-		return f.damaged(pc.at, "where the piece behind it stands is not known")
+	cut := off+int64(len(p)) > pc.end
+	if cut {
+		p = p[:max(pc.end-off, 0)]
 	}
-	return f.each(&pc, func(header []byte, at int64, frame int, frameAt int64) (bool, error) {
+	if end := off + int64(len(p)); end > off {
+		err = f.fromRecords(s, &pc, p, off, end)
+	}
+	if err == nil && cut {
+		err = f.damaged(pc.at, "where the piece behind it stands is not known")
+	}
+	return err
+}
+
+// fromRecords fills p with what stood from off to end in the plain file, all of which the piece has.
+func (f *File) fromRecords(s *reading, pc *piece, p []byte, off, end int64) error {
+	return f.each(pc, func(header []byte, at int64, frame int, frameAt int64) (bool, error) {
 		h := record.Header{Payload: int(binary.LittleEndian.Uint32(header[56:]))}
 		if at+h.Size() <= off {
 			return true, nil
@@ -388,7 +406,7 @@ func (f *File) fromPiece(s *reading, dir []pieceAt, i int, p []byte, off int64) 
 		}
 		body := at + int64(len(header))
 		s.good = min(body, end)
-		if err := f.payload(s, &pc, p, off, body, int64(h.Payload), frame, frameAt); err != nil {
+		if err := f.payload(s, pc, p, off, body, int64(h.Payload), frame, frameAt); err != nil {
 			return false, err
 		}
 		if pad, padEnd := body+int64(h.Payload), at+h.Size(); pad < end && padEnd > off {

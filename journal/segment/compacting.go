@@ -20,12 +20,12 @@ import (
 )
 
 const (
-	// worthShare is how much of a file must be saved for it to become compact, as a part of it; after worthLook bytes a file is given up on that does not look so.
+	// A file becomes compact only if that saves one part in worthShare of it. After worthLook bytes one is given up that does not.
 	worthShare = 8
 	worthLook  = 16 << 20
-	// differShare is how much smaller a difference must be than the block's own frame, or else others are from this block from then on.
+	// A difference is kept if it is shorter than one part in differShare of the block's own frame; if not, that is kept, and later ones are differences from it.
 	differShare = 2
-	// runsMost is the length of runs that are not worth to look for what zstd makes of the difference.
+	// Up to runsMost bytes, runs are kept without a look at what zstd makes of the difference.
 	runsMost = 512
 	// manyVersions is how many versions of a block in the file make it worth to keep those whole that others are differences from so that they are read fast.
 	manyVersions = 3
@@ -95,7 +95,7 @@ func (s *Set) step(c *compactor, keep, bytes int64) error {
 	return c.pause(read)
 }
 
-// Temporary is how many bytes the files take up that are to come in the place of others, and are in none yet.
+// Temporary is how many bytes the compact files take up that are being written.
 func (s *Set) Temporary() int64 { return s.temporary.Load() }
 
 // compactor writes a file's records into a compact one.

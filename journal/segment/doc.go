@@ -22,17 +22,18 @@
 //  1. serialise Append and Roll of one Writer, and its Syncs with each other;
 //  2. treat an error of Append or Sync, other than no space at a Roll, as final:
 //     what reached the file is then unknown until it is opened again;
-//  3. hold a reference (Set.Acquire) while it reads a file that may be removed.
+//  3. hold a reference (Set.Acquire) while it reads a file that may be removed;
+//  4. give Compact, Cut and Rewrite only files that no Writer appends to any more, with a reference held.
 //
 // # Format
 //
 // The file header is specified above Header.encode; records follow it from the
 // next multiple of 4096, as package record specifies, without gaps. A file ends
-// where its records do: at zeroes, or at its last byte. Records that lie at or
+// where its records do: at zeroes, or at its last byte. A compact file keeps the same in less space, see Compact. Records that lie at or
 // beyond the first LSN of a later log file are superseded: they are what a
 // crash left of a tail that recovery cut.
 //
 // # Limits
 //
-// Every file of a group is kept open. A file is at most 1 GiB.
+// Every file of a group is kept open. A file is at most 1 GiB. Making one compact takes some 100 bytes of memory for each of its blocks.
 package segment

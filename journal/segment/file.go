@@ -53,7 +53,7 @@ func (f *File) readSome(p []byte, off int64) (int, error) {
 	return len(p), err
 }
 
-// ReadDamaged is ReadAt, but fills in what can not be read for damage with bytes that no checksum there is of.
+// ReadDamaged is ReadAt, but fills in what can not be read for damage with 0xff, which fails the records' checksums.
 func (f *File) ReadDamaged(p []byte, off int64) error {
 	f.mu.RLock()
 	defer f.mu.RUnlock()

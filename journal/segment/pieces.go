@@ -138,7 +138,7 @@ func (f *File) resyncPieces(off int64, fn func(at int64, h record.Header) error)
 	}
 }
 
-// VerifyPieces reads a compact file as it stands, with what reading its records passes over, and calls found with what can not be read, or is not as it was written, and where; of a
+// VerifyPieces reads all that a compact file keeps, both directories and all frames, whether records need them or not, and calls found with what can not be read, or is not as it was written, and where; of a
 // plain file, nothing. step is called with how many bytes were read: its error, or found's, ends it.
 func (f *File) VerifyPieces(found func(at int64, err error) error, step func(bytes int64) error) error {
 	c, dir, err := f.pieces()
@@ -146,7 +146,7 @@ func (f *File) VerifyPieces(found func(at int64, err error) error, step func(byt
 		return nil
 	}
 	for _, at := range []int64{c.head, c.head + c.room()} {
-		if err := f.verifyDirectory(at); err != nil {
+		if err := f.verifyDirectory(c, at); err != nil {
 			if err := found(at, err); err != nil {
 				return err
 			}
@@ -158,7 +158,7 @@ func (f *File) VerifyPieces(found func(at int64, err error) error, step func(byt
 	s := newReading()
 	defer s.done()
 	for i := range dir {
-		n, err := f.verifyPiece(s, dir, i)
+		n, err := f.verifyPiece(s, c, dir, i)
 		if err != nil {
 			err = found(int64(dir[i].at), err)
 		}
@@ -172,12 +172,11 @@ func (f *File) VerifyPieces(found func(at int64, err error) error, step func(byt
 	return nil
 }
 
-func (f *File) verifyDirectory(at int64) error {
+func (f *File) verifyDirectory(c *contents, at int64) error {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	c := f.compact
-	if c == nil {
-		return nil
+	if f.compact != c {
+		return nil // another file has come in its place
 	}
 	if _, err := f.readDirectory(at, false); err != nil {
 		return err
@@ -192,11 +191,11 @@ func (f *File) verifyDirectory(at int64) error {
 	return nil
 }
 
-// verifyPiece returns how many bytes the piece has.
-func (f *File) verifyPiece(s *reading, dir []pieceAt, i int) (n int64, err error) {
+// verifyPiece returns how many bytes of frames the piece has.
+func (f *File) verifyPiece(s *reading, c *contents, dir []pieceAt, i int) (n int64, err error) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	if f.compact == nil {
+	if f.compact != c {
 		return 0, nil
 	}
 	p, err := f.readPiece(s, dir, i)

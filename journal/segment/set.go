@@ -74,7 +74,8 @@ type File struct {
 	Header // as of the plain file
 	Path   string
 
-	// mu is held for reading while f and compact are used: another file with the same records may come in the place of what they are of.
+	// mu is held for reading while f and compact are used, and for writing while they change: another file with the same records may come in the place of what they are of.
+	// Who holds Set.changing, is the Writer of this file, or has the set alone, as recovery does, may use f without it.
 	mu      sync.RWMutex
 	f       vfs.File
 	compact *contents // nil: a plain file
@@ -261,10 +262,14 @@ func (s *Set) createTmp(path string, size, keep int64) (vfs.File, error) {
 		return nil, err
 	}
 	// Create gives a write-only view on some file systems: open it again.
-	if err := vf.Close(); err != nil {
-		return nil, err
+	err = vf.Close()
+	if err == nil {
+		vf, err = s.fs.OpenReadWrite(path, vfs.WriteCategoryUnspecified)
 	}
-	return s.fs.OpenReadWrite(path, vfs.WriteCategoryUnspecified)
+	if err != nil {
+		return nil, errors.Join(err, s.fs.Remove(path))
+	}
+	return vf, nil
 }
 
 func (s *Set) nextNumber() uint32 {

@@ -100,13 +100,13 @@ const (
 // Compact says how history is made smaller in the background.
 type Compact struct {
 	After *Span `yaml:"after"` // how long a segment was closed before; 1m by default
-	Rate  *Size `yaml:"rate"`  // how many bytes a second are read, of all groups; 16 MiB by default, 0: none
+	Rate  *Size `yaml:"rate"`  // how many bytes a second are read, each twice, of all groups; 32 MiB by default, 0: none
 }
 
 // CompactAfter and CompactRate are what Compact has by default.
 const (
 	CompactAfter = Span(time.Minute)
-	CompactRate  = Size(16 << 20)
+	CompactRate  = Size(32 << 20)
 )
 
 func (c *Compact) setDefaults() {
