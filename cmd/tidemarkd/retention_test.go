@@ -21,6 +21,9 @@ groups:
     retain: {every_write: 2s, tiers: {1s: 10m}}
 `
 
+// expiryWait is how long an expiry may take to come: it waits for a checkpoint, of which there is one every half a minute.
+const expiryWait = 2 * time.Minute
+
 // TestRetention: the window moves on by time, what the policy keeps beyond it can be viewed, what it does not is an error that names what is around it, and a
 // policy that keeps less lets the rest go.
 func TestRetention(t *testing.T) {
@@ -40,11 +43,11 @@ func TestRetention(t *testing.T) {
 		time.Sleep(700 * time.Millisecond) // slots of the tier
 	}
 	var g api.Group
-	eventually(t, func() bool {
+	require.Eventually(t, func() bool {
 		write(9)
 		g = d.group("web01")
 		return g.Horizon > began && g.KeptPoints >= 4
-	})
+	}, expiryWait, 20*time.Millisecond)
 	require.EqualValues(t, 2, g.Promised)
 	require.Empty(t, g.Problems)
 	read := func(point string, pattern int) {
@@ -115,7 +118,7 @@ func TestRetention(t *testing.T) {
 	used := d.group("web01").JournalBytes
 	d.configure(strings.ReplaceAll(retained2s, ", tiers: {1s: 10m}", ""))
 	require.Contains(t, d.ok("reload"), "retention as configured")
-	eventually(t, func() bool { return d.group("web01").KeptPoints <= 2 && d.group("web01").JournalBytes < used })
+	require.Eventually(t, func() bool { return d.group("web01").KeptPoints <= 2 && d.group("web01").JournalBytes < used }, expiryWait, 20*time.Millisecond)
 	d.stop()
 	d.start()
 	read("first", 1)

@@ -32,7 +32,7 @@ func soakFor(t *testing.T) time.Duration {
 }
 
 const (
-	soakBlocks = 4 << 10 // of a disk
+	soakBlocks = 2 << 10 // of a disk
 	soakPace   = 3 * time.Millisecond
 	soakPages  = 64
 )
@@ -407,7 +407,7 @@ func (s *soak) all(d *served) string {
 	for _, k := range p.Kept {
 		lsns = append(lsns, k.LSN)
 	}
-	for range 10 {
+	for range 5 {
 		lsns = append(lsns, min(max(p.Horizon, 1)+s.rng.Uint64N(p.Head-p.Horizon+1), p.Head))
 	}
 	slices.Sort(lsns)
