@@ -195,7 +195,9 @@ func (f *File) directory(nowait bool) ([]pieceAt, error) {
 	if err != nil {
 		dir, err = f.walkPieces(err)
 	}
-	c.dir = dir
+	if len(dir) == c.Pieces { // or what could not be read may be next time
+		c.dir = dir
+	}
 	return dir, err
 }
 
@@ -366,7 +368,8 @@ func (f *File) readCompact(s *reading, p []byte, off int64) error {
 			end = int64(dir[i+1].plain)
 		}
 		n := min(end-off, int64(len(p)))
-		if err := s.failed(f.fromPiece(s, dir, i, p[:n], off), p[max(s.good-off, 0):n]); err != nil {
+		err := f.fromPiece(s, dir, i, p[:n], off)
+		if err := s.failed(err, p[max(s.good-off, 0):n]); err != nil {
 			return err
 		}
 		p, off = p[n:], off+n
