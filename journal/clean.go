@@ -484,7 +484,13 @@ func (g *Group) closeOriginals(least int64) error {
 	if err != nil || !all {
 		return err
 	}
-	if err := g.apply.orig.Roll(g.header(g.Head()), 0); err != nil && !errors.Is(err, segment.ErrFull) {
+	if err := g.apply.orig.Roll(g.header(g.Head()), 0); errors.Is(err, segment.ErrFull) {
+		return nil
+	} else if err != nil {
+		return g.fail(err)
+	}
+	// The index is told of the file with the next commit, and that may be durable before anything stands in the file.
+	if err := g.apply.orig.Sync(); err != nil {
 		return g.fail(err)
 	}
 	return nil

@@ -442,3 +442,24 @@ func TestTheTotalOfAllGroups(t *testing.T) {
 	require.Zero(t, small.Horizon())
 	require.LessOrEqual(t, r.g.JournalBytes()+small.JournalBytes(), int64(800<<10))
 }
+
+// TestAFileOfOriginalsThatWasBegunForACleanIsDurable: the index names it with the next commit, and a crash after that must not take its head.
+func TestAFileOfOriginalsThatWasBegunForACleanIsDurable(t *testing.T) {
+	r := aged(t)
+	for range 20 {
+		_, err := r.g.Expire(1 << 40)
+		require.NoError(t, err)
+	}
+	was := r.g.apply.orig.Current()
+	require.NoError(t, r.g.closeOriginals(0))
+	require.NotSame(t, was, r.g.apply.orig.Current(), "none was begun")
+	require.NoError(t, r.write(0, 7))
+	require.NoError(t, r.g.Sync())
+	require.NoError(t, r.g.Checkpoint())
+	r.mem = r.mem.CrashClone(vfs.CrashCloneCfg{})
+	require.NoError(t, r.s.Abandon())
+	r.fs = r.mem
+	r.open()
+	state, why := r.g.State()
+	require.Equal(t, "active", state, "%v", why)
+}
