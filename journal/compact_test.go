@@ -3,7 +3,6 @@ package journal
 import (
 	"errors"
 	"math/rand/v2"
-	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -115,12 +114,7 @@ func TestADigestBesideDamage(t *testing.T) {
 
 // TestCompactionCostsNoHistory: what it takes of space meanwhile is no reason for history to expire.
 func TestCompactionCostsNoHistory(t *testing.T) {
-	r := newRig(t, Options{SegmentSize: 1 << 20, Reserve: 64 << 10})
-	require.NoError(t, r.s.Close())
-	fs := freeFS{r.fs, &atomic.Int64{}}
-	fs.free.Store(64 << 20)
-	r.fs = fs
-	r.open()
+	r, fs := newFreeRig(t, Options{SegmentSize: 1 << 20, Reserve: 64 << 10}, 64<<20)
 	for range 4 {
 		r.textual(235)
 	}

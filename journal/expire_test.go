@@ -91,12 +91,7 @@ func TestAFailedBeginning(t *testing.T) {
 
 // TestAnExpiryOfAllThatMayGoIsOfWhatIsInTheBackingsDurably: without room to copy what views need of the oldest files, newer ones go too, and those may have been applied since the last checkpoint.
 func TestAnExpiryOfAllThatMayGoIsOfWhatIsInTheBackingsDurably(t *testing.T) {
-	r := newRig(t, Options{Reserve: 64 << 10, SegmentSize: 128 << 10})
-	require.NoError(t, r.s.Close())
-	fs := freeFS{r.fs, &atomic.Int64{}}
-	fs.free.Store(64 << 20)
-	r.fs = fs
-	r.open()
+	r, fs := newFreeRig(t, Options{Reserve: 64 << 10, SegmentSize: 128 << 10}, 64<<20)
 	for round := range 2 {
 		for b := range int64(20) {
 			require.NoError(t, r.write(b, byte(10+round)))

@@ -981,14 +981,21 @@ func (f freeFS) GetDiskUsage(string) (vfs.DiskUsage, error) {
 	return vfs.DiskUsage{AvailBytes: uint64(max(0, f.free.Load()-smallFS{FS: f.FS}.used("state")))}, nil
 }
 
-// TestARoundGoesOnWhereItWasFull: room comes free a little at a time. What a try could keep, the next one need not.
-func TestARoundGoesOnWhereItWasFull(t *testing.T) {
-	r := newRig(t, Options{Reserve: 64 << 10})
+// newFreeRig is a rig on such a file system.
+func newFreeRig(t *testing.T, o Options, free int64) (*rig, freeFS) {
+	t.Helper()
+	r := newRig(t, o)
 	require.NoError(t, r.s.Close())
 	fs := freeFS{r.fs, &atomic.Int64{}}
-	fs.free.Store(4 << 20)
+	fs.free.Store(free)
 	r.fs = fs
 	r.open()
+	return r, fs
+}
+
+// TestARoundGoesOnWhereItWasFull: room comes free a little at a time. What a try could keep, the next one need not.
+func TestARoundGoesOnWhereItWasFull(t *testing.T) {
+	r, fs := newFreeRig(t, Options{Reserve: 64 << 10}, 4<<20)
 	const blocks = 200
 	for b := range int64(blocks) {
 		require.NoError(t, r.write(2*b, 1))
@@ -1129,12 +1136,7 @@ func due(g *Group) error {
 
 // TestCompactTakesRoom: without room for another file beside, or when that runs out on the way, segments stay as they are, and the group goes on; with it, they become compact.
 func TestCompactTakesRoom(t *testing.T) {
-	r := newRig(t, Options{Reserve: 64 << 10, SegmentSize: 128 << 10})
-	require.NoError(t, r.s.Close())
-	fs := freeFS{r.fs, &atomic.Int64{}}
-	fs.free.Store(64 << 20)
-	r.fs = fs
-	r.open()
+	r, fs := newFreeRig(t, Options{Reserve: 64 << 10, SegmentSize: 128 << 10}, 64<<20)
 	for i := range 100 {
 		require.NoError(t, r.write(int64(i%20), byte(i)))
 	}
