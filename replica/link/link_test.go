@@ -460,11 +460,13 @@ func TestALimitedConnection(t *testing.T) {
 func TestASlowFollower(t *testing.T) {
 	a, b := pairOf(t)
 	a.g.begin()
+	a.g.write(1)
 	stop := a.shipping(t, "b")
+	eventually(t, a.g.hasAcked(1)) // a view of this source is of its head: nothing may be written while a follower begins
 	b.g.mu.Lock()
 	b.g.slow = 5 * time.Millisecond
 	b.g.mu.Unlock()
-	a.g.write(30000)
+	a.g.write(29999)
 	eventually(t, a.g.hasAcked(30000))
 	a.same(t, b)
 	require.ErrorIs(t, stop(), context.Canceled)
