@@ -42,7 +42,7 @@ const (
 // run verifies what is due until ctx ends. A verification that a stop has cut off begins anew.
 func (s *scrubber) run(ctx context.Context) error {
 	every := time.Duration(*s.conf.Every)
-	if every == 0 {
+	if every == 0 || *s.conf.Rate == 0 {
 		return nil
 	}
 	t := time.NewTicker(min(scrubLook, max(every/2, time.Second)))
@@ -73,7 +73,7 @@ func (s *scrubber) next(ctx context.Context) bool {
 
 // pause keeps the pace that is configured.
 func (s *scrubber) pause(ctx context.Context) func(int64) error {
-	wait := readPace(s.conf.Rate)
+	wait := readPace(*s.conf.Rate)
 	return func(bytes int64) error { return wait(ctx, bytes) }
 }
 

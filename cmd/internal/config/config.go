@@ -87,8 +87,8 @@ type Journal struct {
 
 // Scrub says how everything is verified in the background.
 type Scrub struct {
-	Every *Span `yaml:"every"` // how long behind the last time a group is verified again; 30d by default, 0: never
-	Rate  Size  `yaml:"rate"`  // how many bytes a second are read; 16 MiB by default
+	Every *Span `yaml:"every"` // how long after the last time a group is verified again; 30d by default, 0: never
+	Rate  *Size `yaml:"rate"`  // how many bytes a second are read; 16 MiB by default, 0: none
 }
 
 // ScrubEvery and ScrubRate are what Scrub has by default.
@@ -110,22 +110,20 @@ const (
 )
 
 func (c *Compact) setDefaults() {
-	if c.After == nil {
-		after := CompactAfter
-		c.After = &after
-	}
-	if c.Rate == nil {
-		rate := CompactRate
-		c.Rate = &rate
-	}
+	setDefault(&c.After, CompactAfter)
+	setDefault(&c.Rate, CompactRate)
 }
 
 func (s *Scrub) setDefaults() {
-	if s.Every == nil {
-		every := ScrubEvery
-		s.Every = &every
+	setDefault(&s.Every, ScrubEvery)
+	setDefault(&s.Rate, ScrubRate)
+}
+
+// setDefault sets what was not given. Zero can be given.
+func setDefault[T any](p **T, value T) {
+	if *p == nil {
+		*p = &value
 	}
-	s.Rate = cmp.Or(s.Rate, ScrubRate)
 }
 
 // Group is a consistency group's disks by name, and the guests that write them.
@@ -350,6 +348,22 @@ func (c *Config) Validate() error {
 	if len(c.Groups) == 0 && !c.Replication.On() {
 		add("groups", errors.New("no disk is given: use --disk GROUP/DISK=BACKING or a configuration file"))
 	}
+	c.validateGroups(add)
+	if c.Metrics != "" {
+		network, _, err := ParseListen(c.Metrics)
+		if err == nil && network != "tcp" {
+			err = errors.New("metrics are on the control socket anyway: give tcp:HOST:PORT, or nothing")
+		}
+		add("metrics", err)
+	}
+	if c.Guests.MaxFrozen < 1 {
+		add("guests.max_frozen", fmt.Errorf("%d: it must be at least 1", c.Guests.MaxFrozen))
+	}
+	return errors.Join(errs...)
+}
+
+// validateGroups calls add with each fault of a group, and where it is.
+func (c *Config) validateGroups(add func(place string, err error)) {
 	ports := map[string]string{}
 	for _, name := range slices.Sorted(maps.Keys(c.Groups)) {
 		g := c.Groups[name]
@@ -377,17 +391,6 @@ func (c *Config) Validate() error {
 		}
 		add("groups."+name, g.validate())
 	}
-	if c.Metrics != "" {
-		network, _, err := ParseListen(c.Metrics)
-		if err == nil && network != "tcp" {
-			err = errors.New("metrics are on the control socket anyway: give tcp:HOST:PORT, or nothing")
-		}
-		add("metrics", err)
-	}
-	if c.Guests.MaxFrozen < 1 {
-		add("guests.max_frozen", fmt.Errorf("%d: it must be at least 1", c.Guests.MaxFrozen))
-	}
-	return errors.Join(errs...)
 }
 
 // validate reports every fault of what a group has beside its disks.

@@ -29,6 +29,18 @@ groups:
 	require.Equal(t, DefaultAPI, c.API)
 }
 
+// TestBackgroundWork has a pace by default, and none if that is what was said.
+func TestBackgroundWork(t *testing.T) {
+	for conf, want := range map[string][2]Size{"": {ScrubRate, CompactRate}, "scrub: {rate: 0}\ncompact: {rate: 0}": {}, "scrub: {rate: 1MiB}\ncompact: {rate: 2MiB}": {1 << 20, 2 << 20}} {
+		c, err := Parse([]byte(conf))
+		require.NoError(t, err)
+		c.Default()
+		require.Equal(t, want, [2]Size{*c.Scrub.Rate, *c.Compact.Rate}, conf)
+		require.Equal(t, ScrubEvery, *c.Scrub.Every)
+		require.Equal(t, CompactAfter, *c.Compact.After)
+	}
+}
+
 func TestUnknownKeysAreErrors(t *testing.T) {
 	for _, s := range []string{"colour: red", "groups: {g: {disk: {}}}", "journal: {limit: -1}", "journal: {limit: 5XB}", "journal: {limit: 9999999999TiB}"} {
 		_, err := Parse([]byte(s))
