@@ -281,6 +281,25 @@ func rowsOfATable(page []byte, anew bool) {
 	}
 }
 
+// writeVersions writes pages of a table to the group's disk, again and again, each time all of them in another order.
+func (l *lone) writeVersions(pages, versions int) error {
+	c, err := client.Dial(l.b.ctx, "unix", l.path("nbd.sock"), "g/d", nil)
+	if err != nil {
+		return err
+	}
+	disk := make([]byte, pages*4096)
+	for version := range versions {
+		for _, i := range rand.Perm(pages) {
+			page := disk[i*4096:][:4096]
+			rowsOfATable(page, version == 0)
+			if err := c.WriteAt(page, int64(i)*4096, false); err != nil {
+				return errors.Join(err, c.Close())
+			}
+		}
+	}
+	return c.Close()
+}
+
 // reading compares reads of a view at random before and after what it reads was made compact: blocks of which each has several versions that differ little.
 func (b *bench) reading(rounds, seconds int) (rows []string, err error) {
 	const pages = 16 << 10 // a segment has four versions of each
@@ -289,21 +308,7 @@ func (b *bench) reading(rounds, seconds int) (rows []string, err error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := client.Dial(b.ctx, "unix", l.path("nbd.sock"), "g/d", nil)
-	if err != nil {
-		return nil, err
-	}
-	disk := make([]byte, pages*4096)
-	for version := range 5 {
-		for _, i := range rand.Perm(pages) {
-			page := disk[i*4096:][:4096]
-			rowsOfATable(page, version == 0)
-			if err := c.WriteAt(page, int64(i)*4096, false); err != nil {
-				return nil, err
-			}
-		}
-	}
-	if err := c.Close(); err != nil {
+	if err := l.writeVersions(pages, 5); err != nil {
 		return nil, err
 	}
 	if err := l.stop(); err != nil {
@@ -421,42 +426,46 @@ const (
 	manySegments = 40 // of 256 MiB each
 )
 
+// groupsConf is of n groups of two disks.
+func groupsConf(n int) string {
+	c := "journal: {segment: 64KiB, reserve: 16MiB}\ngroups:\n"
+	for i := range n {
+		c += fmt.Sprintf("  g%d: {disks: {a: {backing: %%DIR/%d.a}, b: {backing: %%DIR/%d.b}}} # disk %d.a 1073741824\n # disk %d.b 1073741824\n", i, i, i, i, i)
+	}
+	return c
+}
+
+// idle is what a daemon takes with n groups that nobody writes: resident bytes, and of a processor.
+func (b *bench) idle(n int) (rss, cpu float64, err error) {
+	l, err := b.lone(groupsConf(n))
+	defer l.end()
+	if err != nil {
+		return 0, 0, err
+	}
+	time.Sleep(10 * time.Second)
+	was, err := cpuTime(l.cmd.Process.Pid)
+	if err != nil {
+		return 0, 0, err
+	}
+	time.Sleep(20 * time.Second)
+	now, err := cpuTime(l.cmd.Process.Pid)
+	return float64((&server{cmd: l.cmd}).resident()), (now - was).Seconds() / 20, errors.Join(err, l.stop())
+}
+
 // manyGroups measures what an idle group costs, and a start with many that have a long history.
 func (b *bench) manyGroups(rounds, _ int) (rows []string, err error) {
-	conf := func(n int) string {
-		c := "journal: {segment: 64KiB, reserve: 16MiB}\ngroups:\n"
-		for i := range n {
-			c += fmt.Sprintf("  g%d: {disks: {a: {backing: %%DIR/%d.a}, b: {backing: %%DIR/%d.b}}} # disk %d.a 1073741824\n # disk %d.b 1073741824\n", i, i, i, i, i)
-		}
-		return c
-	}
-	idle := func(n int) (rss, cpu float64, err error) {
-		l, err := b.lone(conf(n))
-		defer l.end()
-		if err != nil {
-			return 0, 0, err
-		}
-		time.Sleep(10 * time.Second)
-		was, err := cpuTime(l.cmd.Process.Pid)
-		if err != nil {
-			return 0, 0, err
-		}
-		time.Sleep(20 * time.Second)
-		now, err := cpuTime(l.cmd.Process.Pid)
-		return float64((&server{cmd: l.cmd}).resident()), (now - was).Seconds() / 20, errors.Join(err, l.stop())
-	}
-	oneRSS, oneCPU, err := idle(1)
+	oneRSS, oneCPU, err := b.idle(1)
 	if err != nil {
 		return nil, err
 	}
-	manyRSS, manyCPU, err := idle(manyGroups)
+	manyRSS, manyCPU, err := b.idle(manyGroups)
 	if err != nil {
 		return nil, err
 	}
 	rows = append(rows, fmt.Sprintf("| an idle group of two disks, resident | %.0f KiB (and %.3f %% of a processor) | 1 MiB | 100 KiB |",
 		(manyRSS-oneRSS)/1024/(manyGroups-1), 100*(manyCPU-oneCPU)/(manyGroups-1)))
 
-	l, err := b.lone(conf(manyGroups))
+	l, err := b.lone(groupsConf(manyGroups))
 	defer l.end()
 	if err != nil {
 		return rows, err
@@ -479,7 +488,7 @@ func (b *bench) manyGroups(rounds, _ int) (rows []string, err error) {
 	var took []float64
 	for range rounds {
 		began := time.Now()
-		if err := l.start(conf(manyGroups)); err != nil {
+		if err := l.start(groupsConf(manyGroups)); err != nil {
 			return rows, err
 		}
 		took = append(took, time.Since(began).Seconds())
