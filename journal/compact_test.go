@@ -1,10 +1,12 @@
 package journal
 
 import (
+	"context"
 	"errors"
 	"math/rand/v2"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
@@ -186,4 +188,35 @@ func TestOneFileStaysPlain(t *testing.T) {
 	for _, f := range r.g.set.Files(segment.Log) {
 		require.Equal(t, f.First < newest.First, f.Compact(), f.Path)
 	}
+}
+
+// TestWhenCompactionIsDue: a time behind the file's end, unless somebody waits for space; then it is begun with again.
+func TestWhenCompactionIsDue(t *testing.T) {
+	var clock clock
+	clock.at.Store(int64(time.Hour))
+	paced := 0
+	r := newRig(t, Options{SegmentSize: 4 << 20, Now: clock.time, CompactAfter: time.Minute, CompactPace: func(context.Context, int64) error {
+		paced++
+		return nil
+	}})
+	r.textual(900)
+	require.NoError(t, r.g.closeLog())
+	require.NoError(t, r.g.Apply())
+	require.False(t, r.g.compactDue(t.Context()), "it is not in the backing durably")
+	require.NoError(t, r.g.Checkpoint())
+	clock.at.Add(int64(time.Minute - time.Second))
+	require.False(t, r.g.compactDue(t.Context()), "it was closed a moment ago")
+	clock.at.Add(int64(time.Second))
+	f := r.g.set.Files(segment.Log)[0]
+	r.g.hurry.Add(1)
+	require.False(t, r.g.compactDue(t.Context()))
+	require.Positive(t, paced)
+	require.False(t, f.Compact())
+	r.g.hurry.Add(-1)
+	ended, end := context.WithCancel(t.Context())
+	end()
+	require.False(t, r.g.compactDue(ended))
+	require.True(t, r.g.compactDue(t.Context()))
+	require.True(t, f.Compact())
+	require.False(t, r.g.compactDue(t.Context()), "there is no other")
 }

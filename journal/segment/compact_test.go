@@ -355,7 +355,9 @@ func TestFlippedBitsOfACompactFile(t *testing.T) {
 	requireSame(t, f, plain)
 }
 
-func TestACrashWhileAFileBecomesCompact(t *testing.T) {
+// crashAtEachStep has a change of a file fail at each of its writes in turn, until it is done, and calls check with the file as crashes leave it then, and with
+// what it held. The file is made ready before.
+func crashAtEachStep(t *testing.T, ready func(*testing.T, *Set, *File), change func(s *Set, f *File, plain []byte) error, check func(f *File, plain []byte, done bool)) {
 	for n := 0; ; n++ {
 		mem := vfs.NewCrashableMem()
 		var after int // operations until everything fails
@@ -373,15 +375,15 @@ func TestACrashWhileAFileBecomesCompact(t *testing.T) {
 		root, err := fs.OpenDir("")
 		require.NoError(t, err)
 		require.NoError(t, errors.Join(root.Sync(), root.Close()))
+		ready(t, s, f)
 		after = n
-		_, err = s.Compact(f, 0, noPause)
-		done := err == nil
+		done := change(s, f, plain) == nil
 		for seed := range uint64(4) {
 			crashed := mem.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 50, RNG: rand.New(rand.NewPCG(seed, 3))})
 			again, err := OpenSet(crashed, "g", false)
 			require.NoError(t, err)
 			require.Len(t, again.Files(Log), 2)
-			requireSame(t, again.Files(Log)[0], plain)
+			check(again.Files(Log)[0], plain, done)
 			names, err := crashed.List("g")
 			require.NoError(t, err)
 			require.Len(t, names, 2, "nothing is left behind")
@@ -389,6 +391,109 @@ func TestACrashWhileAFileBecomesCompact(t *testing.T) {
 		}
 		if done {
 			require.Greater(t, n, 4)
+			return
+		}
+	}
+}
+
+// TestACrashWhileAFileBecomesCompact leaves the one or the other, whole.
+func TestACrashWhileAFileBecomesCompact(t *testing.T) {
+	crashAtEachStep(t, func(*testing.T, *Set, *File) {},
+		func(s *Set, f *File, _ []byte) error {
+			_, err := s.Compact(f, 0, noPause)
+			return err
+		},
+		func(f *File, plain []byte, done bool) {
+			requireSame(t, f, plain)
+			if done {
+				require.True(t, f.Compact())
+			}
+		})
+}
+
+// TestACrashWhileACompactFileIsChanged leaves what it was, or all that was to come of it.
+func TestACrashWhileACompactFileIsChanged(t *testing.T) {
+	third := func(f *File, plain []byte) (off, size int64) { // of the third record that has a payload
+		off = f.Start()
+		for n := 0; ; off += size {
+			h, err := record.Decode(plain[off:])
+			if err != nil {
+				t.Fatal(err)
+			}
+			if size = h.Size(); h.Payload > 0 {
+				n++
+			}
+			if n == 3 {
+				return off, size
+			}
+		}
+	}
+	check := func(f *File, plain, changed []byte, done bool) {
+		if f.Compact() {
+			require.False(t, done)
+			requireSame(t, f, plain)
+			return
+		}
+		requireSame(t, f, changed)
+	}
+	t.Run("cut", func(t *testing.T) {
+		crashAtEachStep(t, compact, func(s *Set, f *File, plain []byte) error {
+			off, _ := third(f, plain)
+			return s.Cut(f, off)
+		}, func(f *File, plain []byte, done bool) {
+			off, _ := third(f, plain)
+			check(f, plain, plain[:off], done)
+		})
+	})
+	t.Run("rewritten", func(t *testing.T) {
+		other := func(f *File, plain []byte) (off int64, b []byte) {
+			off, size := third(f, plain)
+			h, err := record.Decode(plain[off:])
+			require.NoError(t, err)
+			payload := bytes.Repeat([]byte{7}, h.Payload)
+			h.Sums = record.AppendSums(nil, payload)
+			b = append(h.Append(nil), payload...)
+			return off, append(b, make([]byte, size-int64(len(b)))...)
+		}
+		crashAtEachStep(t, compact, func(s *Set, f *File, plain []byte) error {
+			off, b := other(f, plain)
+			return s.Rewrite(f, off, b)
+		}, func(f *File, plain []byte, done bool) {
+			off, b := other(f, plain)
+			check(f, plain, slices.Concat(plain[:off], b, plain[off+int64(len(b)):]), done)
+		})
+	})
+}
+
+// TestAFileThatGoesWhileItBecomesCompact: it does not come back, and nothing is left of it.
+func TestAFileThatGoesWhileItBecomesCompact(t *testing.T) {
+	for n := 0; ; n++ {
+		fs := vfs.NewMem()
+		s, f, plain := guestFile(t, fs, 4, 4<<20)
+		held, err := s.Acquire(f.Number)
+		require.NoError(t, err)
+		steps, gone := 0, false
+		_, err = s.Compact(f, 0, func(int64) error {
+			if steps++; steps-1 == n {
+				gone = true
+				return s.Remove(f)
+			}
+			return nil
+		})
+		if gone {
+			require.ErrorIs(t, err, ErrGone)
+			names, err := fs.List("g")
+			require.NoError(t, err)
+			require.Len(t, names, 1, "the file behind it")
+			require.False(t, f.Compact())
+			requireSame(t, f, plain)
+		} else {
+			require.NoError(t, err)
+			require.Greater(t, n, 4, "as it is written, and as it is compared")
+		}
+		held.Release()
+		s.Close()
+		if !gone {
 			return
 		}
 	}
