@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -24,8 +26,52 @@ groups:
 // expiryWait is how long an expiry may take to come: it waits for a checkpoint, of which there is one every half a minute.
 const expiryWait = 2 * time.Minute
 
+// openDisks are files of a mount: a disk as of some points, by their LSNs, and what was written to it before each.
+type openDisks struct {
+	t       *testing.T
+	files   map[uint64]*os.File
+	pattern map[uint64]byte
+}
+
+// mountedDisks opens a disk as of the moments right after some writes, which are too close to each other for all of them to be the last of a slot.
+func (d *served) mountedDisks(write func(pattern int), patterns ...byte) openDisks {
+	o := openDisks{d.t, map[uint64]*os.File{}, map[uint64]byte{}}
+	mnt := d.path("mounted")
+	d.mount(mnt, "web01", mnt, "--kernel", "--idle", "1s")
+	for _, p := range patterns {
+		write(int(p))
+		o.pattern[d.group("web01").Head] = p
+	}
+	for lsn := range o.pattern {
+		f, err := os.Open(fmt.Sprintf("%s/at/lsn:%d/vda/disk.raw", mnt, lsn))
+		require.NoError(d.t, err)
+		d.t.Cleanup(func() { _ = f.Close() })
+		o.files[lsn] = f
+	}
+	return o
+}
+
+// stillRead requires all of them to be read as they were, though nothing else keeps one of them at least, and closes them.
+func (o openDisks) stillRead(kept []api.Kept) {
+	o.t.Helper()
+	alone := 0
+	for lsn, f := range o.files {
+		i := slices.IndexFunc(kept, func(k api.Kept) bool { return k.LSN == lsn })
+		require.GreaterOrEqual(o.t, i, 0, "LSN %d is in use", lsn)
+		if len(kept[i].Why) == 0 {
+			alone++
+		}
+		b := make([]byte, 3<<20)
+		_, err := f.ReadAt(b, 0)
+		require.NoError(o.t, err)
+		require.Equal(o.t, bytes.Repeat([]byte{o.pattern[lsn]}, len(b)), b, "LSN %d", lsn)
+		require.NoError(o.t, f.Close())
+	}
+	require.Positive(o.t, alone)
+}
+
 // TestRetention: the window moves on by time, what the policy keeps beyond it can be viewed, what it does not is an error that names what is around it, and a
-// policy that keeps less lets the rest go.
+// policy that keeps less lets the rest go. What is mounted stays as it is meanwhile.
 func TestRetention(t *testing.T) {
 	need(t, "qemu-io")
 	d := &served{t: t, dir: t.TempDir()}
@@ -38,6 +84,7 @@ func TestRetention(t *testing.T) {
 	write(1)
 	d.ok("mark", "web01", "first", "--pin")
 	began := d.group("web01").Head
+	open := d.mountedDisks(write, 51, 52, 53)
 	for pattern := 2; pattern < 8; pattern++ {
 		write(pattern)
 		time.Sleep(700 * time.Millisecond) // slots of the tier
@@ -58,6 +105,7 @@ func TestRetention(t *testing.T) {
 	var p api.Points
 	require.NoError(t, json.Unmarshal([]byte(d.ok("points", "web01", "--json")), &p))
 	require.GreaterOrEqual(t, len(p.Kept), 4)
+	open.stillRead(p.Kept)
 	first := slices.IndexFunc(p.Kept, func(k api.Kept) bool { return k.LSN == began })
 	require.GreaterOrEqual(t, first, 0)
 	require.Contains(t, p.Kept[first].Why, "pinned")
