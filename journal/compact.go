@@ -50,7 +50,7 @@ func (g *Group) toCompact(age time.Duration) *segment.File {
 		files := g.set.Files(kind)
 		for i, f := range files {
 			there[f.Number] = true
-			if i+1 == len(files) || age > 0 && files[i+1].Created > closedBy || g.compacting.plain[f.Number] || f.Compact() {
+			if i+1 == len(files) || age > 0 && files[i+1].Created > closedBy || g.compacting.plain[f.Number] || f.IsCompact() {
 				continue
 			}
 			if kind == segment.Log && files[i+1].First-1 > record.LSN(g.checkpointed.Load()) {
@@ -105,7 +105,7 @@ func (g *Group) compact(f *segment.File, pause func(int64) error) (saved int64, 
 		g.keepPlain(f, true) // or every try would write it anew
 		return 0, fmt.Errorf("make %s compact: %w", f.Path, err)
 	}
-	if !f.Compact() {
+	if !f.IsCompact() {
 		g.keepPlain(f, true)
 	}
 	return saved, err

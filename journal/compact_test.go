@@ -44,7 +44,7 @@ func closedAndCompact(t *testing.T, compact bool) (r *rig, f *segment.File) {
 	if compact {
 		_, err := r.g.Compact()
 		require.NoError(t, err)
-		require.True(t, f.Compact())
+		require.True(t, f.IsCompact())
 	}
 	return r, f
 }
@@ -62,7 +62,7 @@ func TestVerifyGoesOnBehindWhatCanNotBeRead(t *testing.T) {
 		require.NoError(t, r.s.Close())
 		r.open()
 		f = r.g.set.Files(segment.Log)[0]
-		require.Equal(t, compact, f.Compact())
+		require.Equal(t, compact, f.IsCompact())
 		fault := r.inject(errorfs.OpFileReadAt, f.Path, syscall.EIO)
 		fault.spare.Store(20)
 		found := 0
@@ -186,7 +186,7 @@ func TestOneFileStaysPlain(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, fired, fault.fired.Load())
 	for _, f := range r.g.set.Files(segment.Log) {
-		require.Equal(t, f.First < newest.First, f.Compact(), f.Path)
+		require.Equal(t, f.First < newest.First, f.IsCompact(), f.Path)
 	}
 }
 
@@ -211,12 +211,12 @@ func TestWhenCompactionIsDue(t *testing.T) {
 	r.g.hurry.Add(1)
 	require.False(t, r.g.compactDue(t.Context()))
 	require.Positive(t, paced)
-	require.False(t, f.Compact())
+	require.False(t, f.IsCompact())
 	r.g.hurry.Add(-1)
 	ended, end := context.WithCancel(t.Context())
 	end()
 	require.False(t, r.g.compactDue(ended))
 	require.True(t, r.g.compactDue(t.Context()))
-	require.True(t, f.Compact())
+	require.True(t, f.IsCompact())
 	require.False(t, r.g.compactDue(t.Context()), "there is no other")
 }

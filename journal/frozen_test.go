@@ -89,7 +89,7 @@ func openFrozen(t *testing.T, sample string) {
 				require.Equal(t, record.Application, markers[1].Consistency)
 				require.Equal(t, "described", markers[0].Description)
 			}
-			compact := slices.ContainsFunc(g.set.Files(segment.Log), (*segment.File).Compact)
+			compact := slices.ContainsFunc(g.set.Files(segment.Log), (*segment.File).IsCompact)
 			require.Equal(t, filepath.Base(sample) >= "state-5", compact)
 			reigns := g.Reigns()
 			require.Len(t, reigns, 1)

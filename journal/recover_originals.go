@@ -66,7 +66,7 @@ func (r *recovery) originalsTail(f *segment.File, end int64, cause error) error 
 	if err != nil {
 		return err
 	}
-	durable = durable || f.Compact() && cause != nil // or it would not have become so
+	durable = durable || f.IsCompact() && cause != nil // or it would not have become so
 	if !durable && (behind || cause != nil) {
 		if durable, err = r.notedBehind(f); err != nil {
 			return err

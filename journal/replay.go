@@ -170,7 +170,7 @@ func (r *recovery) behind(f *segment.File, off int64) error {
 		if g.Number < f.Number {
 			continue
 		}
-		if i+1 < len(r.logs) && g.Compact() {
+		if i+1 < len(r.logs) && g.IsCompact() {
 			r.durable = max(r.durable, r.logs[i+1].First-1) // or it would not have become so
 		}
 		from := g.Start()

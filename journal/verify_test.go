@@ -109,7 +109,7 @@ func TestVerifyFindsEveryFlippedBit(t *testing.T) {
 		})
 		require.NoError(t, err)
 		switch mark := r.g.index.mark; {
-		case f.Compact():
+		case f.IsCompact():
 			end, heads, compact = f.Alloc(), nil, compact+1
 		case f.Kind == segment.Originals && f.Number == mark.OrigFile:
 			end = int64(mark.OrigOff) // behind it, they may be half written

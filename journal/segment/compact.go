@@ -17,6 +17,8 @@ import (
 	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
+// CompactHead is what the head of a compact file says of it.
+//
 // A compact file is one that no record is added to any more, in less space. Offsets in it are those of the plain file that it was, and who
 // reads at them finds the same bytes: index, views, feeds and scans see no difference.
 //
@@ -52,7 +54,7 @@ import (
 //
 // Padding is not kept: it is zeroes. As those versions need no others, no more than two frames are read for a block.
 // That blocks are what was written, the records' tables say; the pieces' checksums say whether all that was kept is there still.
-type Compact struct {
+type CompactHead struct {
 	Pieces     int   // 0: it is a plain file
 	Start, End int64 // of the records in the plain file, bytes
 }
@@ -74,21 +76,21 @@ const (
 )
 
 // room is what one directory takes.
-func (c *Compact) room() int64 {
+func (c *CompactHead) room() int64 {
 	return (4 + 8*int64(c.Pieces) + headerUnit - 1) &^ (headerUnit - 1)
 }
 
 // contents is what a compact file has. It does not change but for the directory, which is read when it is needed.
 type contents struct {
-	Compact
+	CompactHead
 	head int64 // length of the file's head
 
 	mu  sync.Mutex
-	dir []pieceAt // guarded by mu until it is there
+	dir []dirEntry // guarded by mu until it is there
 }
 
-// pieceAt is where a piece's first record was in the plain file, and where the piece is in this one.
-type pieceAt struct{ plain, at uint32 }
+// dirEntry is where a piece's first record was in the plain file, and where the piece is in this one.
+type dirEntry struct{ plain, at uint32 }
 
 // piece is a piece without its frames.
 type piece struct {
@@ -102,8 +104,8 @@ type piece struct {
 	read       []byte // what was read of it, from there on
 }
 
-// reading is what reading a compact file takes of memory.
-type reading struct {
+// scratch is what reading a compact file takes of memory.
+type scratch struct {
 	piece, frames, from []byte
 	block, diff         [record.BlockSize]byte
 
@@ -113,18 +115,18 @@ type reading struct {
 	good   int64 // up to this offset of the plain file, what was asked for was read
 }
 
-var readings = sync.Pool{New: func() any { return &reading{piece: make([]byte, pieceGuess)} }}
+var scratches = sync.Pool{New: func() any { return &scratch{piece: make([]byte, pieceGuess)} }}
 
-// keptScratch is how large a buffer of a reading may be to be kept for the next one, in bytes.
+// keptScratch is how large a buffer of a scratch may be to be kept for the next one, in bytes.
 const keptScratch = 1 << 20
 
-func newReading() *reading {
-	s := readings.Get().(*reading)
+func newScratch() *scratch {
+	s := scratches.Get().(*scratch)
 	s.nowait, s.around = false, false
 	return s
 }
 
-func (s *reading) done() {
+func (s *scratch) done() {
 	for _, b := range []*[]byte{&s.piece, &s.frames, &s.from} {
 		if cap(*b) > keptScratch {
 			*b = nil
@@ -133,11 +135,11 @@ func (s *reading) done() {
 	if cap(s.piece) < pieceGuess {
 		s.piece = make([]byte, pieceGuess)
 	}
-	readings.Put(s)
+	scratches.Put(s)
 }
 
 // failed returns err, or fills p with 0xff and returns nil if damage is to be got around.
-func (s *reading) failed(err error, p []byte) error {
+func (s *scratch) failed(err error, p []byte) error {
 	if !s.around || !errors.Is(err, record.ErrCorrupt) {
 		return err
 	}
@@ -156,8 +158,8 @@ func (f *File) damaged(off int64, format string, args ...any) error {
 	return fmt.Errorf("%w: %s at %d: %s", record.ErrCorrupt, f.Path, off, fmt.Sprintf(format, args...))
 }
 
-// Compact reports whether the file is compact.
-func (f *File) Compact() bool {
+// IsCompact reports whether the file is compact.
+func (f *File) IsCompact() bool {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	return f.compact != nil
@@ -174,7 +176,7 @@ func (f *File) Saved() int64 {
 }
 
 // directory is where the pieces are, as far as that can be known. f.mu is held.
-func (f *File) directory(nowait bool) ([]pieceAt, error) {
+func (f *File) directory(nowait bool) ([]dirEntry, error) {
 	c := f.compact
 	if nowait && !c.mu.TryLock() {
 		return nil, osfile.ErrWouldBlock // somebody reads it
@@ -202,13 +204,13 @@ func (f *File) directory(nowait bool) ([]pieceAt, error) {
 }
 
 // walkPieces makes the directory from the pieces: up to the first that can not be read. cause is why. f.mu is held.
-func (f *File) walkPieces(cause error) (dir []pieceAt, err error) {
+func (f *File) walkPieces(cause error) (dir []dirEntry, err error) {
 	c := f.compact
-	s := newReading()
+	s := newScratch()
 	defer s.done()
 	plain, at := c.Start, c.head+2*c.room()
 	for plain < c.End && len(dir) < c.Pieces {
-		p, err := f.pieceFrom(s, at)
+		p, err := f.readPieceAt(s, at)
 		if err == nil && p.first != plain {
 			err = f.damaged(at, "a piece for records at %d, where one for %d must be", p.first, plain)
 		}
@@ -218,13 +220,13 @@ func (f *File) walkPieces(cause error) (dir []pieceAt, err error) {
 		if err != nil {
 			break
 		}
-		dir = append(dir, pieceAt{uint32(plain), uint32(at)})
+		dir = append(dir, dirEntry{uint32(plain), uint32(at)})
 		plain, at = p.end, p.frames+p.size
 	}
 	return dir, nil
 }
 
-func (f *File) readDirectory(at int64, nowait bool) ([]pieceAt, error) {
+func (f *File) readDirectory(at int64, nowait bool) ([]dirEntry, error) {
 	c := f.compact
 	if at+c.room() > f.alloc.Load() {
 		return nil, f.damaged(at, "it ends before the end of a directory of %d pieces", c.Pieces)
@@ -237,10 +239,10 @@ func (f *File) readDirectory(at int64, nowait bool) ([]pieceAt, error) {
 	if used := b[:4+8*c.Pieces]; record.Checksum(used[4:]) != le.Uint32(used) {
 		return nil, f.damaged(at, "a directory has another checksum than was recorded")
 	}
-	dir := make([]pieceAt, c.Pieces)
+	dir := make([]dirEntry, c.Pieces)
 	plain, next := c.Start, c.head+2*c.room()
 	for i := range dir {
-		d := pieceAt{le.Uint32(b[4+8*i:]), le.Uint32(b[8+8*i:])}
+		d := dirEntry{le.Uint32(b[4+8*i:]), le.Uint32(b[8+8*i:])}
 		if i == 0 && (int64(d.plain) != plain || int64(d.at) != next) || i > 0 && int64(d.plain) <= plain || int64(d.plain) >= c.End || int64(d.at) < next {
 			return nil, f.damaged(at, "piece %d of its directory is for records at %d, and stands at %d", i, d.plain, d.at)
 		}
@@ -259,8 +261,8 @@ func (f *File) readRaw(p []byte, at int64, nowait bool) error {
 }
 
 // readPiece reads a piece but for its frames. It is of s, until the next one is read. f.mu is held.
-func (f *File) readPiece(s *reading, dir []pieceAt, i int) (p piece, err error) {
-	p, err = f.pieceFrom(s, int64(dir[i].at))
+func (f *File) readPiece(s *scratch, dir []dirEntry, i int) (p piece, err error) {
+	p, err = f.readPieceAt(s, int64(dir[i].at))
 	if err != nil {
 		return p, err
 	}
@@ -277,8 +279,8 @@ func (f *File) readPiece(s *reading, dir []pieceAt, i int) (p piece, err error) 
 	return p, nil
 }
 
-// pieceFrom reads the piece that begins at an offset of the file, but for its frames. f.mu is held.
-func (f *File) pieceFrom(s *reading, at int64) (p piece, err error) {
+// readPieceAt reads the piece that begins at an offset of the file, but for its frames. f.mu is held.
+func (f *File) readPieceAt(s *scratch, at int64) (p piece, err error) {
 	rest := f.alloc.Load() - at
 	if rest < pieceFixed {
 		return p, f.damaged(at, "no room for a piece")
@@ -314,18 +316,24 @@ func (f *File) pieceFrom(s *reading, at int64) (p piece, err error) {
 	return p, nil
 }
 
-// pieceOf is the piece that has an offset of the plain file.
-func pieceOf(dir []pieceAt, off int64) int {
-	i, found := slices.BinarySearchFunc(dir, off, func(d pieceAt, off int64) int { return cmp.Compare(int64(d.plain), off) })
+// searchDir is the number of the piece that has an offset of the plain file.
+func searchDir(dir []dirEntry, off int64) int {
+	i, found := slices.BinarySearchFunc(dir, off, func(d dirEntry, off int64) int { return cmp.Compare(int64(d.plain), off) })
 	if !found {
 		i--
 	}
 	return i
 }
 
-// each calls fn with the records of a piece, until it returns false: their header with its table, where they begin in the plain file, and the number of the first frame of
-// each and where that stands.
-func (f *File) each(p *piece, fn func(header []byte, off int64, frame int, at int64) (bool, error)) error {
+// body is a record's payload in a piece.
+type body struct {
+	off, n int64 // where it begins in the plain file; bytes
+	frame  int   // number of its first frame
+	at     int64 // where that stands
+}
+
+// each calls fn with the records of a piece, until it returns false: their header with its table, and where they begin in the plain file.
+func (f *File) each(p *piece, fn func(header []byte, off int64, b body) (bool, error)) error {
 	off, frame, at := p.first, 0, p.frames
 	for b := p.headers; len(b) > 0; {
 		if len(b) < record.HeaderSize {
@@ -337,7 +345,7 @@ func (f *File) each(p *piece, fn func(header []byte, off int64, frame int, at in
 			return f.damaged(p.frames, "a header of a payload of %d bytes in %d", payload, len(b))
 		}
 		h := record.Header{Payload: int(payload)}
-		if more, err := fn(b[:h.EncodedSize()], off, frame, at); err != nil || !more {
+		if more, err := fn(b[:h.EncodedSize()], off, body{off + int64(h.EncodedSize()), payload, frame, at}); err != nil || !more {
 			return err
 		}
 		for range n {
@@ -353,7 +361,7 @@ func (f *File) each(p *piece, fn func(header []byte, off int64, frame int, at in
 }
 
 // readCompact reads at an offset of the plain file. f.mu is held.
-func (f *File) readCompact(s *reading, p []byte, off int64) error {
+func (f *File) readCompact(s *scratch, p []byte, off int64) error {
 	s.good = off
 	if off < f.compact.Start || off > f.compact.End-int64(len(p)) {
 		return fmt.Errorf("read %d bytes at %d of %s: its records stand from %d to %d: %w", len(p), off, f.Path, f.compact.Start, f.compact.End, io.ErrUnexpectedEOF)
@@ -362,7 +370,7 @@ func (f *File) readCompact(s *reading, p []byte, off int64) error {
 	if err != nil {
 		return err
 	}
-	for i := pieceOf(dir, off); len(p) > 0; i++ {
+	for i := searchDir(dir, off); len(p) > 0; i++ {
 		end := f.compact.End
 		if i+1 < len(dir) {
 			end = int64(dir[i+1].plain)
@@ -379,7 +387,7 @@ func (f *File) readCompact(s *reading, p []byte, off int64) error {
 }
 
 // fromPiece fills p with what stood from off on in the plain file, all of which is of a piece.
-func (f *File) fromPiece(s *reading, dir []pieceAt, i int, p []byte, off int64) error {
+func (f *File) fromPiece(s *scratch, dir []dirEntry, i int, p []byte, off int64) error {
 	pc, err := f.readPiece(s, dir, i)
 	if err != nil {
 		return err
@@ -398,21 +406,20 @@ func (f *File) fromPiece(s *reading, dir []pieceAt, i int, p []byte, off int64) 
 }
 
 // fromRecords fills p with what stood from off to end in the plain file, all of which the piece has.
-func (f *File) fromRecords(s *reading, pc *piece, p []byte, off, end int64) error {
-	return f.each(pc, func(header []byte, at int64, frame int, frameAt int64) (bool, error) {
-		h := record.Header{Payload: int(binary.LittleEndian.Uint32(header[56:]))}
+func (f *File) fromRecords(s *scratch, pc *piece, p []byte, off, end int64) error {
+	return f.each(pc, func(header []byte, at int64, b body) (bool, error) {
+		h := record.Header{Payload: int(b.n)}
 		if at+h.Size() <= off {
 			return true, nil
 		}
 		if n := overlap(p, off, at, header); n > 0 {
 			copy(p[max(at-off, 0):], header[max(off-at, 0):])
 		}
-		body := at + int64(len(header))
-		s.good = min(body, end)
-		if err := f.payload(s, pc, p, off, body, int64(h.Payload), frame, frameAt); err != nil {
+		s.good = min(b.off, end)
+		if err := f.payload(s, pc, b, p, off); err != nil {
 			return false, err
 		}
-		if pad, padEnd := body+int64(h.Payload), at+h.Size(); pad < end && padEnd > off {
+		if pad, padEnd := b.off+b.n, at+h.Size(); pad < end && padEnd > off {
 			clear(p[max(pad-off, 0) : min(padEnd, end)-off])
 		}
 		s.good = min(at+h.Size(), end)
@@ -425,54 +432,63 @@ func overlap(p []byte, off, at int64, b []byte) int64 {
 	return min(off+int64(len(p)), at+int64(len(b))) - max(off, at)
 }
 
-// payload fills in what p, from off on, has of a payload of n bytes at body, whose first frame stands at at.
-func (f *File) payload(s *reading, pc *piece, p []byte, off, body, n int64, frame int, at int64) error {
-	from, to := max(off, body)-body, min(off+int64(len(p)), body+n)-body
+// payload fills in what p, from off on, has of a payload.
+func (f *File) payload(s *scratch, pc *piece, b body, p []byte, off int64) error {
+	from, to := max(off, b.off)-b.off, min(off+int64(len(p)), b.off+b.n)-b.off
 	if from >= to {
 		return nil
 	}
-	length := func(i int64) int64 { return int64(binary.LittleEndian.Uint16(pc.lengths[2*(int64(frame)+i):])) }
 	first, last := from/record.BlockSize, (to-1)/record.BlockSize
-	for i := range first {
-		at += length(i)
-	}
-	var all int64
-	for i := first; i <= last; i++ {
-		all += length(i)
-	}
-	var b []byte
-	if end := at + all - pc.at; end <= int64(len(pc.read)) {
-		b = pc.read[at-pc.at : end]
-	} else {
-		s.frames = slices.Grow(s.frames[:0], int(all))[:all]
-		if err := f.readRaw(s.frames, at, s.nowait); err != nil {
-			return err
-		}
-		b = s.frames
+	frames, at, err := f.frames(s, pc, b, first, last)
+	if err != nil {
+		return err
 	}
 	for i := first; i <= last; i++ {
-		size := min(n-i*record.BlockSize, record.BlockSize)
+		n := pc.frameLen(b, i)
+		size := min(b.n-i*record.BlockSize, record.BlockSize)
 		begin, end := max(from-i*record.BlockSize, 0), min(to-i*record.BlockSize, size)
-		dst := p[body+i*record.BlockSize+begin-off:][:end-begin]
+		dst := p[b.off+i*record.BlockSize+begin-off:][:end-begin]
 		part := end-begin < size
 		whole := dst
 		if part {
 			whole = s.block[:size]
 		}
-		if err := s.failed(f.block(s, whole, b[:length(i)], at), whole); err != nil {
+		if err := s.failed(f.block(s, whole, frames[:n], at), whole); err != nil {
 			return err
 		}
 		if part {
 			copy(dst, whole[begin:])
 		}
-		at, b = at+length(i), b[length(i):]
-		s.good = body + i*record.BlockSize + end
+		at, frames = at+n, frames[n:]
+		s.good = b.off + i*record.BlockSize + end
 	}
 	return nil
 }
 
+// frameLen is the length of the frame of a payload's block.
+func (p *piece) frameLen(b body, block int64) int64 {
+	return int64(binary.LittleEndian.Uint16(p.lengths[2*(int64(b.frame)+block):]))
+}
+
+// frames are those of the blocks first to last of a payload, and where they stand. They are of pc or s.
+func (f *File) frames(s *scratch, pc *piece, b body, first, last int64) (frames []byte, at int64, err error) {
+	at = b.at
+	for i := range first {
+		at += pc.frameLen(b, i)
+	}
+	var n int64
+	for i := first; i <= last; i++ {
+		n += pc.frameLen(b, i)
+	}
+	if end := at + n - pc.at; end <= int64(len(pc.read)) {
+		return pc.read[at-pc.at : end], at, nil
+	}
+	s.frames = slices.Grow(s.frames[:0], int(n))[:n]
+	return s.frames, at, f.readRaw(s.frames, at, s.nowait)
+}
+
 // block fills dst with the block that a frame, which stands at at, keeps.
-func (f *File) block(s *reading, dst, frame []byte, at int64) error {
+func (f *File) block(s *scratch, dst, frame []byte, at int64) error {
 	if len(frame) == 0 {
 		clear(dst)
 		return nil

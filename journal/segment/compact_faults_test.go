@@ -80,7 +80,7 @@ func TestReadRunUpToDamage(t *testing.T) {
 				compact(t, s, f)
 				dir, err := f.readDirectory(f.compact.head, false)
 				require.NoError(t, err)
-				p, err := f.readPiece(newReading(), dir, 0)
+				p, err := f.readPiece(newScratch(), dir, 0)
 				require.NoError(t, err)
 				at = p.frames
 				for i := range 3 {
@@ -139,7 +139,7 @@ func TestASectorOfADirectoryThatCanNotBeRead(t *testing.T) {
 	s, err := OpenSet(fs, "g", false)
 	require.NoError(t, err)
 	f = s.Files(Log)[0]
-	require.True(t, f.Compact())
+	require.True(t, f.IsCompact())
 	from, to = f.compact.head, f.compact.head+4096 // the sector of the first directory can not be read
 	got := make([]byte, 4096)
 	require.NoError(t, f.ReadAt(got, f.Start(), false), "one damaged sector does not cost the file")
@@ -335,7 +335,7 @@ func TestHostileCompactFiles(t *testing.T) {
 				return
 			}
 			defer f.Release()
-			if !f.Compact() {
+			if !f.IsCompact() {
 				return
 			}
 			_, _ = f.Scan(f.Start(), func(off int64, h record.Header) error {

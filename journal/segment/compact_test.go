@@ -122,7 +122,7 @@ func compact(t *testing.T, s *Set, f *File) {
 	saved, err := s.Compact(f, 0, noPause)
 	require.NoError(t, err)
 	require.Positive(t, saved)
-	require.True(t, f.Compact())
+	require.True(t, f.IsCompact())
 }
 
 // requireSame requires a file to be read as the plain one that it was, and to be whole.
@@ -187,7 +187,7 @@ func TestCompact(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, size, s.Size())
 		f = s.Files(Log)[0]
-		require.True(t, f.Compact())
+		require.True(t, f.IsCompact())
 		requireSame(t, f, plain)
 		run, next, err := f.ReadRun(make([]byte, 64<<10), f.Start(), 1, 1<<20)
 		require.NoError(t, err)
@@ -204,7 +204,7 @@ func TestCompact(t *testing.T) {
 		})
 		require.ErrorIs(t, err, ErrStop)
 		require.NoError(t, s.Cut(f, cut))
-		require.False(t, f.Compact())
+		require.False(t, f.IsCompact())
 		require.Equal(t, cut, f.Alloc())
 		requireSame(t, f, plain[:cut])
 		s.Close()
@@ -230,7 +230,7 @@ func TestWhatIsNotMadeCompact(t *testing.T) {
 	saved, err := s.Compact(f, 0, noPause)
 	require.NoError(t, err)
 	require.Zero(t, saved, "nothing is saved")
-	require.False(t, f.Compact())
+	require.False(t, f.IsCompact())
 
 	// Damage anywhere, and records behind what looks like the end.
 	for _, at := range []int64{f.Start() + 2, f.Start() + 66, f.Start() + 2000} {
@@ -240,7 +240,7 @@ func TestWhatIsNotMadeCompact(t *testing.T) {
 		require.NoError(t, err)
 		_, err = s.Compact(f, 0, noPause)
 		require.ErrorIs(t, err, record.ErrCorrupt)
-		require.False(t, f.Compact())
+		require.False(t, f.IsCompact())
 		s.Close()
 	}
 	s2, f, _ := guestFile(t, vfs.NewMem(), 3, 1<<20)
@@ -258,7 +258,7 @@ func TestARepairedCompactFileIsPlain(t *testing.T) {
 	// A block of frames is damaged: some records can not be read, and one of them is written again.
 	dir, err := f.readDirectory(f.compact.head, false)
 	require.NoError(t, err)
-	p, err := f.readPiece(newReading(), dir, 1)
+	p, err := f.readPiece(newScratch(), dir, 1)
 	require.NoError(t, err)
 	b := make([]byte, p.size/2)
 	require.NoError(t, f.readRaw(b, p.frames, false))
@@ -281,7 +281,7 @@ func TestARepairedCompactFileIsPlain(t *testing.T) {
 	h, err := record.Decode(plain[damaged[0]:])
 	require.NoError(t, err)
 	require.NoError(t, s.Rewrite(f, damaged[0], plain[damaged[0]:damaged[0]+h.Size()]))
-	require.False(t, f.Compact())
+	require.False(t, f.IsCompact())
 	var still []int64
 	_, err = f.Scan(f.Start(), func(off int64, h record.Header) error {
 		if _, err := f.VerifyPayload(off, h, nil); err != nil {
@@ -406,7 +406,7 @@ func TestACrashWhileAFileBecomesCompact(t *testing.T) {
 		func(f *File, plain []byte, done bool) {
 			requireSame(t, f, plain)
 			if done {
-				require.True(t, f.Compact())
+				require.True(t, f.IsCompact())
 			}
 		})
 }
@@ -429,7 +429,7 @@ func TestACrashWhileACompactFileIsChanged(t *testing.T) {
 		}
 	}
 	check := func(f *File, plain, changed []byte, done bool) {
-		if f.Compact() {
+		if f.IsCompact() {
 			require.False(t, done)
 			requireSame(t, f, plain)
 			return
@@ -485,7 +485,7 @@ func TestAFileThatGoesWhileItBecomesCompact(t *testing.T) {
 			names, err := fs.List("g")
 			require.NoError(t, err)
 			require.Len(t, names, 1, "the file behind it")
-			require.False(t, f.Compact())
+			require.False(t, f.IsCompact())
 			requireSame(t, f, plain)
 		} else {
 			require.NoError(t, err)
@@ -525,7 +525,7 @@ func TestNoRoomForACompactFile(t *testing.T) {
 	ended := errors.New("ended")
 	_, err = s.Compact(f, 0, func(int64) error { return ended })
 	require.ErrorIs(t, err, ended)
-	require.False(t, f.Compact())
+	require.False(t, f.IsCompact())
 }
 
 // Readers find the same bytes while a file becomes compact and plain, and is removed.

@@ -42,7 +42,7 @@ func (s *Set) Compact(f *File, keep int64, pause func(bytes int64) error) (saved
 }
 
 func (s *Set) compact(f *File, keep int64, c compactor) (saved int64, err error) {
-	if f.Compact() {
+	if f.IsCompact() {
 		return 0, nil
 	}
 	defer func() {
@@ -50,7 +50,7 @@ func (s *Set) compact(f *File, keep int64, c compactor) (saved int64, err error)
 			err = fmt.Errorf("%w: %w", ErrFull, err)
 		}
 	}()
-	c.f, c.last, c.count = f, map[blockOf]whole{}, map[blockOf]int{}
+	c.f, c.last, c.count = f, map[blockOf]base{}, map[blockOf]int{}
 	if err := c.plan(); err != nil || len(c.plans) == 0 {
 		return 0, err
 	}
@@ -115,7 +115,7 @@ type compactor struct {
 	out  vfs.File
 	at   int64 // where the next piece goes
 	enc  *zstd.Encoder
-	last map[blockOf]whole
+	last map[blockOf]base
 
 	dir                      []byte
 	records                  []byte
@@ -135,8 +135,8 @@ type blockOf struct {
 	block int64
 }
 
-// whole is where a block stands whose frame needs no other: in the plain file, and that frame in the compact one.
-type whole struct {
+// base is where a block stands whose frame needs no other: in the plain file, and that frame in the compact one.
+type base struct {
 	plain, at uint32
 	frame     uint16 // length
 	size      uint16 // of the block
@@ -187,7 +187,7 @@ func (c *compactor) write() (worth bool, err error) {
 		return false, err
 	}
 	h := c.f.Header
-	h.Compact = Compact{Pieces: len(c.plans), Start: c.f.start, End: c.end}
+	h.Compact = CompactHead{Pieces: len(c.plans), Start: c.f.start, End: c.end}
 	head, room := h.encode(), h.Compact.room()
 	c.dir = make([]byte, 4, room)
 	c.at = int64(len(head)) + 2*room
@@ -331,18 +331,18 @@ func (c *compactor) block(of blockOf, plain int64, b []byte, at int64) error {
 		c.frames = append(c.frames[:was], c.frame...)
 		return nil
 	}
-	c.last[of] = whole{uint32(plain), uint32(at), uint16(len(c.frames) - was), uint16(len(b))}
+	c.last[of] = base{uint32(plain), uint32(at), uint16(len(c.frames) - was), uint16(len(b))}
 	return nil
 }
 
 // appendFrom appends how a frame begins that needs another one.
-func appendFrom(dst []byte, kind byte, from whole) []byte {
+func appendFrom(dst []byte, kind byte, from base) []byte {
 	dst = binary.LittleEndian.AppendUint32(append(dst, kind), from.at)
 	return binary.LittleEndian.AppendUint16(dst, from.frame)
 }
 
 // difference makes c.frame a block's difference from a version of it.
-func (c *compactor) difference(from whole, b []byte) error {
+func (c *compactor) difference(from base, b []byte) error {
 	c.old = slices.Grow(c.old[:0], int(from.size))[:from.size]
 	if err := c.f.ReadAt(c.old, int64(from.plain), false); err != nil {
 		return err

@@ -31,7 +31,7 @@ func (s *Set) Cut(f *File, off int64) error {
 func (s *Set) Rewrite(f *File, off int64, b []byte) error {
 	s.changing.Lock()
 	defer s.changing.Unlock()
-	if f.Compact() {
+	if f.IsCompact() {
 		return s.expand(f, math.MaxInt64, b, off)
 	}
 	if off < f.start || off+int64(len(b)) > f.Alloc() {

@@ -25,7 +25,7 @@ func (f *File) ReadAt(p []byte, off int64, nowait bool) error {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	if f.compact != nil {
-		s := newReading()
+		s := newScratch()
 		defer s.done()
 		s.nowait = nowait
 		return f.readCompact(s, p, off)
@@ -44,7 +44,7 @@ func (f *File) readSome(p []byte, off int64) (int, error) {
 		return 0, nil
 	}
 	p = p[:min(int64(len(p)), f.compact.End-off)]
-	s := newReading()
+	s := newScratch()
 	defer s.done()
 	err := f.readCompact(s, p, off)
 	if n := s.good - off; n > 0 && errors.Is(err, record.ErrCorrupt) {
@@ -60,7 +60,7 @@ func (f *File) ReadDamaged(p []byte, off int64) error {
 	if f.compact == nil {
 		return osfile.ReadFull(f.f, p, off, false)
 	}
-	s := newReading()
+	s := newScratch()
 	defer s.done()
 	s.around = true
 	return f.readCompact(s, p, off)
@@ -279,7 +279,7 @@ func (f *File) VerifyHeader() error {
 	defer f.mu.RUnlock()
 	is, n := f.Header, f.start
 	if f.compact != nil {
-		is.Compact, n = f.compact.Compact, f.compact.head
+		is.Compact, n = f.compact.CompactHead, f.compact.head
 	}
 	b := make([]byte, n)
 	if err := osfile.ReadFull(f.f, b, 0, false); err != nil {
@@ -299,7 +299,7 @@ func (f *File) VerifyHeader() error {
 // stands. A kernel that failed to write a page may call it clean afterwards: what it shows then is
 // not on the disk, and a Sync has nothing to do. After a Renew it has.
 func (f *File) Renew(off int64, h record.Header, buf []byte) ([]byte, error) {
-	if f.Compact() {
+	if f.IsCompact() {
 		return f.VerifyPayload(off, h, buf) // it was durable before it had its name
 	}
 	size := int(h.Size())
@@ -324,7 +324,7 @@ func (f *File) Renew(off int64, h record.Header, buf []byte) ([]byte, error) {
 
 // RenewHeader does the same with the file's header.
 func (f *File) RenewHeader() error {
-	if f.Compact() {
+	if f.IsCompact() {
 		return nil
 	}
 	b := make([]byte, f.start)
@@ -365,7 +365,7 @@ func (f *File) hole(off int64) (n int64, hole bool) {
 // Resync calls fn with each valid record header at or after off, so that what lies
 // behind damage can be told from a torn tail. ErrStop from fn ends it without an error.
 func (f *File) Resync(off int64, fn func(at int64, h record.Header) error) error {
-	if f.Compact() {
+	if f.IsCompact() {
 		return f.resyncPieces(off, fn)
 	}
 	w := window{f: f}

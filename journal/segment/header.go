@@ -49,7 +49,7 @@ type Header struct {
 	Bridged  bool
 	GapAfter record.LSN // if it is Bridged: the last before that gap
 	// Compact says how a compact file's records are found. A [File] has none: it says itself whether it is compact.
-	Compact Compact
+	Compact CompactHead
 }
 
 const (
@@ -254,7 +254,7 @@ func (h *Header) decodeGaps(b []byte) ([]byte, error) {
 	return b, nil
 }
 
-func (c *Compact) decode(b []byte) error {
+func (c *CompactHead) decode(b []byte) error {
 	if len(b) < 12 {
 		return fmt.Errorf("%w: segment header: cut short before its pieces", record.ErrCorrupt)
 	}

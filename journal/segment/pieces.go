@@ -10,13 +10,13 @@ import (
 
 // scanPieces is Scan, while the file is compact. end says that all of it was scanned; if not, it is no compact file.
 func (f *File) scanPieces(off int64, fn func(off int64, h record.Header) error) (at int64, end bool, err error) {
-	if !f.Compact() {
+	if !f.IsCompact() {
 		return off, false, nil
 	}
-	s := newReading()
+	s := newScratch()
 	defer s.done()
 	for {
-		p, is, err := f.pieceAt(s, off)
+		p, is, err := f.findPiece(s, off)
 		switch {
 		case err != nil:
 			return off, true, fmt.Errorf("%s at %d: %w", f.Path, off, err)
@@ -24,7 +24,7 @@ func (f *File) scanPieces(off int64, fn func(off int64, h record.Header) error) 
 			return off, is == behindPieces, nil
 		}
 		begun := false
-		err = f.each(&p, func(header []byte, at int64, _ int, _ int64) (bool, error) {
+		err = f.each(&p, func(header []byte, at int64, _ body) (bool, error) {
 			if at < off {
 				return true, nil
 			}
@@ -57,8 +57,8 @@ const (
 	behindPieces              // behind them
 )
 
-// pieceAt reads the piece that has an offset of the plain file.
-func (f *File) pieceAt(s *reading, off int64) (p piece, is where, err error) {
+// findPiece reads the piece that has an offset of the plain file.
+func (f *File) findPiece(s *scratch, off int64) (p piece, is where, err error) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	if f.compact == nil {
@@ -74,7 +74,7 @@ func (f *File) pieceAt(s *reading, off int64) (p piece, is where, err error) {
 	if off < f.compact.Start {
 		return p, inPiece, f.damaged(off, "no record begins there")
 	}
-	p, err = f.readPiece(s, dir, pieceOf(dir, off))
+	p, err = f.readPiece(s, dir, searchDir(dir, off))
 	if err == nil && off >= p.end {
 		err = f.damaged(p.at, "where the piece behind it stands is not known")
 	}
@@ -82,7 +82,7 @@ func (f *File) pieceAt(s *reading, off int64) (p piece, is where, err error) {
 }
 
 // pieces is what the file has as a compact one, and where its pieces are; nil if it is plain.
-func (f *File) pieces() (*contents, []pieceAt, error) {
+func (f *File) pieces() (*contents, []dirEntry, error) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	if f.compact == nil {
@@ -94,7 +94,7 @@ func (f *File) pieces() (*contents, []pieceAt, error) {
 
 // resyncPieces is Resync of a compact file.
 func (f *File) resyncPieces(off int64, fn func(at int64, h record.Header) error) error {
-	s := newReading()
+	s := newScratch()
 	defer s.done()
 	for {
 		c, dir, err := f.pieces()
@@ -108,10 +108,10 @@ func (f *File) resyncPieces(off int64, fn func(at int64, h record.Header) error)
 			return err
 		}
 		next := c.End
-		if i := pieceOf(dir, off); i+1 < len(dir) {
+		if i := searchDir(dir, off); i+1 < len(dir) {
 			next = int64(dir[i+1].plain)
 		}
-		p, is, err := f.pieceAt(s, off)
+		p, is, err := f.findPiece(s, off)
 		if is == inPlain {
 			continue
 		}
@@ -120,7 +120,7 @@ func (f *File) resyncPieces(off int64, fn func(at int64, h record.Header) error)
 		}
 		var ended error
 		if err == nil {
-			_ = f.each(&p, func(header []byte, at int64, _ int, _ int64) (bool, error) { // what is damaged of it, there is no record of
+			_ = f.each(&p, func(header []byte, at int64, _ body) (bool, error) { // what is damaged of it, there is no record of
 				h, err := f.decode(header)
 				if err == nil && at >= off {
 					ended = fn(at, h)
@@ -155,7 +155,7 @@ func (f *File) VerifyPieces(found func(at int64, err error) error, step func(byt
 	if err != nil {
 		return nil // that is what was found
 	}
-	s := newReading()
+	s := newScratch()
 	defer s.done()
 	for i := range dir {
 		n, err := f.verifyPiece(s, c, dir, i)
@@ -192,7 +192,7 @@ func (f *File) verifyDirectory(c *contents, at int64) error {
 }
 
 // verifyPiece returns how many bytes of frames the piece has.
-func (f *File) verifyPiece(s *reading, c *contents, dir []pieceAt, i int) (n int64, err error) {
+func (f *File) verifyPiece(s *scratch, c *contents, dir []dirEntry, i int) (n int64, err error) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	if f.compact != c {
@@ -209,5 +209,5 @@ func (f *File) verifyPiece(s *reading, c *contents, dir []pieceAt, i int) (n int
 	if record.Checksum(s.frames) != p.sum {
 		return p.size, f.damaged(p.frames, "a piece's frames have another checksum than was recorded")
 	}
-	return p.size, f.each(&p, func([]byte, int64, int, int64) (bool, error) { return true, nil })
+	return p.size, f.each(&p, func([]byte, int64, body) (bool, error) { return true, nil })
 }

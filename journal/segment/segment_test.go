@@ -66,11 +66,11 @@ func TestHeaderOfAFile(t *testing.T) {
 		require.ErrorIs(t, err, record.ErrCorrupt)
 	}
 	of := h
-	of.Compact = Compact{Pieces: 3, Start: 4096, End: 70000}
+	of.Compact = CompactHead{Pieces: 3, Start: 4096, End: 70000}
 	got, err = DecodeHeader(of.encode())
 	require.NoError(t, err)
 	require.Equal(t, of, got)
-	for _, bad := range []Compact{{3, 0, 70000}, {3, 4097, 70000}, {3, 8 << 20, 9 << 20}, {3, 4096, 4096}, {20, 4096, 70000}} {
+	for _, bad := range []CompactHead{{3, 0, 70000}, {3, 4097, 70000}, {3, 8 << 20, 9 << 20}, {3, 4096, 4096}, {20, 4096, 70000}} {
 		of.Compact = bad
 		_, err = DecodeHeader(of.encode())
 		require.ErrorIs(t, err, record.ErrCorrupt)

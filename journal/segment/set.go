@@ -236,8 +236,8 @@ func readFile(vf vfs.File, path string) (*File, error) {
 	}
 	f := &File{Header: h, Path: path, f: vf, start: int64(n)}
 	if c := h.Compact; c.Pieces > 0 {
-		f.Header.Compact = Compact{}
-		f.compact, f.start = &contents{Compact: c, head: int64(n)}, c.Start
+		f.Header.Compact = CompactHead{}
+		f.compact, f.start = &contents{CompactHead: c, head: int64(n)}, c.Start
 	}
 	f.alloc.Store(info.Size())
 	f.refs.Store(1)
