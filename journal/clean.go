@@ -136,6 +136,7 @@ func (g *Group) clean(share int64, pause func() error) (freed int64, err error) 
 	if !g.everKept() {
 		return 0, nil // expiries have dropped them
 	}
+	defer func() { g.bound.Store(g.boundLocked()) }()
 	before := g.set.Size()
 	var gone []*segment.File
 	files := g.set.Files(segment.Originals)
@@ -176,6 +177,21 @@ all:
 	freed = before - g.set.Size()
 	g.log.Info("dropped originals that no point is of any more", zap.Int("segments", len(gone)), zap.Int64("bytes", freed))
 	return freed, nil
+}
+
+// boundLocked is how many bytes of the files that were looked at are of points that are pinned or held. g.cleaning is held.
+func (g *Group) boundLocked() (bytes int64) {
+	var points []record.LSN
+	kept, why := g.Kept()
+	for i := range kept {
+		if why[i].Pinned || why[i].Held {
+			points = append(points, kept[i].LSN)
+		}
+	}
+	for _, n := range g.cleaning.needs {
+		bytes += n.needed(points)
+	}
+	return bytes
 }
 
 // mostlyNeeded reports whether a file of originals is to stay as it is.

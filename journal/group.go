@@ -123,6 +123,7 @@ type Group struct {
 		sync.Mutex
 		needs needs
 	}
+	bound      atomic.Int64 // see Bound
 	compacting struct {
 		sync.Mutex
 		plain map[uint32]bool // numbers of files that are not to become compact

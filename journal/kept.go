@@ -129,14 +129,22 @@ func (g *Group) PinnedAlone() bool {
 	return !g.logCanGo() && !slices.ContainsFunc(why, func(r retain.Reason) bool { return r.Kept() && !r.Pinned && !r.Held })
 }
 
+// Bound is how many bytes of what is kept beyond the window are kept for pinned and held points, as of the last [Group.Clean]: for a smaller limit, all
+// else would go, and in vain.
+func (g *Group) Bound() int64 { return g.bound.Load() }
+
 // SetPolicy changes which points are kept from now on, and how large the group's segments may grow, in bytes (0: as Options say). What an older policy has
-// let go of does not come back.
+// let go of does not come back. Nothing changes if the limit is a new one, and smaller than [Group.Bound].
 func (g *Group) SetPolicy(p retain.Policy, limit int64) error {
 	if err := p.Validate(); err != nil {
 		return fmt.Errorf("retention of group %s: %w", g.name, err)
 	}
+	limit = cmp.Or(limit, g.o.Limit)
+	if bound := g.Bound(); limit > 0 && limit < bound && limit != g.Limit() {
+		return fmt.Errorf("retention of group %s: a limit of %d bytes: pinned and held points alone keep %d: unpin some, or raise it", g.name, limit, bound)
+	}
 	g.policy.Store(&p)
-	g.limit.Store(cmp.Or(limit, g.o.Limit))
+	g.limit.Store(limit)
 	return nil
 }
 

@@ -364,6 +364,70 @@ func TestASmallLimitEatsTheWindow(t *testing.T) {
 	require.False(t, eaten, "that was long ago")
 }
 
+// TestASlowlyWrittenFile is closed after an eighth of the window, so that what is in it can expire at all, and not before.
+func TestASlowlyWrittenFile(t *testing.T) {
+	r := newKeptRig(t, 1, retain.Policy{EveryWrite: time.Hour})
+	logs := func() int { return len(r.g.set.Files(segment.Log)) }
+	pass := func(d time.Duration) {
+		r.clock.at.Add(int64(d))
+		require.NoError(t, r.g.Apply())
+		require.NoError(t, r.g.Checkpoint())
+		require.NoError(t, due(r.g))
+	}
+	require.NoError(t, r.write(1, 1))
+	pass(time.Hour/8 - time.Second)
+	require.Equal(t, 1, logs())
+	pass(2 * time.Second)
+	require.Equal(t, 2, logs())
+	pass(2 * time.Hour)
+	require.EqualValues(t, 1, r.g.Horizon())
+	require.Equal(t, 1, logs(), "the new one has nothing in it: it stays open")
+	pass(2 * time.Hour)
+	require.Equal(t, 1, logs())
+	require.NoError(t, r.write(1, 2))
+	pass(0)
+	require.Equal(t, 2, logs(), "it was begun long ago")
+}
+
+// TestALimitBelowWhatPinsKeep is refused while nothing has gone for its sake.
+func TestALimitBelowWhatPinsKeep(t *testing.T) {
+	p := retain.Policy{EveryWrite: time.Minute}
+	r := newKeptRig(t, 1, p)
+	for i := range int64(40) {
+		require.NoError(t, r.write(i, 1))
+	}
+	_, err := r.g.Mark(record.Marker{Label: "pinned", By: "test", Pinned: true})
+	require.NoError(t, err)
+	for range 3 {
+		r.clock.at.Add(int64(time.Hour))
+		for i := range int64(40) {
+			require.NoError(t, r.write(i, 2))
+		}
+		require.NoError(t, r.g.Apply())
+		r.expireAll()
+		require.NoError(t, r.g.closeOriginals(0))
+		_, err = r.g.Clean()
+		require.NoError(t, err)
+	}
+	bound := r.g.Bound()
+	require.InDelta(t, 40*(record.BlockSize+record.HeaderSize), bound, 10*record.BlockSize, "each block is kept once")
+	require.ErrorContains(t, r.g.SetPolicy(retain.Policy{}, bound-1), "unpin some")
+	require.Equal(t, p, r.g.Policy())
+	require.Zero(t, r.g.Limit())
+	require.NoError(t, r.g.SetPolicy(p, bound))
+	r.g.limit.Store(bound - 1) // as when it was set before the point was pinned
+	require.NoError(t, r.g.SetPolicy(retain.Policy{}, bound-1), "what is so already is no reason to refuse the rest")
+
+	_, err = r.g.Unpin("pinned")
+	require.NoError(t, err)
+	_, err = r.g.Thin()
+	require.NoError(t, err)
+	_, err = r.g.Clean()
+	require.NoError(t, err)
+	require.Zero(t, r.g.Bound())
+	require.NoError(t, r.g.SetPolicy(p, 1))
+}
+
 // TestAHold: nobody lets go of the point before its end, the writer of a replica neither, and then it goes like any other.
 func TestAHold(t *testing.T) {
 	p := newPair(t)

@@ -124,7 +124,9 @@ func retained(g *journal.Group, a *api.Group) {
 	if need, room, ok := g.Foresee(); ok && !short && need > room {
 		a.Problems = append(a.Problems, fmt.Sprintf("every write is to be kept for %s: as guests write at present, that takes %d bytes, and there is room for %d: raise the limit, or promise less", config.Span(g.Policy().EveryWrite), need, room))
 	}
-	if limit := g.Limit(); limit > 0 && g.JournalBytes() > limit && g.PinnedAlone() {
+	if limit, bound := g.Limit(), g.Bound(); limit > 0 && bound > limit {
+		a.Problems = append(a.Problems, fmt.Sprintf("pinned and held points alone keep %d bytes, and the limit is %d: all else goes for it, and in vain; unpin, or raise the limit", bound, limit))
+	} else if limit > 0 && g.JournalBytes() > limit && g.PinnedAlone() {
 		a.Problems = append(a.Problems, fmt.Sprintf("the journal takes %d bytes, and its limit is %d: what is left is pinned, or open; unpin, close, or raise the limit", g.JournalBytes(), limit))
 	}
 	if short {
