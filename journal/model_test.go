@@ -60,7 +60,7 @@ func TestModel(t *testing.T) {
 			})
 		}
 	})
-	for _, what := range []string{"crossed", "stopped", "gone back", "crashed on the way", "crashed at the end", "came in a gap", "kept", "thinned", "cleaned", "compact"} {
+	for _, what := range []string{"crossed", "stopped", "gone back", "crashed on the way", "crashed at the end", "came in a gap", "kept", "thinned", "cleaned", "compact", "held"} {
 		require.Positive(t, reached[what], "no seed came to: %s", what)
 	}
 }
@@ -501,10 +501,15 @@ func (m *model) conclude(mk record.Marker) {
 
 func (m *model) amend() {
 	label, text := fmt.Sprintf("m%d", m.rng.IntN(30)), fmt.Sprint("text ", m.rng.Uint32())
+	if all := m.markers(); len(all) > 0 && m.rng.IntN(2) == 0 {
+		lsns := slices.Sorted(maps.Keys(all))
+		label = all[lsns[m.rng.IntN(len(lsns))]].Label
+	}
 	mk, ok := m.labelled(label)
 	remove := false
 	var err error
-	switch m.rng.IntN(5) {
+	held := ok && mk.IsHeld(m.g.o.Now())
+	switch m.rng.IntN(6) {
 	case 0:
 		mk.Description = text
 		_, err = m.g.Describe(label, text)
@@ -514,9 +519,26 @@ func (m *model) amend() {
 	case 2, 3:
 		mk.Pinned = false
 		_, err = m.g.Unpin(label)
+	case 4:
+		until := m.g.o.Now().Add(time.Duration(m.rng.IntN(600)+1) * time.Second).UTC()
+		if _, err = m.g.HoldUntil(label, until); ok && until.Before(mk.Held) {
+			require.ErrorIs(m.t, err, ErrHeld)
+			return
+		}
+		mk.Held = until
+		if ok && !mk.Pinned {
+			_, derr := m.g.Delete(label)
+			require.ErrorIs(m.t, derr, ErrHeld)
+			m.reached["held"]++
+		}
 	default:
-		if _, err = m.g.Delete(label); ok && mk.Pinned {
+		_, err = m.g.Delete(label)
+		if ok && mk.Pinned {
 			require.ErrorIs(m.t, err, ErrPinned)
+			return
+		}
+		if held {
+			require.ErrorIs(m.t, err, ErrHeld)
 			return
 		}
 		remove = true
@@ -972,14 +994,14 @@ func (m *model) expireIn(g *Group) {
 	var pinned []record.LSN
 	g.append.Lock()
 	for _, mk := range g.append.markers.all {
-		if mk.Pinned && !mk.Pending {
+		if (mk.Pinned || mk.IsHeld(g.o.Now())) && !mk.Pending {
 			pinned = append(pinned, mk.LSN)
 		}
 	}
 	g.append.Unlock()
 	defer func() {
 		for _, lsn := range pinned {
-			require.True(m.t, g.viewable(lsn), "the marker at %d is pinned", lsn)
+			require.True(m.t, g.viewable(lsn), "the marker at %d is pinned, or held", lsn)
 		}
 	}()
 	_, err := g.Expire(int64(1 + m.rng.IntN(4*64<<10)))
