@@ -325,31 +325,13 @@ func (g *Group) cleanStep(f *segment.File, from int64) (end int64, err error) {
 		return from, err
 	}
 	defer reader.Close()
-	points := g.allPoints()
 	b := g.ix.NewBatch()
-	var buf []byte
+	c := cleaner{g: g, f: f, reader: reader, points: g.allPoints(), b: b}
 	end, err = f.Scan(from, func(off int64, h record.Header) error {
 		if off >= from+cleanBytes {
 			return segment.ErrStop
 		}
-		if h.Extent.Len == 0 {
-			return nil
-		}
-		if !lives(points, &h) {
-			return eachFound(reader, f, off, &h, func(first, n int) error {
-				for _, e := range appendOriginal(nil, &h, f.Number, off)[first : first+n] {
-					if err := b.Delete(e.Disk, e.Unit, e.LSN); err != nil {
-						return err
-					}
-				}
-				return nil
-			})
-		}
-		var err error
-		if buf, err = f.VerifyPayload(off, h, buf); err != nil {
-			return err
-		}
-		return eachFound(reader, f, off, &h, func(first, n int) error { return g.keep(partOf(&h, first, n), partBytes(&h, buf, first, n)) })
+		return c.record(off, &h)
 	})
 	if err != nil && !errors.Is(err, segment.ErrStop) {
 		g.apply.gathered, g.apply.pending = g.apply.gathered[:0], nil // what of it was written counts, and is true
@@ -369,6 +351,35 @@ func (g *Group) cleanStep(f *segment.File, from int64) (end int64, err error) {
 		return from, g.fail(err)
 	}
 	return end, nil
+}
+
+// cleaner goes through a file of originals with the apply lock held.
+type cleaner struct {
+	g      *Group
+	f      *segment.File
+	reader *index.Reader
+	points []record.LSN
+	b      *index.Batch
+	buf    []byte
+}
+
+// record has the index find an original at off elsewhere, or not at all if no point is of it.
+func (c *cleaner) record(off int64, h *record.Header) (err error) {
+	if h.Extent.Len == 0 {
+		return nil
+	}
+	if !lives(c.points, h) {
+		return eachFound(c.reader, c.f, off, h, func(first, n int) error {
+			for _, e := range appendOriginal(nil, h, c.f.Number, off)[first : first+n] {
+				c.b.Delete(e.Disk, e.Unit, e.LSN)
+			}
+			return nil
+		})
+	}
+	if c.buf, err = c.f.VerifyPayload(off, *h, c.buf); err != nil {
+		return err
+	}
+	return eachFound(c.reader, c.f, off, h, func(first, n int) error { return c.g.keep(partOf(h, first, n), partBytes(h, c.buf, first, n)) })
 }
 
 // partOf is what carries over some blocks of an original.

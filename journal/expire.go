@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -150,19 +151,35 @@ type expiry struct {
 	carried map[*disk.Disk][]int64
 	defined []index.Definition // carried over
 	time    int64              // of the newest record dropped
+	written []written          // that scan has yet to decide about
+	entries []index.Entry
 	buf     []byte
 	at      [viewStep]index.Pick // versions at the next point that is needed
 	after   [viewStep]index.Pick // newest versions
 }
 
+// written is a run of blocks that a record has versions of.
+type written struct {
+	d        *disk.Disk
+	first, n int64
+	lsn      record.LSN
+}
+
+// maxWritten bounds the runs that are decided about together.
+const maxWritten = 1 << 17
+
 // scan decides about every record of the files up to the horizon.
 func (e *expiry) scan(files []*segment.File) error {
-	return segment.ScanLog(files, files[0].Start(), func(f *segment.File, off int64, h record.Header) error {
+	err := segment.ScanLog(files, files[0].Start(), func(f *segment.File, off int64, h record.Header) error {
 		if h.LSN > e.horizon {
 			return segment.ErrStop
 		}
 		return e.record(f, off, &h)
 	})
+	if err != nil {
+		return err
+	}
+	return e.decide()
 }
 
 func (e *expiry) record(f *segment.File, off int64, h *record.Header) error {
@@ -171,45 +188,65 @@ func (e *expiry) record(f *segment.File, off int64, h *record.Header) error {
 		return nil
 	}
 	d := e.g.disk(h.Disk)
-	for _, entry := range appendEntries(nil, h, f.Number, off) {
-		if err := e.b.Delete(entry.Disk, entry.Unit, entry.LSN); err != nil {
-			return err
+	e.entries = appendEntries(e.entries[:0], h, f.Number, off)
+	for _, entry := range e.entries {
+		e.b.Delete(entry.Disk, entry.Unit, entry.LSN)
+	}
+	add := func(first, n int64) error {
+		e.written = append(e.written, written{d, first, n, h.LSN})
+		if len(e.written) < maxWritten {
+			return nil
 		}
+		return e.decide()
 	}
 	first, n := h.Extent.Off/record.BlockSize, int64(record.Blocks(h.Extent.Len))
 	if h.Kind == record.KindWrite {
-		return e.run(d, h, first, n)
+		return add(first, n)
 	}
 	// Zeroes that were not captured were written over zeroes, and the backing
 	// has them still. A trim may be of a whole disk.
-	return d.CapturedIn(first, n, func(first, n int64) error { return e.run(d, h, first, n) })
+	return d.CapturedIn(first, n, add)
 }
 
-// run decides about the blocks of a run that the record h has versions of: they are needed if they are the newest at the next point.
-func (e *expiry) run(d *disk.Disk, h *record.Header, first, n int64) error {
-	point, _ := retain.First(e.points, h.LSN)
-	for ; n > 0; first, n = first+viewStep, n-viewStep {
-		at, after := e.at[:min(n, viewStep)], e.after[:min(n, viewStep)]
-		if err := e.reader.Find(h.Disk, first, point, at); err != nil {
+// decide goes through the runs in the order of the index, in which a look-up finds next to it what the last one read.
+func (e *expiry) decide() error {
+	slices.SortFunc(e.written, func(a, b written) int {
+		return cmp.Or(cmp.Compare(a.d.ID, b.d.ID), cmp.Compare(a.first, b.first), cmp.Compare(b.lsn, a.lsn))
+	})
+	for i := range e.written {
+		if err := e.run(&e.written[i]); err != nil {
 			return err
 		}
-		if err := e.reader.Find(h.Disk, first, record.MaxLSN, after); err != nil {
+	}
+	e.written = e.written[:0]
+	return nil
+}
+
+// run decides about a run's blocks: their versions are needed if they are the newest at the next point.
+func (e *expiry) run(w *written) error {
+	point, _ := retain.First(e.points, w.lsn)
+	for first, n := w.first, w.n; n > 0; first, n = first+viewStep, n-viewStep {
+		at, after := e.at[:min(n, viewStep)], e.after[:min(n, viewStep)]
+		if err := e.reader.Find(w.d.ID, first, record.MaxLSN, after); err != nil {
+			return err
+		}
+		if err := e.reader.Find(w.d.ID, first, point, at); err != nil {
 			return err
 		}
 		for i := range at {
-			if !at[i].Found || at[i].LSN != h.LSN {
+			if !at[i].Found || at[i].LSN != w.lsn {
 				continue // a newer one there: that one decides
 			}
 			block := first + int64(i)
-			if err := e.older(d, block, h.LSN); err != nil {
+			if err := e.older(w.d, block, w.lsn); err != nil {
 				return err
 			}
-			if after[i].LSN == h.LSN {
-				e.forget[d] = append(e.forget[d], block)
+			if after[i].LSN == w.lsn {
+				e.forget[w.d] = append(e.forget[w.d], block)
 			} else {
-				e.moves = append(e.moves, move{d, block, at[i], 0})
-				if len(e.points) > 1 && !d.Captured(block) {
-					if err := e.zeroesBefore(d, block, h.LSN); err != nil {
+				e.moves = append(e.moves, move{w.d, block, at[i], 0})
+				if len(e.points) > 1 && !w.d.Captured(block) {
+					if err := e.zeroesBefore(w.d, block, w.lsn); err != nil {
 						return err
 					}
 				}
@@ -267,7 +304,8 @@ func (e *expiry) older(d *disk.Disk, block int64, lsn record.LSN) error {
 		}
 		end = v.LSN
 		if !live {
-			return e.b.Delete(d.ID, index.Unit{Index: block}, v.LSN)
+			e.b.Delete(d.ID, index.Unit{Index: block}, v.LSN)
+			return nil
 		}
 		if v.Until == 0 && v.LSN <= e.old { // of no record in these files
 			inexact = append(inexact, v)
@@ -411,29 +449,11 @@ func (e *expiry) finish(files []*segment.File) error {
 	if err != nil {
 		return err
 	}
-	g.ix.Forgetting()
 	g.rearranged.Add(1)
-	defer g.rearranged.Add(1)
-	// Bits first: a reader that still finds a version uses it, one that finds
-	// none any more must find the bit clear.
-	for d, blocks := range e.forget {
-		d.Forget(blocks)
+	defer g.rearranged.Add(1) // the files are gone then
+	if err := e.commit(kept, defined); err != nil {
+		return err
 	}
-	e.b.Set(kept)
-	if err := g.commit(e.b); err != nil {
-		return g.fail(err)
-	}
-	for d, blocks := range e.carried {
-		d.Keep(blocks)
-	}
-	g.append.Lock()
-	g.append.markers.expire(e.horizon, g.KeptPoints())
-	g.passGaps()
-	g.append.definitions = slices.DeleteFunc(g.append.definitions, func(d definition) bool { return slices.Contains(defined, d) })
-	for _, d := range e.defined {
-		g.append.definitions.set(d.Definition, d.At)
-	}
-	g.append.Unlock()
 	// The files go when nothing durable refers to them any more, and the log
 	// first: without it, nobody asks for its originals.
 	if err := g.store.ix.Flush(); err != nil {
@@ -452,6 +472,33 @@ func (e *expiry) finish(files []*segment.File) error {
 	g.log.Info("expired the oldest history", zap.Uint64("horizon", uint64(e.horizon)), zap.Int("segments", len(files)))
 	if err := errors.Join(g.set.Remove(files...), g.set.Remove(gone...)); err != nil {
 		return g.fail(err)
+	}
+	return nil
+}
+
+// commit has the index and what is in memory be as was decided: with the versions that are carried over, without the definitions that go.
+func (e *expiry) commit(carried []index.Entry, gone []definition) error {
+	g := e.g
+	g.ix.Forgetting()
+	// Bits first: a reader that still finds a version uses it, one that finds
+	// none any more must find the bit clear.
+	for d, blocks := range e.forget {
+		d.Forget(blocks)
+	}
+	e.b.Set(carried)
+	if err := g.commit(e.b); err != nil {
+		return g.fail(err)
+	}
+	for d, blocks := range e.carried {
+		d.Keep(blocks)
+	}
+	g.append.Lock()
+	defer g.append.Unlock()
+	g.append.markers.expire(e.horizon, g.KeptPoints())
+	g.passGaps()
+	g.append.definitions = slices.DeleteFunc(g.append.definitions, func(d definition) bool { return slices.Contains(gone, d) })
+	for _, d := range e.defined {
+		g.append.definitions.set(d.Definition, d.At)
 	}
 	return nil
 }

@@ -57,9 +57,7 @@ func (r *recovery) dropStale() error {
 				if now != e.Version {
 					continue
 				}
-				if err := b.Delete(e.Disk, e.Unit, e.LSN); err != nil {
-					return err
-				}
+				b.Delete(e.Disk, e.Unit, e.LSN)
 			}
 			return nil
 		})

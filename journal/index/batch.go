@@ -35,23 +35,33 @@ type Entry struct {
 	Version
 }
 
-func compareEntries(a, b Entry) int {
-	if c := cmp.Compare(a.Disk, b.Disk); c != 0 {
-		return c
-	}
-	if c := cmp.Compare(a.Unit.Class, b.Unit.Class); c != 0 {
-		return c
-	}
-	if c := cmp.Compare(a.Unit.Index, b.Unit.Index); c != 0 {
-		return c
-	}
-	return cmp.Compare(b.LSN, a.LSN)
+// entryKey says which version: the fields of its key in the database.
+type entryKey struct {
+	disk record.DiskID
+	unit Unit
+	lsn  record.LSN
 }
 
-// Batch gathers changes to a group's index.
+func (a entryKey) compare(b entryKey) int {
+	if c := cmp.Compare(a.disk, b.disk); c != 0 {
+		return c
+	}
+	if c := cmp.Compare(a.unit.Class, b.unit.Class); c != 0 {
+		return c
+	}
+	if c := cmp.Compare(a.unit.Index, b.unit.Index); c != 0 {
+		return c
+	}
+	return cmp.Compare(b.lsn, a.lsn)
+}
+
+func (e *Entry) entryKey() entryKey { return entryKey{e.Disk, e.Unit, e.LSN} }
+
+// Batch gathers changes to a group's index, those of versions until Commit.
 type Batch struct {
 	g       *Group
 	b       *pebble.Batch
+	deleted []entryKey
 	entries []Entry
 	key     []byte
 	val     []byte
@@ -70,9 +80,8 @@ func (b *Batch) Set(entries []Entry) {
 }
 
 // Delete removes a version, unless this batch sets it too.
-func (b *Batch) Delete(disk record.DiskID, u Unit, lsn record.LSN) error {
-	b.key = appendVersionKey(b.key[:0], b.g.id, disk, u, lsn)
-	return b.b.Delete(b.key, nil)
+func (b *Batch) Delete(disk record.DiskID, u Unit, lsn record.LSN) {
+	b.deleted = append(b.deleted, entryKey{disk, u, lsn})
 }
 
 // Discard ends a batch that is not committed.
@@ -83,7 +92,14 @@ func (b *Batch) Discard() { _ = b.b.Close() }
 func (b *Batch) Commit(w Watermark) error {
 	defer b.b.Close()
 	// Sorted keys go into Pebble's skip list without a search for each.
-	slices.SortFunc(b.entries, compareEntries)
+	slices.SortFunc(b.deleted, entryKey.compare)
+	for _, k := range b.deleted {
+		b.key = appendVersionKey(b.key[:0], b.g.id, k.disk, k.unit, k.lsn)
+		if err := b.b.Delete(b.key, nil); err != nil {
+			return err
+		}
+	}
+	slices.SortFunc(b.entries, func(x, y Entry) int { return x.entryKey().compare(y.entryKey()) })
 	if err := b.g.noteClasses(b); err != nil {
 		return err
 	}
