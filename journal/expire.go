@@ -39,9 +39,12 @@ func (g *Group) raiseHorizon(to record.LSN, kept []KeptPoint) error {
 	return nil
 }
 
+// always goes on: nobody ends an expiry.
+func always() error { return nil }
+
 // fresh are the points in log files that expire which a policy may keep: the last ones of its slots of time, and markers; and those that open views are of, the
 // horizon among them. next is the file behind them: while nothing stands in it, the last record may be the last one of its slot.
-func (g *Group) fresh(policy retain.Policy, files []*segment.File, next *segment.File, horizon record.LSN) (points []KeptPoint, err error) {
+func (g *Group) fresh(policy retain.Policy, files []*segment.File, next *segment.File, horizon record.LSN, goOn func() error) (points []KeptPoint, err error) {
 	viewed := g.viewed()
 	// Of the horizon's record, which is gone: no later than the file behind it.
 	at := KeptPoint{LSN: files[0].First - 1, Time: files[0].Created}
@@ -57,6 +60,9 @@ func (g *Group) fresh(policy retain.Policy, files []*segment.File, next *segment
 	err = segment.ScanLog(files, files[0].Start(), func(_ *segment.File, _ int64, h record.Header) error {
 		if h.LSN > horizon {
 			return segment.ErrStop
+		}
+		if err := goOn(); err != nil {
+			return err
 		}
 		if !g.viewable(h.LSN) {
 			return nil // of a bridge, with the time of the last record before it
@@ -100,7 +106,7 @@ func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File, next *segm
 	g.apply.orig.Keep(g.o.keepExpire())
 	defer g.apply.orig.Keep(g.o.keepApply())
 	policy := g.Policy()
-	fresh, err := g.fresh(policy, files, next, horizon)
+	fresh, err := g.fresh(policy, files, next, horizon, always)
 	if err != nil {
 		// Damaged history is not dropped: what could not be read may be what
 		// views behind it need.
@@ -128,7 +134,7 @@ func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File, next *segm
 			g.pins.Unlock()
 		}
 	}()
-	e := expiry{g: g, old: old, horizon: horizon, points: points, b: g.ix.NewBatch(), forget: map[*disk.Disk][]int64{}, carried: map[*disk.Disk][]int64{}}
+	e := expiry{g: g, goOn: always, old: old, horizon: horizon, points: points, b: g.ix.NewBatch(), forget: map[*disk.Disk][]int64{}, carried: map[*disk.Disk][]int64{}}
 	if e.reader, err = g.ix.FreshReader(); err != nil {
 		return err
 	}
@@ -141,7 +147,8 @@ func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File, next *segm
 
 type expiry struct {
 	g       *Group
-	old     record.LSN // the horizon before
+	goOn    func() error // asked for each record; its error ends the scan
+	old     record.LSN   // the horizon before
 	horizon record.LSN
 	points  []record.LSN // whose views stay as they are; the last one is the horizon
 	reader  *index.Reader
@@ -173,6 +180,9 @@ func (e *expiry) scan(files []*segment.File) error {
 	err := segment.ScanLog(files, files[0].Start(), func(f *segment.File, off int64, h record.Header) error {
 		if h.LSN > e.horizon {
 			return segment.ErrStop
+		}
+		if err := e.goOn(); err != nil {
+			return err
 		}
 		return e.record(f, off, &h)
 	})

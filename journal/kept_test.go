@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -362,6 +363,38 @@ func TestASmallLimitEatsTheWindow(t *testing.T) {
 	r.clock.at.Add(int64(2 * time.Hour))
 	_, eaten = r.g.Window()
 	require.False(t, eaten, "that was long ago")
+}
+
+// TestAPlan says what the next expiry does, holds nothing up meanwhile, and ends when nobody waits for it or what it reads must go.
+func TestAPlan(t *testing.T) {
+	r, fs := newFreeRig(t, Options{SegmentSize: 64 << 10}, 1<<30)
+	for i := range 100 {
+		require.NoError(t, r.write(int64(i%7), byte(i)))
+	}
+	require.NoError(t, r.g.Apply())
+	require.NoError(t, r.g.Checkpoint())
+	at := time.Now().Add(time.Hour)
+	r.g.o.Now = func() time.Time { return at }
+	policy := retain.Policy{EveryWrite: time.Minute, Markers: 1}
+	ended, end := context.WithCancel(t.Context())
+	end()
+	_, err := r.g.Plan(ended, policy)
+	require.ErrorIs(t, err, context.Canceled)
+	plan, err := r.g.Plan(t.Context(), policy)
+	require.NoError(t, err)
+	require.Positive(t, plan.Frees())
+	require.Zero(t, r.g.Horizon())
+
+	goOn := r.g.planning(t.Context(), r.g.expiredTo())
+	require.NoError(t, r.g.SetPolicy(policy, 0))
+	require.NoError(t, due(r.g))
+	require.Equal(t, plan.Horizon, r.g.Horizon())
+	require.Equal(t, plan.Kept, r.g.KeptPoints())
+	require.NoError(t, goOn(), "there is room enough")
+	fs.free.Store(0)
+	goOn = r.g.planning(t.Context(), 0)
+	require.ErrorContains(t, goOn(), "ask again")
+	require.NoError(t, r.g.planning(t.Context(), plan.Horizon)())
 }
 
 // TestASlowlyWrittenFile is closed after an eighth of the window, so that what is in it can expire at all, and not before.

@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"context"
 	"fmt"
 	"math"
 
@@ -24,17 +25,22 @@ type Plan struct {
 // Frees is about how many bytes come free: less while files of originals stay that are needed by half.
 func (p *Plan) Frees() int64 { return max(p.Log-p.Carried+p.Originals, 0) }
 
-// Plan says what a policy would let go of now. Nothing changes. What happens meanwhile may be in it or not.
-func (g *Group) Plan(policy retain.Policy) (plan Plan, err error) {
+// Plan says what a policy would let go of now. Nothing changes, and nothing is kept from expiring for it: what happens meanwhile may be in it or not. It reads all headers of what
+// would go, until ctx ends, or space is short and files that it reads have expired.
+func (g *Group) Plan(ctx context.Context, policy retain.Policy) (plan Plan, err error) {
 	if err := policy.Validate(); err != nil {
 		return plan, fmt.Errorf("retention of group %s: %w", g.name, err)
 	}
 	if err := g.Index(); err != nil {
 		return plan, err
 	}
-	held := min(g.oldestPin(), g.oldestHold())
-	from := g.pinAll()
-	defer g.unpinFrom(from)
+	reader, err := g.ix.FreshReader()
+	if err != nil {
+		return plan, err
+	}
+	defer reader.Close()
+	held, from := min(g.oldestPin(), g.oldestHold()), g.expiredTo()
+	goOn := g.planning(ctx, from)
 	files, release := g.set.Hold(segment.Log)
 	defer release()
 	for len(files) > 1 && files[1].First-1 <= from {
@@ -47,12 +53,13 @@ func (g *Group) Plan(policy retain.Policy) (plan Plan, err error) {
 	n := retain.Expire(closed, math.MaxInt64, held, min(g.Applied(), g.Durable(), passed))
 	if n > 0 {
 		plan.Horizon = closed[n-1].Last
-		if fresh, err = g.fresh(policy, files[:n], files[n], plan.Horizon); err != nil {
+		if fresh, err = g.fresh(policy, files[:n], files[n], plan.Horizon, goOn); err != nil {
 			return plan, err
 		}
 	}
 	points, kept := g.needed(policy, plan.Horizon, fresh, false)
-	if err := g.planLog(&plan, files[:n], points); err != nil {
+	e := expiry{g: g, old: from, horizon: plan.Horizon, points: points, reader: reader, goOn: goOn}
+	if err := e.planLog(&plan, files[:n]); err != nil {
 		return plan, err
 	}
 	_, plan.Why = g.judge(policy, kept, plan.Horizon)
@@ -62,19 +69,28 @@ func (g *Group) Plan(policy retain.Policy) (plan Plan, err error) {
 			plan.Gone = append(plan.Gone, k)
 		}
 	}
-	return plan, g.planOriginals(&plan, points)
+	return plan, g.planOriginals(&plan, points, goOn)
+}
+
+// planning is called for each record that a plan looks at, from where history had expired to when it began. Its error ends the plan.
+func (g *Group) planning(ctx context.Context, from record.LSN) func() error {
+	n := 0
+	return func() error {
+		if n++; n%4096 != 1 {
+			return nil
+		}
+		if ctx.Err() == nil && g.expiredTo() > from && g.lacking() > 0 {
+			return fmt.Errorf("look at what would expire of group %s: history expires meanwhile, as space is short: ask again", g.name)
+		}
+		return ctx.Err()
+	}
 }
 
 // planLog counts what goes of log files, and what is carried over of them.
-func (g *Group) planLog(plan *Plan, files []*segment.File, points []record.LSN) error {
-	reader, err := g.ix.FreshReader()
-	if err != nil {
-		return err
-	}
-	defer reader.Close()
+func (e *expiry) planLog(plan *Plan, files []*segment.File) error {
 	for i, f := range files {
 		plan.Log += f.Alloc()
-		e := expiry{g: g, old: g.expiredTo(), horizon: plan.Horizon, points: points, reader: reader, b: g.ix.NewBatch(), forget: map[*disk.Disk][]int64{}}
+		e.b, e.forget, e.moves = e.g.ix.NewBatch(), map[*disk.Disk][]int64{}, nil
 		err := e.scan(files[i : i+1])
 		e.b.Discard()
 		if err != nil {
@@ -86,7 +102,7 @@ func (g *Group) planLog(plan *Plan, files []*segment.File, points []record.LSN) 
 }
 
 // planOriginals counts what none of some points is of among the originals.
-func (g *Group) planOriginals(plan *Plan, points []record.LSN) error {
+func (g *Group) planOriginals(plan *Plan, points []record.LSN, goOn func() error) error {
 	files, release := g.set.Hold(segment.Originals)
 	defer release()
 	for _, f := range files {
@@ -94,7 +110,7 @@ func (g *Group) planOriginals(plan *Plan, points []record.LSN) error {
 			if h.Extent.Len > 0 && h.LSN <= plan.Horizon && !lives(points, &h) {
 				plan.Originals += h.Size()
 			}
-			return nil
+			return goOn()
 		})
 		if err != nil {
 			return fmt.Errorf("look at what is kept of expired history: %w", err)

@@ -61,7 +61,7 @@ func (c *control) retention(r *http.Request) (any, error) {
 	if q.Get("plan") != "true" {
 		return a, nil
 	}
-	plan, err := g.Plan(policy)
+	plan, err := g.Plan(r.Context(), policy)
 	if err != nil {
 		return nil, err
 	}
