@@ -35,7 +35,7 @@ type Verified struct {
 
 // VerifyOptions say how Verify goes about it.
 type VerifyOptions struct {
-	// Pause is called behind each step with the bytes that it read, and may wait. Its error ends the verification. Nothing is held meanwhile.
+	// Pause is called behind each step with the bytes that it read, and may wait. Its error ends the verification. Nothing is held meanwhile. nil: it does not wait.
 	Pause func(bytes int64) error
 }
 
@@ -49,6 +49,9 @@ type VerifyOptions struct {
 // may expire, and be cleaned up, meanwhile; what is gone is passed over, and originals then are looked for in the index, but not the other way round. Records
 // of bridges are not compared with the index. A group that is open for reading alone has no backings.
 func (g *Group) Verify(ctx context.Context, o VerifyOptions, report func(Finding)) (Verified, error) {
+	if o.Pause == nil {
+		o.Pause = func(int64) error { return nil }
+	}
 	v := verifier{g: g, ctx: ctx, o: o, report: report, head: g.Durable(), seed: maphash.MakeSeed()}
 	if !g.o.ReadOnly {
 		if err := g.indexTo(v.head); err != nil && g.alive() {
@@ -190,7 +193,7 @@ func (v *verifier) step(bytes int64) error {
 	if v.ended = cmp.Or(v.ctx.Err(), v.closed()); v.ended != nil {
 		return v.ended
 	}
-	if v.read += bytes; v.read >= verifyStep && v.o.Pause != nil {
+	if v.read += bytes; v.read >= verifyStep {
 		v.ended = v.pause()
 	}
 	return v.ended

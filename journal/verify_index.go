@@ -149,6 +149,14 @@ func (v *verifier) locate(sum *fileSum) error {
 		return nil // it could be read before: the next verification finds it
 	}
 	var wrong []Finding
+	more := 0
+	add := func(e *index.Entry, format string, args ...any) {
+		if len(wrong) == mostWrong {
+			more++
+			return
+		}
+		wrong = append(wrong, Finding{Where: where(e), What: fmt.Sprintf("%v: "+format, append([]any{record.ErrCorrupt}, args...)...)})
+	}
 	err = v.versions(func(e *index.Entry) {
 		if v.attribute(e) != sum {
 			return
@@ -156,9 +164,9 @@ func (v *verifier) locate(sum *fileSum) error {
 		key := versionKey{e.Disk, e.Unit, e.LSN}
 		switch has, ok := want[key]; {
 		case !ok:
-			wrong = append(wrong, Finding{Where: where(e), What: fmt.Sprintf("%v: no record of %s has it", record.ErrCorrupt, sum.f.Path)})
+			add(e, "no record of %s has it", sum.f.Path)
 		case has != e.Version:
-			wrong = append(wrong, Finding{Where: where(e), What: fmt.Sprintf("%v: it says %+v, and %s has %+v", record.ErrCorrupt, e.Version, sum.f.Path, has)})
+			add(e, "it says %+v, and %s has %+v", e.Version, sum.f.Path, has)
 		}
 		delete(want, key)
 	})
@@ -167,15 +175,14 @@ func (v *verifier) locate(sum *fileSum) error {
 	}
 	if sum.f.Kind == segment.Log { // of originals, those that are needed were looked for
 		for key := range want {
-			e := index.Entry{Disk: key.disk, Unit: key.unit, LSN: key.lsn}
-			wrong = append(wrong, Finding{Where: where(&e), What: fmt.Sprintf("%v: the index lacks what %s has", record.ErrCorrupt, sum.f.Path)})
+			add(&index.Entry{Disk: key.disk, Unit: key.unit, LSN: key.lsn}, "the index lacks what %s has", sum.f.Path)
 		}
 	}
-	for _, f := range wrong[:min(len(wrong), mostWrong)] {
+	for _, f := range wrong {
 		v.done.Findings++
 		v.report(f)
 	}
-	if more := len(wrong) - mostWrong; more > 0 {
+	if more > 0 {
 		v.found(sum.f.Path, 0, fmt.Errorf("%w: the index has %d more versions of its records wrong", record.ErrCorrupt, more))
 	}
 	return nil
