@@ -211,7 +211,7 @@ func (g *Group) runCleans(ctx context.Context) {
 		if err == nil {
 			_, err = g.clean(cleanShare, rest)
 		}
-		if err == nil && g.excess() > 0 && !g.logCanGo() {
+		if err == nil && g.excess() > 0 && !g.logCanGo() && !g.early() {
 			_, err = g.giveUp() // what they took is cleaned up before more of them go
 		}
 		if err != nil && ctx.Err() == nil {

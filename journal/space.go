@@ -116,7 +116,7 @@ func (g *Group) expireForSpace() (bool, error) {
 }
 
 // Expire drops the group's oldest log files, and the originals that nothing
-// needs without them, until at least excess bytes are free, as far as open views, holds
+// needs without them, until at least excess bytes are free, as far as who reads all from an LSN on, holds
 // and unapplied records allow. It returns how many bytes came free. The horizon moves to
 // the last record dropped.
 func (g *Group) Expire(excess int64) (freed int64, err error) {
@@ -128,11 +128,10 @@ func (g *Group) expireNeeded(excess int64) (freed int64, err error) {
 	return g.expire(expiring{excess: func() int64 { return excess }, held: record.MaxLSN, upTo: record.MaxLSN})
 }
 
-// expiring is what is to expire: the oldest files, so that so many bytes come free, which is asked when it begins, as files become smaller meanwhile; nothing after the LSN up to
-// which holds let it, or after another one.
+// expiring says which of the oldest files expire.
 type expiring struct {
-	excess     func() int64
-	held, upTo record.LSN
+	excess     func() int64 // how many bytes are to come free; asked when it begins, as files become smaller meanwhile
+	held, upTo record.LSN   // nothing expires after what holds let go of, or after upTo
 }
 
 // everything is more than any files have.
@@ -141,9 +140,20 @@ func everything() int64 { return math.MaxInt64 }
 // expireFiles bounds the files that go in one pass, and with them its memory, unless there is no room to copy what points need of so few.
 const expireFiles = 8
 
+// expire is one pass, as far as e allows.
 func (g *Group) expire(e expiring) (freed int64, err error) {
 	g.apply.Lock()
 	defer g.apply.Unlock()
+	for range 3 {
+		if freed, err = g.expireLocked(e); !errors.Is(err, errNeeded) {
+			return freed, err
+		}
+	}
+	return 0, nil // somebody comes to need what was to go each time: the next pass finds out
+}
+
+// expireLocked is errNeeded if somebody came to need what was to go. g.apply is held.
+func (g *Group) expireLocked(e expiring) (freed int64, err error) {
 	files := g.set.Files(segment.Log)
 	closed := closedFiles(files)
 	excess := e.excess()
@@ -156,14 +166,10 @@ func (g *Group) expire(e expiring) (freed int64, err error) {
 	}
 	before := g.set.Size()
 	err = g.expireFirst(n, files, closed)
-	if errors.Is(err, errNeeded) {
-		return 0, nil // the next look finds the pin
-	}
-	if errors.Is(err, segment.ErrFull) {
-		// There is no room to carry over what views behind a near horizon
-		// need. Behind the farthest one, they need next to nothing.
-		n = g.mayGo(closed, everything(), e)
-		g.log.Warn("no room to expire the oldest history alone: expiring all that may go", zap.Error(err))
+	// There is no room to carry over what views behind a near horizon need. Behind the farthest one, they need next to nothing.
+	for most := g.mayGo(closed, everything(), e); errors.Is(err, segment.ErrFull) && n < most; {
+		n = min(2*n, most)
+		g.log.Warn("no room to expire the oldest history alone: expiring more of it", zap.Int("segments", n), zap.Error(err))
 		err = g.expireFirst(n, files, closed)
 	}
 	if err != nil {
