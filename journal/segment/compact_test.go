@@ -2,6 +2,7 @@ package segment
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"flag"
 	"fmt"
@@ -578,7 +579,10 @@ func TestReadersWhileAFileBecomesCompact(t *testing.T) {
 	held.Release()
 }
 
-var compactDir = flag.String("compact.dir", "", "a copy of a group's directory, for BenchmarkPartsOfCompaction")
+var (
+	compactDir = flag.String("compact.dir", "", "a group's directory, for benchmarks of compaction")
+	besideDir  = flag.String("compact.beside", "", "another group's, for BenchmarkAlike")
+)
 
 // BenchmarkPartsOfCompaction says what each way to keep a block in less space saves of a group's history, see make bench-history.
 func BenchmarkPartsOfCompaction(b *testing.B) {
@@ -608,6 +612,83 @@ func BenchmarkPartsOfCompaction(b *testing.B) {
 		s.Close()
 		require.NoError(b, os.RemoveAll(dir))
 	}
+}
+
+// BenchmarkAlike counts what of a group's blocks another group has too, and what those take once the files are compact.
+func BenchmarkAlike(b *testing.B) {
+	if *compactDir == "" || *besideDir == "" {
+		b.Skip("no directories of two groups are given")
+	}
+	beside := map[[sha256.Size]byte]bool{}
+	there, err := OpenSet(vfs.Default, *besideDir, true)
+	require.NoError(b, err)
+	defer there.Close()
+	var buf []byte
+	for _, f := range slices.Concat(there.Files(Log), there.Files(Originals)) {
+		_, err := f.Scan(f.Start(), func(off int64, h record.Header) (err error) {
+			if buf, err = f.VerifyPayload(off, h, buf); err == nil {
+				for block := range slices.Chunk(buf, record.BlockSize) {
+					beside[sha256.Sum256(block)] = true
+				}
+			}
+			return err
+		})
+		require.NoError(b, err)
+	}
+	dir := b.TempDir()
+	require.NoError(b, os.CopyFS(dir, os.DirFS(*compactDir)))
+	s, err := OpenSet(vfs.Default, dir, false)
+	require.NoError(b, err)
+	defer s.Close()
+	var blocks, alike, bytes, alikeBytes int64
+	for _, f := range slices.Concat(s.Files(Log), s.Files(Originals)) {
+		_, err := s.Compact(f, 0, noPause)
+		require.NoError(b, err)
+		if !f.IsCompact() {
+			continue
+		}
+		require.NoError(b, f.eachFrame(func(block []byte, frame int64) {
+			if frame == 0 {
+				return // zeroes
+			}
+			blocks, bytes = blocks+1, bytes+frame
+			if beside[sha256.Sum256(block)] {
+				alike, alikeBytes = alike+1, alikeBytes+frame
+			}
+		}))
+	}
+	fmt.Printf("| … of the blocks of a guest, those that another one, made and used alike, wrote too | %.3f of the blocks, %.3f of what they take when compact | | |\n", float64(alike)/float64(blocks), float64(alikeBytes)/float64(bytes))
+}
+
+// eachFrame calls fn with the blocks of a compact file, and the length of each one's frame.
+func (f *File) eachFrame(fn func(block []byte, frame int64)) error {
+	_, dir, err := f.pieces()
+	if err != nil {
+		return err
+	}
+	s := newScratch()
+	defer s.done()
+	block := make([]byte, record.BlockSize)
+	for i := range dir {
+		p, err := f.readPiece(s, dir, i)
+		if err != nil {
+			return err
+		}
+		err = f.each(&p, func(_ []byte, _ int64, b body) (bool, error) {
+			for i := range int64(record.Blocks(b.n)) {
+				part := block[:min(b.n-i*record.BlockSize, record.BlockSize)]
+				if err := f.ReadAt(part, b.off+i*record.BlockSize, false); err != nil {
+					return false, err
+				}
+				fn(part, p.frameLen(b, i))
+			}
+			return true, nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // BenchmarkReadCompact reads single blocks, most of which are kept as differences.

@@ -24,7 +24,7 @@ func (b *bench) history(rounds, seconds int, only string) (rows []string, err er
 		name string
 		run  func(int, int) ([]string, error)
 	}{
-		{"space", b.space}, {"database", b.databaseHistory}, {"reading", b.reading}, {"cleaning", b.cleaning}, {"dropping", b.dropping}, {"many groups", b.manyGroups},
+		{"space", b.space}, {"database", b.databaseHistory}, {"alike", b.alike}, {"reading", b.reading}, {"cleaning", b.cleaning}, {"dropping", b.dropping}, {"many groups", b.manyGroups},
 	} {
 		if only != "" && only != part.name {
 			continue
@@ -72,6 +72,7 @@ func (l *lone) disk(name string, size int64) error {
 	return errors.Join(os.WriteFile(l.path(name), nil, 0o600), os.Truncate(l.path(name), size))
 }
 
+// start starts the daemon with a configuration. It makes the disks, empty, that a comment in it names and that are not there: # disk NAME BYTES.
 func (l *lone) start(conf string) error {
 	for line := range strings.Lines(conf) {
 		if _, name, ok := strings.Cut(line, "# disk "); ok {
@@ -189,7 +190,7 @@ const (
 	compact = "compact: {after: 0s, rate: 4GiB}\n"
 )
 
-// databaseHistory has a database work for ten minutes, and measures what its history takes, and what each part of compaction does to some segments of it.
+// databaseHistory has a database work for 60 times as many seconds, and measures what its history takes, and what each part of compaction does to some segments of it.
 func (b *bench) databaseHistory(_, seconds int) (rows []string, err error) {
 	l, err := b.lone(plain + oneDisk)
 	defer l.end()
@@ -229,16 +230,51 @@ func (b *bench) databaseHistory(_, seconds int) (rows []string, err error) {
 		return nil, err
 	}
 	rows = append(rows, fmt.Sprintf("| … pgbench for %d s, and the making of its tables, after compaction, everything kept | %.3f (%d MiB of %d MiB; before it %d MiB) | 0.5 | 0.1 |", 60*seconds, float64(after)/float64(wrote), after>>20, wrote>>20, before>>20))
-	out, err := exec.Command("go", "test", "./journal/segment", "-run", "^$", "-bench", "PartsOfCompaction", "-benchtime", "1x", "-compact.dir", some).CombinedOutput()
+	more, err := segmentBenchmark("PartsOfCompaction", "-compact.dir", some)
+	if rows = append(rows, more...); err != nil {
+		return rows, err
+	}
+	return rows, os.RemoveAll(some)
+}
+
+// segmentBenchmark are the rows that a benchmark of the segments prints.
+func segmentBenchmark(name string, args ...string) (rows []string, err error) {
+	out, err := exec.Command("go", append([]string{"test", "./journal/segment", "-run", "^$", "-bench", name, "-benchtime", "1x"}, args...)...).CombinedOutput()
 	if err != nil {
-		return rows, fmt.Errorf("the parts of compaction: %w: %s", err, out)
+		return nil, fmt.Errorf("%s: %w: %s", name, err, out)
 	}
 	for line := range strings.Lines(string(out)) {
 		if strings.HasPrefix(line, "|") {
 			rows = append(rows, strings.TrimSpace(line))
 		}
 	}
-	return rows, os.RemoveAll(some)
+	return rows, nil
+}
+
+// alike has a database of its own work in each of two guests, made and used alike, and counts what both of them wrote.
+func (b *bench) alike(_, seconds int) (rows []string, err error) {
+	l, err := b.lone(plain + "journal: {segment: 64MiB}\ngroups: {g1: {disks: {d: {backing: %DIR/1.raw}}}, g2: {disks: {d: {backing: %DIR/2.raw}}}} # disk 1.raw 4294967296\n # disk 2.raw 4294967296\n")
+	defer l.end()
+	if err != nil {
+		return nil, err
+	}
+	for _, g := range []string{"g1", "g2"} {
+		db, err := b.database("nbd+unix:///" + g + "/d?socket=" + l.path("nbd.sock"))
+		if err == nil {
+			_, err = db.pgbench(10 * seconds)
+		}
+		if err = errors.Join(err, db.close()); err != nil {
+			return nil, err
+		}
+	}
+	if err := l.stop(); err != nil {
+		return nil, err
+	}
+	dirs, err := filepath.Glob(l.path("state/groups/*"))
+	if err != nil || len(dirs) != 2 {
+		return nil, errors.Join(err, fmt.Errorf("%d groups", len(dirs)))
+	}
+	return segmentBenchmark("Alike", "-compact.dir", dirs[1], "-compact.beside", dirs[0])
 }
 
 // someSegments copies so many closed segments, of all of the history, to a directory.
@@ -417,8 +453,9 @@ func (b *bench) dropping(_, _ int) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	return []string{fmt.Sprintf("| dropping a day's history of 100 GiB, in %d segments of 1 MiB of 4 KiB writes | %.1f s (%d records; journal %d MiB, then %d MiB) | minutes | seconds |",
-		files, time.Since(began).Seconds(), was.Head, was.JournalBytes>>20, g.JournalBytes>>20)}, nil
+	took := time.Since(began).Seconds()
+	return []string{fmt.Sprintf("| dropping %d segments of 1 MiB of 4 KiB writes (a day's 100 GiB are as many of 256 MiB) | %.1f s (%d records; journal %d MiB, then %d MiB; 256 times as many: %.0f min) | minutes | seconds |",
+		files, took, was.Head, was.JournalBytes>>20, g.JournalBytes>>20, 256*took/60)}, nil
 }
 
 const (
@@ -537,7 +574,7 @@ func cpuTime(pid int) (time.Duration, error) {
 
 func historyPage(rows []string, rounds int) string {
 	return historyHead + fmt.Sprintf(`
-Made by `+"`make bench-history`"+` on %s: %s. %d rounds where there are rounds, medians. What is written goes to an empty disk of 4 GiB, at random, in random bytes: on a disk that was there before, each block that is overwritten for the first
+Made by `+"`make bench-history`"+` on %s: %s. Rounds: %d, and medians of them. What is written goes to an empty disk of 4 GiB, at random, in random bytes: on a disk that was there before, each block that is overwritten for the first
 time takes its original beside. While cleaning is at work, guests write 20 MB/s of which 5 s are kept whole, a point a second for 10 s and one every 4 s for 30 s; what that costs varies from run to run. Segments of
 1 MiB have a 256th of the records of full ones: a day's 100 GiB of 4 KiB writes take 256 times as long to drop. pgbench has four clients and tables of scale 20. The view that is read has 64 MiB, each block of which was written five times, a few bytes other each time: nearly all of
 what it reads are differences. fio has one of the processors.
