@@ -42,10 +42,14 @@ func (g *Group) giveUp() (bool, error) {
 		return false, nil
 	}
 	order = order[:(len(order)+7)/8]
+	goes := make([]bool, len(was))
+	for _, i := range order {
+		goes[i] = true
+	}
 	g.log.Warn("space is short: points go that the policy would keep", zap.Int("points", len(order)))
 	var kept []KeptPoint
 	for i := range was {
-		if !slices.Contains(order, i) {
+		if !goes[i] {
 			kept = append(kept, was[i])
 		}
 	}
@@ -92,20 +96,14 @@ func (g *Group) letGoLocked(kept []KeptPoint) (bool, error) {
 
 // withPinned are some kept points with those others that are kept at present and pinned, or viewed. g.pins is held.
 func (g *Group) withPinned(kept []KeptPoint) []KeptPoint {
-	was := g.KeptPoints()
-	stay := func(lsn record.LSN) {
-		i, ok := findKept(was, lsn)
-		if at, in := findKept(kept, lsn); ok && !in {
-			kept = slices.Insert(slices.Clone(kept), at, was[i])
+	var all []KeptPoint
+	for _, k := range g.KeptPoints() {
+		_, stays := findKept(kept, k.LSN)
+		if stays || g.pins.markers[k.LSN] || g.pins.points[k.LSN] > 0 {
+			all = append(all, k)
 		}
 	}
-	for lsn := range g.pins.markers {
-		stay(lsn)
-	}
-	for lsn := range g.pins.points {
-		stay(lsn)
-	}
-	return kept
+	return all
 }
 
 // allPoints are the LSNs beyond the window that can be viewed, in their order, and the horizon.
@@ -334,6 +332,7 @@ func (g *Group) cleanStep(f *segment.File, from int64) (end int64, err error) {
 		return c.record(off, &h)
 	})
 	if err != nil && !errors.Is(err, segment.ErrStop) {
+		b.Discard()
 		g.apply.gathered, g.apply.pending = g.apply.gathered[:0], nil // what of it was written counts, and is true
 		if serr := g.apply.orig.Sync(); serr != nil {
 			err = g.fail(serr)

@@ -17,7 +17,7 @@ import (
 const (
 	// compactEvery is how often it is looked whether any file is to become compact.
 	compactEvery = 15 * time.Second
-	// compactHold is how long a file waits in all for a guest that writes much: others are looked at then, and it is begun with again later.
+	// compactHold is how long a file waits in all for a guest that writes much: other groups' are looked at then, and it is begun with again later.
 	compactHold = time.Minute
 )
 
@@ -111,7 +111,7 @@ func (g *Group) compact(f *segment.File, pause func(int64) error) (saved int64, 
 	return saved, err
 }
 
-// runCompaction makes files compact at the daemon's pace, one after the other, as it takes a processor, until ctx ends.
+// runCompaction makes files compact at the daemon's pace, one at a time, as each takes a processor, until ctx ends.
 func (s *Store) runCompaction(ctx context.Context) {
 	t := time.NewTicker(compactEvery)
 	defer t.Stop()
@@ -130,7 +130,7 @@ func (s *Store) runCompaction(ctx context.Context) {
 	}
 }
 
-// compactDue makes a file compact, if one is due. It reports whether it did: there may be more.
+// compactDue makes a file compact, if one is due. It reports whether it is worth looking for another one at once.
 func (g *Group) compactDue(ctx context.Context) bool {
 	if ctx.Err() != nil || g.ended() != nil {
 		return false

@@ -31,7 +31,7 @@
 //     directory is locked, the backings are not);
 //  2. call Run, which syncs, indexes, applies, expires, cleans and makes compact in the background, or
 //     each of those itself (the tests do);
-//  3. close views, or their history is pinned, and feeds before the group.
+//  3. close views, or their points are kept, and feeds before the group.
 //
 // # Crash argument
 //

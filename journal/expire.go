@@ -139,30 +139,36 @@ func (g *Group) expireUpTo(horizon record.LSN, files []*segment.File, next *segm
 		return err
 	}
 	defer e.reader.Close()
-	if err := e.scan(files); err != nil {
-		return err
+	err = e.scan(files)
+	if err == nil {
+		err = e.finish(files)
 	}
-	return e.finish(files)
+	if err != nil && !e.committed {
+		e.b.Discard()
+	}
+	return err
 }
 
 type expiry struct {
-	g       *Group
-	goOn    func() error // asked for each record; its error ends the scan
-	old     record.LSN   // the horizon before
-	horizon record.LSN
-	points  []record.LSN // whose views stay as they are; the last one is the horizon
-	reader  *index.Reader
-	b       *index.Batch
-	forget  map[*disk.Disk][]int64
-	moves   []move
-	carried map[*disk.Disk][]int64
-	defined []index.Definition // carried over
-	time    int64              // of the newest record dropped
-	written []written          // that scan has yet to decide about
-	entries []index.Entry
-	buf     []byte
-	at      [viewStep]index.Pick // versions at the next point that is needed
-	after   [viewStep]index.Pick // newest versions
+	g         *Group
+	goOn      func() error // asked for each record; its error ends the scan
+	old       record.LSN   // the horizon before
+	horizon   record.LSN
+	points    []record.LSN // whose views stay as they are; the last one is the horizon
+	reader    *index.Reader
+	b         *index.Batch
+	committed bool // or tried to: b is used up
+	forget    map[*disk.Disk][]int64
+	moves     []move
+	carried   map[*disk.Disk][]int64
+	defined   []index.Definition // carried over
+	time      int64              // of the newest record dropped
+	eats      bool               // the window becomes shorter than was promised
+	written   []written          // that scan has yet to decide about
+	entries   []index.Entry
+	buf       []byte
+	at        [viewStep]index.Pick // versions at the next point that is needed
+	after     [viewStep]index.Pick // newest versions
 }
 
 // written is a run of blocks that a record has versions of.
@@ -306,7 +312,7 @@ func (e *expiry) zeroesBefore(d *disk.Disk, block int64, lsn record.LSN) error {
 // Versions of records below it are the files' that were dropped before, or this one's.
 func (e *expiry) older(d *disk.Disk, block int64, lsn record.LSN) error {
 	end := lsn
-	var inexact []index.Pick
+	var inexact *index.Pick // the newest
 	err := e.reader.Chain(d.ID, block, lsn-1, func(v index.Pick) error {
 		live := retain.Lives(e.points, v.LSN, end)
 		if v.Until != 0 {
@@ -317,12 +323,12 @@ func (e *expiry) older(d *disk.Disk, block int64, lsn record.LSN) error {
 			e.b.Delete(d.ID, index.Unit{Index: block}, v.LSN)
 			return nil
 		}
-		if v.Until == 0 && v.LSN <= e.old { // of no record in these files
-			inexact = append(inexact, v)
+		if v.Until == 0 && v.LSN <= e.old && inexact == nil { // of no record in these files
+			inexact = &v
 		}
 		return nil
 	})
-	if err != nil || len(inexact) == 0 {
+	if err != nil || inexact == nil {
 		return err
 	}
 	// Where it ends, only the records that expire say.
@@ -330,7 +336,7 @@ func (e *expiry) older(d *disk.Disk, block int64, lsn record.LSN) error {
 	if err != nil {
 		return err
 	}
-	e.moves = append(e.moves, move{d, block, inexact[0], until})
+	e.moves = append(e.moves, move{d, block, *inexact, until})
 	return nil
 }
 
@@ -342,10 +348,11 @@ type move struct {
 	until record.LSN // 0: the next version is yet to be found
 }
 
+// carriedBytes is what a block takes that is carried over, at most: with its checksum, and padding.
+const carriedBytes = record.BlockSize + record.HeaderSize + 16
+
 // carries is how many bytes are carried over of the blocks, at most.
-func (e *expiry) carries() int64 {
-	return int64(len(e.moves)) * (record.BlockSize + record.HeaderSize + 16)
-}
+func (e *expiry) carries() int64 { return int64(len(e.moves)) * carriedBytes }
 
 // carryAll keeps versions of blocks as originals that views from the horizon on
 // need, up to the next version of each. Whether there is room is known before the first.
@@ -496,8 +503,12 @@ func (e *expiry) commit(carried []index.Entry, gone []definition) error {
 		d.Forget(blocks)
 	}
 	e.b.Set(carried)
+	e.committed = true
 	if err := g.commit(e.b); err != nil {
 		return g.fail(err)
+	}
+	if e.eats {
+		g.eaten.Store(e.time)
 	}
 	for d, blocks := range e.carried {
 		d.Keep(blocks)
@@ -553,7 +564,7 @@ func (e *expiry) rest() (defined []definition, err error) {
 		return nil, err
 	}
 	if window := e.g.Policy().EveryWrite; window > 0 && e.time > e.g.o.Now().UnixNano()-int64(window) {
-		e.g.eaten.Store(e.time)
+		e.eats = true
 		if err := setStateLSN(e.b, stateEaten, record.LSN(e.time)); err != nil {
 			return nil, err
 		}

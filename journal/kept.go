@@ -199,7 +199,8 @@ func (g *Group) chosen(policy retain.Policy, all []KeptPoint, horizon record.LSN
 	return kept
 }
 
-// judge says why each of some points, given by ascending LSN, is kept beyond a horizon, but for open views, and what the policy knows of it.
+// judge says why each of some points, given by ascending LSN, is kept beyond a horizon, but for open views, and what the policy knows of it. Holds that have ended pin their markers no
+// longer.
 func (g *Group) judge(policy retain.Policy, all []KeptPoint, horizon record.LSN) ([]retain.Point, []retain.Reason) {
 	markers := map[record.LSN]record.Marker{}
 	var points, behind []retain.Point

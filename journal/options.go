@@ -41,8 +41,10 @@ type Options struct {
 	Unapplied int64
 	// IndexCache is the memory for blocks of the index, bytes; 64 MiB by default.
 	IndexCache int64
-	// CompactPace waits until so many more bytes of closed segments may be read, each twice, to make them smaller in the background, see [Group.Compact]; its error ends that. nil: none are made smaller. CompactAfter is how long one was closed before: who follows reads it then, and applying may.
-	CompactPace  func(ctx context.Context, bytes int64) error
+	// CompactPace is called with how many bytes of closed segments were read, each of which is read twice, to make them smaller in the background, and may wait; its error ends that.
+	// nil: none are made smaller. See [Group.Compact].
+	CompactPace func(ctx context.Context, bytes int64) error
+	// CompactAfter is how long a segment was closed before: a follower, and who applies, may still read it.
 	CompactAfter time.Duration
 	// ReadOnly opens a store at rest and changes nothing in it: for Verify and
 	// Dump. A view of what the index does not have yet is an error.

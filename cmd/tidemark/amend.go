@@ -49,7 +49,7 @@ the marker is not deleted. A replica keeps to it whatever its writer's daemon sa
 			return c.Amend(ctx, args[0], args[1], api.Amendment{Held: &held})
 		},
 	})
-	cmd.Flags().Var(&until, "until", "2027-12-31, RFC 3339, or a time from now, as 90d")
+	cmd.Flags().Var(&until, "until", "2027-12-31 (the end of that day, UTC), RFC 3339, or a time from now, as 90d")
 	_ = cmd.MarkFlagRequired("until")
 	return cmd
 }
@@ -70,11 +70,13 @@ func (m *timeFlag) Type() string { return "time" }
 
 // Set implements pflag.Value.
 func (m *timeFlag) Set(s string) error {
-	for _, layout := range []string{time.RFC3339, time.DateOnly} {
-		if t, err := time.Parse(layout, s); err == nil {
-			*m = timeFlag(t)
-			return nil
-		}
+	if t, err := time.Parse(time.RFC3339, s); err == nil {
+		*m = timeFlag(t)
+		return nil
+	}
+	if t, err := time.Parse(time.DateOnly, s); err == nil {
+		*m = timeFlag(t.AddDate(0, 0, 1)) // the day is over
+		return nil
 	}
 	span, err := config.ParseSpan(s)
 	if err != nil {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"math"
-	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -17,7 +16,7 @@ func (a *app) points() *cobra.Command {
 	var f api.Filter
 	cmd := &cobra.Command{
 		Use:   "points GROUP",
-		Short: "List a group's markers and the windows in which every LSN can be viewed",
+		Short: "List a group's markers, its kept points, and the windows in which every LSN can be viewed",
 		Example: `  tidemark points web01 --consistency application --since -24h
   tidemark points web01 --label 'nightly-*' --by scheduler`,
 		Args:              args(cobra.ExactArgs(1)),
@@ -48,9 +47,9 @@ func printPoints(cmd *cobra.Command, p api.Points) error {
 	why := func(at uint64) string {
 		for ; len(kept) > 0 && kept[0].LSN <= at; kept = kept[1:] {
 			if kept[0].LSN == at {
-				return " kept: " + strings.Join(kept[0].Why, ", ")
+				return " kept: " + reasons(kept[0])
 			}
-			fmt.Fprintf(w, "%d\t%s\tcrash\t\t\tkept: %s\n", kept[0].LSN, kept[0].Time.Format(time.RFC3339Nano), strings.Join(kept[0].Why, ", "))
+			fmt.Fprintf(w, "%d\t%s\tcrash\t\t\tkept: %s\n", kept[0].LSN, kept[0].Time.Format(time.RFC3339Nano), reasons(kept[0]))
 		}
 		return ""
 	}
@@ -59,6 +58,9 @@ func printPoints(cmd *cobra.Command, p api.Points) error {
 		label, more := m.Label, m.Description
 		if m.Pinned {
 			label += " (pinned)"
+		}
+		if m.Held.After(time.Now()) {
+			label += " (held until " + m.Held.Format(time.RFC3339) + ")"
 		}
 		if m.Note != "" {
 			more += " [" + m.Asked + " was asked for: " + m.Note + "]"

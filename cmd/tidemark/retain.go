@@ -63,6 +63,14 @@ func span(seconds float64) string {
 	return config.Span(time.Duration(seconds * float64(time.Second))).String()
 }
 
+// reasons says why a point is kept.
+func reasons(k api.Kept) string {
+	if len(k.Why) == 0 {
+		return "in use"
+	}
+	return strings.Join(k.Why, ", ")
+}
+
 func printRetention(cmd *cobra.Command, r api.Retention) error {
 	w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
 	every := "as long as there is room"
@@ -76,11 +84,11 @@ func printRetention(cmd *cobra.Command, r api.Retention) error {
 	if r.Markers > 0 {
 		fmt.Fprintf(w, "the newest markers\t%d\n", r.Markers)
 	}
-	limit := "as far as the file system has room"
+	limit := "; as far as the file system has room"
 	if r.Limit > 0 {
-		limit = "at most " + size(r.Limit)
+		limit = ", of at most " + size(r.Limit)
 	}
-	fmt.Fprintf(w, "space\t%s of %s\n", size(r.Used), limit)
+	fmt.Fprintf(w, "space\t%s%s\n", size(r.Used), limit)
 	if r.Short {
 		fmt.Fprintln(w, "PROBLEM\tspace has run short: less is kept than is to be")
 	}
@@ -93,7 +101,7 @@ func printRetention(cmd *cobra.Command, r api.Retention) error {
 		kept = would.Kept
 	}
 	for _, k := range kept {
-		fmt.Fprintf(w, "  kept\tLSN %d\t%s\t%s\n", k.LSN, k.Time.Format(time.RFC3339Nano), strings.Join(k.Why, ", "))
+		fmt.Fprintf(w, "  kept\tLSN %d\t%s\t%s\n", k.LSN, k.Time.Format(time.RFC3339Nano), reasons(k))
 	}
 	return w.Flush()
 }

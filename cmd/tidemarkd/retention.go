@@ -58,7 +58,10 @@ func (c *control) retention(r *http.Request) (any, error) {
 	for _, t := range policy.Tiers {
 		a.Tiers = append(a.Tiers, api.RetentionTier{Every: t.Every.Seconds(), For: t.For.Seconds()})
 	}
-	if q.Get("plan") != "true" {
+	if plan := q.Get("plan"); plan != "true" {
+		if q.Has("every_write") || q.Has("tier") || q.Has("markers") {
+			return nil, fmt.Errorf("%w: plan=%s: another policy is looked at with plan=true only", errBadRequest, plan)
+		}
 		return a, nil
 	}
 	plan, err := g.Plan(r.Context(), policy)
@@ -125,7 +128,7 @@ func retained(g *journal.Group, a *api.Group) {
 		a.Problems = append(a.Problems, fmt.Sprintf("every write is to be kept for %s: as guests write at present, that takes %d bytes, and there is room for %d: raise the limit, or promise less", config.Span(g.Policy().EveryWrite), need, room))
 	}
 	if limit, bound := g.Limit(), g.Bound(); limit > 0 && bound > limit {
-		a.Problems = append(a.Problems, fmt.Sprintf("pinned and held points alone keep %d bytes, and the limit is %d: all else goes for it, and in vain; unpin, or raise the limit", bound, limit))
+		a.Problems = append(a.Problems, fmt.Sprintf("pinned and held points alone keep %d bytes, and the limit is %d: everything else is let go of, and the journal is still too large; unpin some, or raise the limit", bound, limit))
 	} else if limit > 0 && g.JournalBytes() > limit && g.PinnedAlone() {
 		a.Problems = append(a.Problems, fmt.Sprintf("the journal takes %d bytes, and its limit is %d: what is left is pinned, or open; unpin, close, or raise the limit", g.JournalBytes(), limit))
 	}

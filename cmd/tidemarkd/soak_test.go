@@ -170,8 +170,8 @@ func (d *soakDisk) at(block int64, request uint32) uint32 {
 	return all[i-1]
 }
 
-// check reads a disk as of a point, and returns the first request after which it was what that shows, all of it and nothing of a later one, and the first such one from least on: there
-// must be one up to most.
+// check reads a disk as of a point. It returns the first request after which the disk was exactly that, and the first such one that is not before least: there must be
+// one that is not after most.
 func (d *soakDisk) check(s *served, point string, least, most uint32) (first, request uint32) {
 	s.t.Helper()
 	image := imageOf(s.t, s, d.name+point, soakBlocks*4096)
@@ -228,6 +228,7 @@ type soak struct {
 	marks []soakMark
 	rng   *rand.Rand
 	did   map[string]int
+	due   []int // what is to be done next
 	// shown is what was seen of a disk at an LSN, at either daemon: it is that for ever.
 	shown map[soakShown]uint32
 }
@@ -280,6 +281,9 @@ func TestSoak(t *testing.T) {
 		_, sent[i] = d.answered()
 	}
 	atWriter, atReplica := s.all(s.a), s.all(s.b)
+	for _, what := range []string{"writer killed", "replica killed", "both killed", "replica away", "marker", "read", "read at the replica", "seen again"} {
+		require.Positive(t, s.did[what], "%s: %v", what, s.did)
+	}
 	t.Logf("%v; %d and %d requests; writer: %s; replica: %s", s.did, sent[0], sent[1], atWriter, atReplica)
 	s.a.kill()
 	s.a.start()
@@ -314,8 +318,12 @@ func (s *soak) begin() {
 
 // step does something to either daemon.
 func (s *soak) step() {
-	what := ""
-	switch s.rng.IntN(12) {
+	if len(s.due) == 0 {
+		s.due = s.rng.Perm(12) // each comes up
+	}
+	what, now := "", s.due[0]
+	s.due = s.due[1:]
+	switch now {
 	case 0:
 		what = "writer killed"
 		s.a.kill()

@@ -101,7 +101,7 @@ func (d *DB) verifyTable(path string) (err error) {
 	if err != nil {
 		return errors.Join(err, readable.Close())
 	}
-	// Another one could be a flipped bit of the number of this one, but not the one that was written before.
+	// A damaged footer may name another format: this program's, and the one that was written before it, are taken for genuine.
 	if format, err := r.TableFormat(); err != nil || format != d.db.TableFormat() && format != sstable.TableFormatPebblev5 {
 		return errors.Join(fmt.Errorf("%w: table format %s", pebble.ErrCorruption, format), err, r.Close())
 	}

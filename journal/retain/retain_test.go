@@ -21,7 +21,7 @@ func TestExpire(t *testing.T) {
 		{101, record.MaxLSN, 30, 2},
 		{1000, record.MaxLSN, 30, 3},
 		{1000, 20, 30, 2},            // LSN 20 is still viewable as the horizon
-		{1000, 19, 30, 1},            // a view of LSN 19 is open
+		{1000, 19, 30, 1},            // somebody needs all from LSN 19 on
 		{1000, record.MaxLSN, 25, 2}, // the backings wait for the last
 		{1000, 0, 30, 0},
 	} {

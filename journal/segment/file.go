@@ -118,7 +118,7 @@ func (f *File) Scan(off int64, fn func(off int64, h record.Header) error) (int64
 
 var errEnd = errors.New("end of segment")
 
-// ErrStop returned by the function given to ScanLog ends the scan without an error.
+// ErrStop returned by a callback ends ScanLog and Resync without an error; Scan returns it.
 var ErrStop = errors.New("stop")
 
 // ScanLog calls fn with the records of log files, which follow each other,

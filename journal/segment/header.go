@@ -96,7 +96,7 @@ const (
 //	  …     …   zeroes
 //
 // Version 3 came with reigns' ids, the flags, records of standing, and definitions and expiries among the originals. In version 2 there was
-// one reign, from LSN 1 on and without an id. In
+// one reign, from LSN 1 on and without an id. The flag of compact files came later: who does not know a flag refuses the file. In
 // version 1 disks had no added and removed LSN, and the log no amendments and definitions.
 //
 // Magic, version and length stand before the checksum so that a newer

@@ -86,7 +86,7 @@ type File struct {
 }
 
 // OpenSet opens the files in dir, which must exist. Temporary files are what a
-// crash left of a roll: they are removed, unless readOnly. Files without a valid
+// crash left of a roll, or of a file that was to become compact, or plain again: they are removed, unless readOnly. Files without a valid
 // header are set aside: see Broken.
 func OpenSet(fs vfs.FS, dir string, readOnly bool) (*Set, error) {
 	s := &Set{fs: fs, dir: dir}
@@ -211,7 +211,7 @@ func openFile(fs vfs.FS, path string, readOnly bool) (*File, error) {
 
 func readFile(vf vfs.File, path string) (*File, error) {
 	b := make([]byte, headerUnit)
-	if n, err := vf.ReadAt(b, 0); err != nil && err != io.EOF {
+	if n, err := vf.ReadAt(b, 0); err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	} else {
 		b = b[:n]
@@ -255,7 +255,7 @@ func (s *Set) add(f *File) {
 // createTmp makes an empty file, if so many bytes are free that it leaves keep of them.
 func (s *Set) createTmp(path string, size, keep int64) (vfs.File, error) {
 	if u, err := s.fs.GetDiskUsage(s.dir); err == nil && u.AvailBytes < uint64(size+keep) {
-		return nil, fmt.Errorf("%d bytes are free, %d are kept in reserve: %w", u.AvailBytes, keep, syscall.ENOSPC)
+		return nil, fmt.Errorf("%d bytes are needed, %d are free, and %d of these are kept in reserve: %w", size, u.AvailBytes, keep, syscall.ENOSPC)
 	}
 	vf, err := s.fs.Create(path, vfs.WriteCategoryUnspecified)
 	if err != nil {

@@ -516,6 +516,6 @@ type Extent struct {
 type Finding struct {
 	Where string `json:"where"`
 	LSN   uint64 `json:"lsn,omitempty"`
-	Last  uint64 `json:"last,omitempty"` // of more than one record
+	Last  uint64 `json:"last,omitempty"` // the last record: LSN if it is one
 	What  string `json:"what"`
 }
