@@ -354,3 +354,23 @@ func TestHostileCompactFiles(t *testing.T) {
 		}()
 	}
 }
+
+// TestAScanFromWithinARecord ends, of a compact file too.
+func TestAScanFromWithinARecord(t *testing.T) {
+	s, f, plain := guestFile(t, vfs.NewMem(), 1, 1<<20)
+	defer s.Close()
+	compact(t, s, f)
+	for off := f.Start() + 8; off < int64(len(plain)); off += 4096 + 8 {
+		begins := false
+		_, err := f.Scan(f.Start(), func(at int64, _ record.Header) error {
+			begins = begins || at == off
+			return nil
+		})
+		require.NoError(t, err)
+		if _, err = f.Scan(off, func(int64, record.Header) error { return nil }); !begins {
+			require.ErrorIs(t, err, record.ErrCorrupt, "at %d", off)
+		}
+	}
+	_, err := f.Scan(int64(len(plain))-8, func(int64, record.Header) error { return nil })
+	require.ErrorIs(t, err, record.ErrCorrupt)
+}

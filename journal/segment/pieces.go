@@ -42,6 +42,9 @@ func (f *File) scanPieces(off int64, fn func(off int64, h record.Header) error) 
 			off = at + h.Size()
 			return true, nil
 		})
+		if err == nil && !begun {
+			err = f.damaged(off, "no record begins there")
+		}
 		if err != nil {
 			return off, true, err
 		}
