@@ -312,17 +312,28 @@ func (g *Group) appendLocked(ops []Op) (int, error) {
 // take, and how many bytes the first one takes.
 func (g *Group) fitting(ops []Op) (n, room int, first int64) {
 	var sum int64
+	versions := 0
 	for i, op := range ops {
 		h := record.Header{Payload: len(op.Data)}
 		if sum += h.Size(); i == 0 {
 			first = sum
 		}
-		if !g.append.log.Fits(sum) {
+		if versions += versionsOf(op.Ext); !g.fitsLocked(sum, versions) {
 			return n, room, first
 		}
 		n, room = n+1, room+h.EncodedSize()
 	}
 	return n, room, first
+}
+
+// fitsLocked reports whether records of so many bytes and versions fit the current segment.
+func (g *Group) fitsLocked(bytes int64, versions int) bool {
+	return g.append.log.Fits(bytes) && g.append.versions+versions <= g.o.fileVersions()
+}
+
+// versionsOf is how many versions a record of an extent has in the index.
+func versionsOf(ext record.Extent) int {
+	return index.Units(ext.Off/record.BlockSize, int64(record.Blocks(ext.Len)))
 }
 
 func (g *Group) rollLocked(n int64) error {
@@ -352,6 +363,7 @@ func (g *Group) newLogLocked(n int64) error {
 	if err := g.append.log.Roll(h, n); err != nil {
 		return err
 	}
+	g.append.versions = 0
 	g.lastTime.Store(h.Created)
 	return nil
 }
@@ -403,7 +415,9 @@ func (g *Group) noteLocked(h *record.Header, d *disk.Disk, off int64) {
 	p := g.append.pend
 	before := len(p.entries)
 	p.entries = appendEntries(p.entries, h, file, off)
-	g.append.lag += len(p.entries) - before
+	versions := len(p.entries) - before
+	g.append.lag += versions
+	g.append.versions += versions
 	g.noteTimeLocked(h, file, off)
 }
 

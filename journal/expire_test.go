@@ -3,6 +3,7 @@ package journal
 import (
 	"bytes"
 	"fmt"
+	"math/rand/v2"
 	"sync/atomic"
 	"testing"
 
@@ -11,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/tidemark-cdp/tidemark/journal/record"
+	"github.com/tidemark-cdp/tidemark/journal/segment"
 )
 
 // TestAnExpiryThatRemovedSomeFiles was cut off between them, and then the index was lost: what it carried over counts.
@@ -115,5 +117,74 @@ func TestAnExpiryOfAllThatMayGoIsOfWhatIsInTheBackingsDurably(t *testing.T) {
 	r.open()
 	for b := range int64(20) {
 		require.Equal(t, byte(11), r.live(b), "block %d", b)
+	}
+}
+
+// TestTheNumberOfARemovedFileOfOriginals is not given to another one, though it was the highest: the index knows what of it was indexed.
+func TestTheNumberOfARemovedFileOfOriginals(t *testing.T) {
+	r := newRig(t, Options{SegmentSize: 1 << 20})
+	for i := range int64(100) {
+		require.NoError(t, r.write(i, 1))
+	}
+	require.NoError(t, r.g.closeLog())
+	require.NoError(t, r.g.Apply()) // the originals' file comes after the log's
+	require.NoError(t, r.g.Checkpoint())
+	require.NoError(t, r.s.Close())
+	r.open()
+	last := r.g.set.Files(segment.Originals)[0]
+	_, err := r.g.Expire(1 << 40)
+	require.NoError(t, err)
+	require.NotContains(t, r.g.set.Files(segment.Originals), last, "nothing in it is needed")
+	require.NoError(t, r.s.Close())
+	r.open()
+
+	require.NoError(t, r.write(200, 2)) // LSN 101
+	require.NoError(t, r.g.Sync())
+	require.NoError(t, r.g.Apply())
+	for _, f := range r.g.set.Files(segment.Originals) {
+		require.Greater(t, f.Number, last.Number)
+	}
+	require.NoError(t, r.s.Abandon())
+	r.mem = r.mem.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 100, RNG: rand.New(rand.NewPCG(1, 2))})
+	r.fs = r.mem
+	r.open()
+	got, err := r.at(100, 200)
+	require.NoError(t, err)
+	require.EqualValues(t, 0xb0, got, "what was there before LSN 101")
+}
+
+// TestALogFileHasSoManyVersions, however few bytes its records take: trims have hundreds each, of which an expiry decides at once. A replica's, too.
+func TestALogFileHasSoManyVersions(t *testing.T) {
+	p := newPair(t)
+	for _, r := range []*rig{p.rig, p.to} {
+		require.NoError(t, r.s.Close())
+		r.o.SegmentSize = 1 << 20
+		r.open()
+	}
+	long := record.Extent{Off: record.BlockSize, Len: (rigBlocks - 2) * record.BlockSize}
+	each := versionsOf(long)
+	trims := make([]Op, 1000)
+	for i := range trims {
+		trims[i] = Op{Kind: record.KindTrim, Disk: p.g.Disks()[0], Ext: long}
+	}
+	most := p.g.o.fileVersions()
+	for n := 0; n < 3*most; n += len(trims) * each {
+		require.NoError(t, p.g.Append(trims))
+		require.NoError(t, p.g.Index())
+		p.ship()
+	}
+	for _, r := range []*rig{p.rig, p.to} {
+		files := r.g.set.Files(segment.Log)
+		require.GreaterOrEqual(t, len(files), 3)
+		require.Less(t, len(files), 8)
+		for _, f := range files {
+			versions := 0
+			_, err := f.Scan(f.Start(), func(_ int64, h record.Header) error {
+				versions += versionsOf(h.Extent)
+				return nil
+			})
+			require.NoError(t, err)
+			require.LessOrEqual(t, versions, most)
+		}
 	}
 }

@@ -78,6 +78,7 @@ type Group struct {
 		pend     *pending   // versions of records that no sync covers yet
 		ready    []*pending // synced, not indexed; ascending
 		lag      int        // versions that are not indexed
+		versions int        // of what was appended to the log's current file since open, see fileVersions
 		bytes    int64      // appended since open
 		guest    int64      // of bytes: what was written to the disks
 		synced   int64      // of bytes

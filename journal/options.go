@@ -128,6 +128,10 @@ func (o *Options) keepExpire() int64 { return o.Reserve / 4 }
 // keepCompact is what compaction leaves, so that no history goes for it.
 func (o *Options) keepCompact() int64 { return o.keepLog() + 2*o.SegmentSize }
 
+// fileVersions bounds the versions that the records of one log file may have: as many as it has room for writes of 512 bytes. A trim of 4 GiB takes 64 bytes, and has
+// some hundred; an expiry decides about all versions of some files at once.
+func (o *Options) fileVersions() int { return int(max(o.SegmentSize/512, 1<<16)) }
+
 // Validate reports every fault of the options at once.
 func (o Options) Validate() error {
 	var errs []error

@@ -214,12 +214,16 @@ func (g *Group) receiveLocked(recs *[]received, s *standing) error {
 		if lsn := (*recs)[0].LSN; lsn != a.next || g.standing.Load() != s {
 			return fmt.Errorf("%w: LSN %d was to come next, and LSN %d is: the group has another writer meanwhile", ErrDiverged, lsn, a.next)
 		}
-		n, room, bytes := 0, 0, int64(0)
+		n, room, bytes, versions := 0, 0, int64(0), 0
 		for _, rec := range *recs {
-			if !a.log.Fits(bytes + rec.Size()) {
+			bytes += rec.Size()
+			if !rec.Kind.Note() {
+				versions += versionsOf(rec.Extent)
+			}
+			if !g.fitsLocked(bytes, versions) {
 				break
 			}
-			n, room, bytes = n+1, room+rec.EncodedSize(), bytes+rec.Size()
+			n, room = n+1, room+rec.EncodedSize()
 		}
 		if n == 0 {
 			if err := g.rollLocked((*recs)[0].Size()); err != nil {

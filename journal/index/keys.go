@@ -74,6 +74,12 @@ func Cut(first, n int64, fn func(Unit)) {
 	}
 }
 
+// Units is how many units fill the run of n blocks from first on.
+func Units(first, n int64) (units int) {
+	Cut(first, n, func(Unit) { units++ })
+	return units
+}
+
 func appendTable(dst []byte, group uint32, table byte) []byte {
 	return append(binary.BigEndian.AppendUint32(dst, group), table)
 }
