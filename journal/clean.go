@@ -56,26 +56,26 @@ func (g *Group) giveUp() (bool, error) {
 	return g.letGoLocked(kept)
 }
 
-// letGoLocked keeps no other points than those given, and those that somebody has come to need meanwhile. It is durable when it returns: what Apply keeps from
+// letGoLocked keeps no other points than those given, and those that somebody needs. It is durable when it returns: what Apply keeps from
 // then on may not do for the others. It reports whether any went; without room to note that, none do. g.apply is held.
 func (g *Group) letGoLocked(kept []KeptPoint) (bool, error) {
 	was := g.KeptPoints()
 	g.pins.Lock()
 	kept = g.withPinned(kept)
+	g.kept.Store(&kept) // first: nobody comes to need what is not in the note
 	g.pins.Unlock()
 	if len(kept) == len(was) {
 		return false, nil
 	}
 	if err := g.noteExpired(g.expiredTo(), kept, g.currentMarker); errors.Is(err, segment.ErrFull) {
+		g.pins.Lock()
+		g.kept.Store(&was)
+		g.pins.Unlock()
 		return false, err
 	} else if err != nil {
 		return false, g.fail(err)
 	}
 	g.append.Lock()
-	g.pins.Lock()
-	kept = g.withPinned(kept)
-	g.kept.Store(&kept)
-	g.pins.Unlock()
 	gone := g.append.markers.expire(g.expiredTo(), kept)
 	g.append.Unlock()
 	b := g.ix.NewBatch()
@@ -134,7 +134,7 @@ func (g *Group) clean(share int64, pause func() error) (freed int64, err error) 
 	if !g.everKept() {
 		return 0, nil // expiries have dropped them
 	}
-	defer func() { g.bound.Store(g.boundLocked()) }()
+	defer g.noteKeptLocked()
 	before := g.set.Size()
 	var gone []*segment.File
 	files := g.set.Files(segment.Originals)
@@ -177,19 +177,16 @@ all:
 	return freed, nil
 }
 
-// boundLocked is how many bytes of the files that were looked at are of points that are pinned or held. g.cleaning is held.
-func (g *Group) boundLocked() (bytes int64) {
-	var points []record.LSN
-	kept, why := g.Kept()
-	for i := range kept {
-		if why[i].Pinned || why[i].Held {
-			points = append(points, kept[i].LSN)
+// noteKeptLocked has Bound know what the files that were looked at have for which points, by what they take up, compact or not. g.cleaning is held.
+func (g *Group) noteKeptLocked() {
+	all := fileNeeds{of: map[Range]int64{}}
+	for _, f := range g.set.Files(segment.Originals) {
+		n := g.cleaning.needs[f.Number]
+		for r, bytes := range n.of {
+			all.of[r] += int64(float64(bytes) / float64(n.total) * float64(f.Alloc()))
 		}
 	}
-	for _, n := range g.cleaning.needs {
-		bytes += n.needed(points)
-	}
-	return bytes
+	g.keptBytes.Store(&all)
 }
 
 // mostlyNeeded reports whether a file of originals is to stay as it is.

@@ -124,7 +124,7 @@ type Group struct {
 		sync.Mutex
 		needs needs
 	}
-	bound      atomic.Int64 // see Bound
+	keptBytes  atomic.Pointer[fileNeeds] // as of the last Clean: see Bound; nil: there was none
 	compacting struct {
 		sync.Mutex
 		plain map[uint32]bool // numbers of files that are not to become compact

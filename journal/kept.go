@@ -129,18 +129,31 @@ func (g *Group) PinnedAlone() bool {
 	return !g.logCanGo() && !slices.ContainsFunc(why, func(r retain.Reason) bool { return r.Kept() && !r.Pinned && !r.Held })
 }
 
-// Bound is how many bytes of what is kept beyond the window are kept for pinned and held points, as of the last [Group.Clean]: for a smaller limit, all
+// Bound is how many bytes of what is kept beyond the window, as of the last [Group.Clean], are kept for points that are pinned or held: for a smaller limit, all
 // else would go, and in vain.
-func (g *Group) Bound() int64 { return g.bound.Load() }
+func (g *Group) Bound() int64 {
+	all := g.keptBytes.Load()
+	if all == nil {
+		return 0
+	}
+	var points []record.LSN
+	kept, why := g.Kept()
+	for i := range kept {
+		if why[i].Pinned || why[i].Held {
+			points = append(points, kept[i].LSN)
+		}
+	}
+	return all.needed(points)
+}
 
 // SetPolicy changes which points are kept from now on, and how large the group's segments may grow, in bytes (0: as Options say). What an older policy has
-// let go of does not come back. Nothing changes if the limit is a new one, and smaller than [Group.Bound].
+// let go of does not come back. Nothing changes if the limit is smaller than it was, and than [Group.Bound].
 func (g *Group) SetPolicy(p retain.Policy, limit int64) error {
 	if err := p.Validate(); err != nil {
 		return fmt.Errorf("retention of group %s: %w", g.name, err)
 	}
 	limit = cmp.Or(limit, g.o.Limit)
-	if bound := g.Bound(); limit > 0 && limit < bound && limit != g.Limit() {
+	if was, bound := g.Limit(), g.Bound(); limit > 0 && limit < bound && (was == 0 || limit < was) {
 		return fmt.Errorf("retention of group %s: a limit of %d bytes: pinned and held points alone keep %d: unpin some, or raise it", g.name, limit, bound)
 	}
 	g.policy.Store(&p)

@@ -2,9 +2,11 @@ package journal
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -462,4 +464,30 @@ func TestAFileOfOriginalsThatWasBegunForACleanIsDurable(t *testing.T) {
 	r.open()
 	state, why := r.g.State()
 	require.Equal(t, "active", state, "%v", why)
+}
+
+// TestAPinBesideAnExpiryWithoutRoom may come between what may go and what of it finds room.
+func TestAPinBesideAnExpiryWithoutRoom(t *testing.T) {
+	r := newRig(t, Options{})
+	for i := range int64(60) {
+		require.NoError(t, r.write(i%40, byte(i)))
+	}
+	require.NoError(t, r.g.Apply())
+	require.NoError(t, r.g.Checkpoint())
+	r.inject(errorfs.OpCreate, "", syscall.ENOSPC)
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for ctx.Err() == nil {
+			r.g.unpinFrom(r.g.pinAll())
+		}
+	})
+	for end := time.Now().Add(time.Second); time.Now().Before(end); {
+		if _, err := r.g.Expire(1); err != nil {
+			require.ErrorIs(t, err, segment.ErrFull)
+		}
+	}
+	cancel()
+	wg.Wait()
+	require.Zero(t, r.g.Horizon())
 }

@@ -3,11 +3,14 @@ package journal
 import (
 	"context"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 	"github.com/stretchr/testify/require"
 
 	"github.com/tidemark-cdp/tidemark/journal/record"
@@ -451,14 +454,22 @@ func TestALimitBelowWhatPinsKeep(t *testing.T) {
 	r.g.limit.Store(bound - 1) // as when it was set before the point was pinned
 	require.NoError(t, r.g.SetPolicy(retain.Policy{}, bound-1), "what is so already is no reason to refuse the rest")
 
-	_, err = r.g.Unpin("pinned")
-	require.NoError(t, err)
-	_, err = r.g.Thin()
+	require.NoError(t, r.g.SetPolicy(p, bound-1))
+	require.ErrorContains(t, r.g.SetPolicy(p, bound-2), "unpin some")
+	r.g.limit.Store(1)
+	require.NoError(t, r.g.SetPolicy(p, 2), "it is more than it was")
+
+	_, err = r.g.Compact()
 	require.NoError(t, err)
 	_, err = r.g.Clean()
 	require.NoError(t, err)
+	require.Less(t, r.g.Bound(), bound/2, "of compact files, what they take")
+	require.Positive(t, r.g.Bound())
+
+	_, err = r.g.Unpin("pinned")
+	require.NoError(t, err)
 	require.Zero(t, r.g.Bound())
-	require.NoError(t, r.g.SetPolicy(p, 1))
+	require.NoError(t, r.g.SetPolicy(p, 1), "it is not so any more, though all is there still")
 }
 
 // TestAHold: nobody lets go of the point before its end, the writer of a replica neither, and then it goes like any other.
@@ -522,6 +533,72 @@ func TestAHold(t *testing.T) {
 	require.True(t, did)
 	require.Empty(t, f.g.KeptPoints())
 	f.fillFollower()
+}
+
+// TestAHoldThatCanNotBeNoted is refused: a time that a record can not hold would be another one after a start.
+func TestAHoldThatCanNotBeNoted(t *testing.T) {
+	r := newKeptRig(t, 1, retain.Policy{EveryWrite: time.Minute})
+	never := time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC)
+	_, err := r.g.Mark(record.Marker{Label: "never", By: "test", Held: never})
+	require.ErrorContains(t, err, "too far ahead")
+	m, err := r.g.Mark(record.Marker{Label: "a", By: "test"})
+	require.NoError(t, err)
+	_, err = r.g.HoldUntil("a", never)
+	require.ErrorContains(t, err, "2262")
+	last := time.Unix(0, math.MaxInt64).UTC()
+	_, err = r.g.HoldUntil("a", last)
+	require.NoError(t, err)
+	for range 2 {
+		r.clock.at.Add(int64(time.Hour))
+		for i := range int64(40) {
+			require.NoError(t, r.write(i, 2))
+		}
+		require.NoError(t, r.g.Apply())
+		r.expireAll()
+		require.Greater(t, r.g.Horizon(), m.LSN)
+		require.True(t, r.g.isKept(m.LSN))
+		require.NoError(t, r.s.Close())
+		r.open()
+		all, err := r.g.Markers()
+		require.NoError(t, err)
+		require.True(t, last.Equal(all[0].Held))
+	}
+}
+
+// TestAPinWhileThinNotes what stays: it is in the note, or it is refused.
+func TestAPinWhileThinNotes(t *testing.T) {
+	r := newKeptRig(t, 1, retain.Policy{EveryWrite: time.Minute, Markers: 1})
+	for i := range int64(40) {
+		require.NoError(t, r.write(i, 1))
+	}
+	m, err := r.g.Mark(record.Marker{Label: "a", By: "test"})
+	require.NoError(t, err)
+	r.clock.at.Add(int64(time.Hour))
+	for i := range int64(40) {
+		require.NoError(t, r.write(i, 2))
+	}
+	require.NoError(t, r.g.Apply())
+	r.expireAll()
+	require.True(t, r.g.isKept(m.LSN))
+	_, err = r.g.Mark(record.Marker{Label: "b", By: "test"})
+	require.NoError(t, err)
+	pinned, tried := false, false
+	r.watch(func(op errorfs.Op) {
+		if op.Kind == errorfs.OpFileSyncData && strings.Contains(op.Path, "/orig") && !tried {
+			tried = true
+			_, err := r.g.Pin("a")
+			pinned = err == nil
+		}
+	})
+	_, err = r.g.Thin()
+	require.NoError(t, err)
+	r.seen.Store(nil)
+	require.True(t, tried)
+	require.Equal(t, pinned, r.g.isKept(m.LSN))
+	require.NoError(t, r.s.Close())
+	require.NoError(t, r.fs.RemoveAll("state/index"))
+	r.open()
+	require.Equal(t, pinned, r.g.isKept(m.LSN))
 }
 
 // fillFollower applies and expires all of a group that follows.

@@ -113,7 +113,7 @@ func (g *Group) Cut(m record.Marker) (record.Marker, error) {
 }
 
 func (g *Group) take(m *record.Marker) error {
-	if err := errors.Join(record.CheckLabel(m.Label), record.CheckDescription(m.Description)); err != nil {
+	if err := errors.Join(record.CheckLabel(m.Label), record.CheckDescription(m.Description), record.CheckHeld(m.Held)); err != nil {
 		return err
 	}
 	m.Trim()
@@ -199,6 +199,9 @@ func (g *Group) HoldUntil(label string, until time.Time) (record.Marker, error) 
 	return g.amendKnown(label, func(m *record.Marker) (bool, error) {
 		if until.Before(m.Held) {
 			return false, fmt.Errorf("marker %q of group %s: %w until %s: it can be held for longer only", label, g.name, ErrHeld, m.Held.Format(time.RFC3339))
+		}
+		if err := record.CheckHeld(until); err != nil {
+			return false, fmt.Errorf("hold marker %q of group %s: %w", label, g.name, err)
 		}
 		if !until.After(g.o.Now()) {
 			return false, fmt.Errorf("hold marker %q of group %s until %s: that is past", label, g.name, until.Format(time.RFC3339))

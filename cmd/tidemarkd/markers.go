@@ -87,6 +87,9 @@ func (c *control) mark(r *http.Request) (any, error) {
 			return nil, fmt.Errorf("%w: %w", errBadRequest, err)
 		}
 	}
+	if err := record.CheckHeld(want.Held); err != nil {
+		return nil, fmt.Errorf("%w: %w", errBadRequest, err)
+	}
 	m, err := k.mark(r.Context(), want)
 	if err != nil {
 		return nil, err
@@ -129,6 +132,9 @@ func (c *control) amend(r *http.Request) (any, error) {
 		}
 	}
 	if req.Held != nil {
+		if err := record.CheckHeld(*req.Held); err != nil {
+			return nil, fmt.Errorf("%w: %w", errBadRequest, err)
+		}
 		if m, err = g.HoldUntil(label, *req.Held); err != nil {
 			return nil, err
 		}

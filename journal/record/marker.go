@@ -3,6 +3,7 @@ package record
 import (
 	"encoding/binary"
 	"fmt"
+	"math"
 	"strings"
 	"time"
 	"unicode"
@@ -178,6 +179,14 @@ func (m *Marker) Append(dst []byte) []byte {
 		dst = le.AppendUint64(dst, uint64(m.Held.UnixNano()))
 	}
 	return dst
+}
+
+// CheckHeld is an error if a marker can not be held until a time: records have no later one than some day of the year 2262.
+func CheckHeld(until time.Time) error {
+	if last := time.Unix(0, math.MaxInt64); until.After(last) {
+		return fmt.Errorf("%s is too far ahead: %s is the last time that can be noted", until.UTC().Format(time.RFC3339), last.UTC().Format(time.RFC3339))
+	}
+	return nil
 }
 
 // IsHeld reports whether nobody may let go of the marker's point at a time.
