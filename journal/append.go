@@ -318,7 +318,7 @@ func (g *Group) fitting(ops []Op) (n, room int, first int64) {
 		if sum += h.Size(); i == 0 {
 			first = sum
 		}
-		if versions += versionsOf(op.Ext); !g.fitsLocked(sum, versions) {
+		if versions += versionsOf(op.Ext); !g.fitsLocked(n, sum, versions) {
 			return n, room, first
 		}
 		n, room = n+1, room+h.EncodedSize()
@@ -326,9 +326,11 @@ func (g *Group) fitting(ops []Op) (n, room int, first int64) {
 	return n, room, first
 }
 
-// fitsLocked reports whether records of so many bytes and versions fit the current segment.
-func (g *Group) fitsLocked(bytes int64, versions int) bool {
-	return g.append.log.Fits(bytes) && g.append.versions+versions <= g.o.fileVersions()
+// fitsLocked reports whether one more record fits the current segment behind n others, which with it have so many bytes and versions. One that alone has too many
+// versions is alone in its file.
+func (g *Group) fitsLocked(n int, bytes int64, versions int) bool {
+	alone := n == 0 && g.append.versions == 0
+	return g.append.log.Fits(bytes) && (alone || g.append.versions+versions <= g.o.fileVersions())
 }
 
 // versionsOf is how many versions a record of an extent has in the index.

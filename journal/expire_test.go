@@ -188,3 +188,14 @@ func TestALogFileHasSoManyVersions(t *testing.T) {
 		}
 	}
 }
+
+// TestARecordOfTooManyVersions is taken all the same.
+func TestARecordOfTooManyVersions(t *testing.T) {
+	r := newRig(t, Options{})
+	most := r.g.o.fileVersions()
+	require.True(t, r.g.fitsLocked(0, 64, most+1))
+	require.False(t, r.g.fitsLocked(1, 128, most+1))
+	require.NoError(t, r.write(0, 1))
+	require.False(t, r.g.fitsLocked(0, 64, most))
+	require.True(t, r.g.fitsLocked(0, 64, most-1))
+}

@@ -220,7 +220,7 @@ func (g *Group) receiveLocked(recs *[]received, s *standing) error {
 			if !rec.Kind.Note() {
 				versions += versionsOf(rec.Extent)
 			}
-			if !g.fitsLocked(bytes, versions) {
+			if !g.fitsLocked(n, bytes, versions) {
 				break
 			}
 			n, room = n+1, room+rec.EncodedSize()
