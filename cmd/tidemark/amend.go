@@ -9,6 +9,7 @@ import (
 
 	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
 	"github.com/tidemark-cdp/tidemark/cmd/internal/config"
+	"github.com/tidemark-cdp/tidemark/journal/record"
 )
 
 // The verbs that change a marker.
@@ -70,20 +71,21 @@ func (m *timeFlag) Type() string { return "time" }
 
 // Set implements pflag.Value.
 func (m *timeFlag) Set(s string) error {
-	if t, err := time.Parse(time.RFC3339, s); err == nil {
-		*m = timeFlag(t)
-		return nil
-	}
-	if t, err := time.Parse(time.DateOnly, s); err == nil {
-		*m = timeFlag(t.AddDate(0, 0, 1)) // the day is over
-		return nil
-	}
-	span, err := config.ParseSpan(s)
+	t, err := time.Parse(time.RFC3339, s)
 	if err != nil {
-		return fmt.Errorf("%q is no time: 2027-12-31, 2027-12-31T10:00:00Z, or, from now, 90d", s)
+		if t, err = time.Parse(time.DateOnly, s); err == nil {
+			t = t.AddDate(0, 0, 1) // the day is over
+		}
 	}
-	*m = timeFlag(time.Now().Add(time.Duration(span)))
-	return nil
+	if err != nil {
+		span, err := config.ParseSpan(s)
+		if err != nil {
+			return fmt.Errorf("%q is no time: 2027-12-31, 2027-12-31T10:00:00Z, or, from now, 90d", s)
+		}
+		t = time.Now().Add(time.Duration(span))
+	}
+	*m = timeFlag(t)
+	return record.CheckHeld(t)
 }
 
 func (a *app) describe() *cobra.Command {

@@ -60,7 +60,7 @@ as another form of a point (latest, lsn:7, -15m, 2026-11-21).`,
 	fl.StringVar(&req.Description, "description", "", "a text for people")
 	fl.DurationVar(&wait, "wait-replica", 0, "return when it is durable at every replica too, or after this long")
 	fl.Lookup("wait-replica").NoOptDefVal = "1m"
-	fl.Var((*timeFlag)(&req.Held), "hold", "let nobody let go of its point before: 2027-12-31, RFC 3339, or a time from now, as 90d")
+	fl.Var((*timeFlag)(&req.Held), "hold", "let nobody let go of its point before: 2027-12-31 (the end of that day, UTC), RFC 3339, or a time from now, as 90d")
 	fl.BoolVar(&req.Pin, "pin", false, "keep its point from expiring")
 	return cmd
 }

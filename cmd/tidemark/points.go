@@ -45,11 +45,12 @@ func printPoints(cmd *cobra.Command, p api.Points) error {
 	kept := p.Kept
 	// why prints the kept points before an LSN that have no marker, and returns why that one is kept.
 	why := func(at uint64) string {
-		for ; len(kept) > 0 && kept[0].LSN <= at; kept = kept[1:] {
-			if kept[0].LSN == at {
-				return " kept: " + reasons(kept[0])
+		for len(kept) > 0 && kept[0].LSN <= at {
+			k := kept[0]
+			if kept = kept[1:]; k.LSN == at {
+				return " kept: " + reasons(k)
 			}
-			fmt.Fprintf(w, "%d\t%s\tcrash\t\t\tkept: %s\n", kept[0].LSN, kept[0].Time.Format(time.RFC3339Nano), reasons(kept[0]))
+			fmt.Fprintf(w, "%d\t%s\tcrash\t\t\tkept: %s\n", k.LSN, k.Time.Format(time.RFC3339Nano), reasons(k))
 		}
 		return ""
 	}
