@@ -3,9 +3,11 @@ package journal
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"testing"
 	"time"
@@ -551,4 +553,56 @@ func TestAnExpiryOfEverythingKeepsTheHead(t *testing.T) {
 	require.NoError(t, err)
 	require.EqualValues(t, 5, s.Groups()[0].Head())
 	require.NoError(t, s.Abandon())
+}
+
+// TestManyGroups are opened at once, the ones that there are beside new ones; each has its own part of the index.
+func TestManyGroups(t *testing.T) {
+	mem := vfs.NewCrashableMem()
+	conf := func(n int) (all []GroupConfig) {
+		for i := range n {
+			name := fmt.Sprintf("g%d", i)
+			if _, err := mem.Stat(name); err != nil {
+				f, err := mem.Create(name, vfs.WriteCategoryUnspecified)
+				require.NoError(t, err)
+				_, err = f.Write(make([]byte, 8*record.BlockSize))
+				require.NoError(t, errors.Join(err, f.Sync(), f.Close()))
+			}
+			all = append(all, GroupConfig{Name: name, Disks: []DiskConfig{{"d", name}}})
+		}
+		return all
+	}
+	for round, n := range []int{20, 25, 25} {
+		s, err := Open("state", conf(n), Options{FS: mem, SegmentSize: 64 << 10})
+		require.NoError(t, err)
+		require.Len(t, s.Groups(), n)
+		ids := map[uint32]bool{}
+		for _, g := range s.Groups() {
+			ids[g.id] = true
+			had := round
+			if i, _ := strconv.Atoi(g.name[1:]); i >= 20 {
+				had = max(round-1, 0)
+			}
+			require.EqualValues(t, had, g.Head())
+			require.NoError(t, g.Append([]Op{{Kind: record.KindWrite, Disk: g.Disks()[0], Ext: record.Extent{Len: record.BlockSize}, Data: bytes.Repeat([]byte{byte(round + 1)}, record.BlockSize)}}))
+			require.NoError(t, g.Sync())
+			require.NoError(t, g.Index())
+			done, err := g.Verify(t.Context(), VerifyOptions{}, func(f Finding) { t.Errorf("%s: %+v", g.name, f) })
+			require.NoError(t, err)
+			require.EqualValues(t, had+1, done.Records)
+		}
+		require.Len(t, ids, n)
+		if round == 1 {
+			require.NoError(t, s.Abandon())
+			mem = mem.CrashClone(vfs.CrashCloneCfg{})
+			continue
+		}
+		require.NoError(t, s.Close())
+	}
+	bad := conf(25)
+	bad[7].Disks[0].Backing = "nowhere"
+	_, err := Open("state", bad, Options{FS: mem, SegmentSize: 64 << 10})
+	require.ErrorContains(t, err, "g7")
+	s, err := Open("state", conf(25), Options{FS: mem, SegmentSize: 64 << 10})
+	require.NoError(t, err, "nothing is left open")
+	require.NoError(t, s.Close())
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/index"
@@ -162,10 +163,8 @@ func (s *Store) openAll(groups []GroupConfig) error {
 		return err
 	}
 	s.open.count.Store(int64(len(groups)))
-	for _, gc := range groups {
-		if _, err := s.addGroup(gc); err != nil && !(gc.Received && errors.Is(err, ErrNotBegun)) {
-			return err
-		}
+	if err := s.openGroups(groups); err != nil {
+		return err
 	}
 	if s.o.ReadOnly {
 		return nil
@@ -173,7 +172,35 @@ func (s *Store) openAll(groups []GroupConfig) error {
 	return syncDirs(fs, fs.PathDir(s.dir), s.dir, fs.PathJoin(s.dir, groupsName))
 }
 
-// addGroup opens a group and lists it.
+// openAtOnce is how many groups are opened at once: each waits for the disk most of the time.
+const openAtOnce = 8
+
+// openGroups opens groups, and lists them. Their directories' names are made durable later.
+func (s *Store) openGroups(groups []GroupConfig) error {
+	var eg errgroup.Group
+	eg.SetLimit(openAtOnce)
+	for i, gc := range groups {
+		newID := s.nextID + uint32(i) // of one that is new
+		eg.Go(func() error {
+			g, err := s.openGroup(gc, newID)
+			if gc.Received && errors.Is(err, ErrNotBegun) {
+				s.releaseAll(gc)
+				return nil
+			}
+			if err != nil {
+				s.releaseAll(gc)
+				return fmt.Errorf("open group %s: %w", gc.Name, err)
+			}
+			s.list(g)
+			return nil
+		})
+	}
+	err := eg.Wait()
+	s.nextID += uint32(len(groups))
+	return err
+}
+
+// addGroup opens a group beside those that are open, and lists it.
 func (s *Store) addGroup(gc GroupConfig) (*Group, error) {
 	g, err := s.openGroup(gc, s.nextID)
 	if err == nil {
@@ -182,18 +209,27 @@ func (s *Store) addGroup(gc GroupConfig) (*Group, error) {
 		}
 	}
 	if err != nil {
-		for _, d := range gc.Disks {
-			s.release(gc.Name + "/" + d.Name)
-		}
+		s.releaseAll(gc)
 		return nil, fmt.Errorf("open group %s: %w", gc.Name, err)
 	}
 	if g.id == s.nextID {
 		s.nextID++
 	}
+	s.list(g)
+	return g, nil
+}
+
+func (s *Store) list(g *Group) {
 	s.open.Lock()
 	defer s.open.Unlock()
 	s.setGroupsLocked(append(slices.Clone(s.open.groups), g))
-	return g, nil
+}
+
+// releaseAll takes back the claims of a group's disks.
+func (s *Store) releaseAll(gc GroupConfig) {
+	for _, d := range gc.Disks {
+		s.release(gc.Name + "/" + d.Name)
+	}
 }
 
 // syncGroups makes the names of the groups' directories durable.
