@@ -441,11 +441,19 @@ func (b *bench) dropping(_, _ int) ([]string, error) {
 	if err := l.configure(fmt.Sprintf(conf, "retain: {every_write: 1s}, ")); err != nil {
 		return nil, err
 	}
-	began := time.Now()
 	if _, err := l.api.Reload(b.ctx); err != nil {
 		return nil, err
 	}
+	// It begins with the next checkpoint.
 	var g api.Group
+	err = l.wait(2*time.Minute, func() (_ bool, err error) {
+		g, err = l.group()
+		return g.Horizon > was.Horizon, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	began := time.Now()
 	err = l.wait(10*time.Minute, func() (_ bool, err error) {
 		g, err = l.group()
 		return g.Horizon+1024 >= was.Head, err
@@ -576,7 +584,7 @@ func historyPage(rows []string, rounds int) string {
 	return historyHead + fmt.Sprintf(`
 Made by `+"`make bench-history`"+` on %s: %s. Rounds: %d, and medians of them. What is written goes to an empty disk of 4 GiB, at random, in random bytes: on a disk that was there before, each block that is overwritten for the first
 time takes its original beside. While cleaning is at work, guests write 20 MB/s of which 5 s are kept whole, a point a second for 10 s and one every 4 s for 30 s; what that costs varies from run to run. Segments of
-1 MiB have a 256th of the records of full ones: a day's 100 GiB of 4 KiB writes take 256 times as long to drop. pgbench has four clients and tables of scale 20. The view that is read has 64 MiB, each block of which was written five times, a few bytes other each time: nearly all of
+1 MiB have a 256th of the records of full ones: a day's 100 GiB of 4 KiB writes take 256 times as long to drop, from the checkpoint on that it waits for. pgbench has four clients and tables of scale 20. The view that is read has 64 MiB, each block of which was written five times, a few bytes other each time: nearly all of
 what it reads are differences. fio has one of the processors. Blocks that two guests have alike are kept in each group: no segment could go while another group's needs it, what is damaged would be damaged for all, and half a history is the most
 that it would save, of guests that do the same.
 
