@@ -106,6 +106,16 @@ func (r *keptRig) step() {
 	}
 }
 
+// anHourLater overwrites some blocks, and has all expire that may.
+func (r *keptRig) anHourLater() {
+	r.clock.at.Add(int64(time.Hour))
+	for i := range int64(40) {
+		require.NoError(r.t, r.write(i, 2))
+	}
+	require.NoError(r.t, r.g.Apply())
+	r.expireAll()
+}
+
 // clean is a full pass.
 func (r *keptRig) clean() {
 	require.NoError(r.t, r.g.closeOriginals(0))
@@ -435,12 +445,7 @@ func TestALimitBelowWhatPinsKeep(t *testing.T) {
 	_, err := r.g.Mark(record.Marker{Label: "pinned", By: "test", Pinned: true})
 	require.NoError(t, err)
 	for range 3 {
-		r.clock.at.Add(int64(time.Hour))
-		for i := range int64(40) {
-			require.NoError(t, r.write(i, 2))
-		}
-		require.NoError(t, r.g.Apply())
-		r.expireAll()
+		r.anHourLater()
 		require.NoError(t, r.g.closeOriginals(0))
 		_, err = r.g.Clean()
 		require.NoError(t, err)
@@ -549,12 +554,7 @@ func TestAHoldThatCanNotBeNoted(t *testing.T) {
 	_, err = r.g.HoldUntil("a", last)
 	require.NoError(t, err)
 	for range 2 {
-		r.clock.at.Add(int64(time.Hour))
-		for i := range int64(40) {
-			require.NoError(t, r.write(i, 2))
-		}
-		require.NoError(t, r.g.Apply())
-		r.expireAll()
+		r.anHourLater()
 		require.Greater(t, r.g.Horizon(), m.LSN)
 		require.True(t, r.g.isKept(m.LSN))
 		require.NoError(t, r.s.Close())
@@ -573,12 +573,7 @@ func TestAPinWhileThinNotes(t *testing.T) {
 	}
 	m, err := r.g.Mark(record.Marker{Label: "a", By: "test"})
 	require.NoError(t, err)
-	r.clock.at.Add(int64(time.Hour))
-	for i := range int64(40) {
-		require.NoError(t, r.write(i, 2))
-	}
-	require.NoError(t, r.g.Apply())
-	r.expireAll()
+	r.anHourLater()
 	require.True(t, r.g.isKept(m.LSN))
 	_, err = r.g.Mark(record.Marker{Label: "b", By: "test"})
 	require.NoError(t, err)
