@@ -138,6 +138,11 @@ func (g *Group) clean(share int64, pause func() error) (freed int64, err error) 
 	before := g.set.Size()
 	var gone []*segment.File
 	files := g.set.Files(segment.Originals)
+	g.cleaning.mended.Range(func(number, _ any) bool {
+		delete(g.cleaning.needs, number.(uint32))
+		g.cleaning.mended.Delete(number)
+		return true
+	})
 	g.cleaning.needs.forget(files)
 all:
 	for _, f := range files[:max(len(files)-1, 0)] {

@@ -58,6 +58,8 @@
 //	flush the index, note, remove the files    files that nothing refers to: cleaned again
 //	make a file compact, or plain again to cut or repair it: write another one, sync, rename, sync the directory
 //	                                           the file as it was, or the other one, which has the same records at the same offsets
+//	write a damaged record again in its place, sync   it, what was there, or a mix: damaged still, and found again
+//	write a damaged block of a backing again, sync    the same: no record expires before the sync
 //
 // A note (marker, amendment, definition) is a record like any other. Of those that belong together:
 //
@@ -93,8 +95,9 @@
 //
 // A group that follows another daemon's takes no discontinuity: which blocks the journal never held, and others changed, it
 // can not know. It has to be brought over it, see Group.BeginBridge. Its own backings changed by others keep it from opening: it must be begun again. Of a
-// gap, it has no markers; and what became in it of older ones it does not know, but that those are not pinned which the writer had to let go of. A
-// damaged record of a bridge is not repaired.
+// gap, it has no markers; and what became in it of older ones it does not know, but that those are not pinned which the writer had to let go of.
+//
+// Of what is damaged, heads of files and of originals, lists of what is kept, records of bridges and the index can not be repaired.
 //
 // Disks keep their size. A disk that left its group can be viewed when it is in it again only.
 package journal

@@ -122,7 +122,8 @@ type Group struct {
 	// cleaning serialises Cleans.
 	cleaning struct {
 		sync.Mutex
-		needs needs
+		needs  needs
+		mended sync.Map // numbers of files, uint32, of which something was mended: what needs has of them is from when they were damaged
 	}
 	keptBytes  atomic.Pointer[fileNeeds] // as of the last Clean: see Bound; nil: there was none
 	compacting struct {

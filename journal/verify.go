@@ -10,6 +10,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/tidemark-cdp/tidemark/journal/disk"
 	"github.com/tidemark-cdp/tidemark/journal/index"
 	"github.com/tidemark-cdp/tidemark/journal/record"
 	"github.com/tidemark-cdp/tidemark/journal/segment"
@@ -21,6 +22,11 @@ type Finding struct {
 	LSN   record.LSN // of the first record of the log that can not be read; 0: it is of something else
 	Last  record.LSN // of the last one
 	What  string
+
+	// One of these, or neither, says what can be mended beside records of the log.
+	original origAt     // of an original whose content it is, see RepairOriginal
+	backing  *disk.Disk // see RepairBackings
+	block    int64      // of the backing
 }
 
 // Verified says what Verify has looked at.
@@ -31,6 +37,12 @@ type Verified struct {
 	Versions  int64 // of the index
 	Blocks    int64 // of backings that the journal has a checksum for
 	Findings  int64
+}
+
+// origAt is where an original stands; a file of 0: nowhere.
+type origAt struct {
+	file uint32
+	off  int64
 }
 
 // VerifyOptions say how Verify goes about it.
@@ -130,6 +142,7 @@ type verifier struct {
 	read   int64         // bytes since the last pause
 	file   *segment.File // that is read, with a reference; nil: none
 	look   *index.Reader // see reader
+	doubt  bool          // not all of the log and the index is known to agree: what the index says a backing is to have may be of before
 	ended  error         // why it, or the file that is read, has ended: no error of what was read
 
 	head record.LSN
@@ -166,24 +179,23 @@ func (v *verifier) closed() error {
 	return nil
 }
 
-func (v *verifier) found(where string, lsn record.LSN, err error) { v.foundTo(where, lsn, lsn, err) }
-
-// foundTo is found of several records.
-func (v *verifier) foundTo(where string, lsn, last record.LSN, err error) {
+// finding reports a finding that has everything but what it is.
+func (v *verifier) finding(f Finding, err error) {
 	if v.closed() != nil {
 		return // the next step ends it
 	}
+	f.What = err.Error()
 	v.done.Findings++
-	v.report(Finding{Where: where, LSN: lsn, Last: last, What: err.Error()})
+	v.report(f)
 }
 
-// failed reports why something can not be read, unless that ends the verification.
-func (v *verifier) failed(where string, lsn record.LSN, err error) error {
+// failed reports why something can not be read, of a finding that has all else, unless that ends the verification.
+func (v *verifier) failed(f Finding, err error) error {
 	if v.ended = cmp.Or(v.ctx.Err(), v.closed()); v.ended == nil && errors.Is(err, os.ErrClosed) {
 		v.ended = err
 	}
 	if v.ended == nil {
-		v.found(where, lsn, err)
+		v.finding(f, err)
 	}
 	return v.ended
 }

@@ -14,7 +14,7 @@ import (
 func (v *verifier) backings() error {
 	for _, d := range v.g.Disks() {
 		blocks := (d.Size + record.BlockSize - 1) / record.BlockSize
-		for first := int64(0); first < blocks && v.has(d); first += viewStep {
+		for first := int64(0); first < blocks && v.g.owns(d); first += viewStep {
 			if err := v.backingStep(d, first, int(min(viewStep, blocks-first))); err != nil {
 				return err
 			}
@@ -23,9 +23,9 @@ func (v *verifier) backings() error {
 	return nil
 }
 
-// has reports whether a disk is the group's at present, and its backing what the group makes of it.
-func (v *verifier) has(d *disk.Disk) bool {
-	return v.g.ended() == nil && d.Attached() && slices.Contains(v.g.Disks(), d)
+// owns reports whether a disk is the group's at present, and its backing what the group makes of it.
+func (g *Group) owns(d *disk.Disk) bool {
+	return g.ended() == nil && d.Attached() && slices.Contains(g.Disks(), d)
 }
 
 // backingRun is how many blocks of a backing are read at once.
@@ -39,7 +39,7 @@ func (v *verifier) backingStep(d *disk.Disk, first int64, n int) error {
 		err = reader.Find(d.ID, first, record.MaxLSN, picks)
 	}
 	if err != nil {
-		return v.failed(fmt.Sprintf("index: disk %d from block %d on", d.ID, first), 0, err)
+		return v.failed(Finding{Where: fmt.Sprintf("index: disk %d from block %d on", d.ID, first)}, err)
 	}
 	var read int64
 	var suspect []int64
@@ -61,10 +61,19 @@ func (v *verifier) backingStep(d *disk.Disk, first int64, n int) error {
 		if err := v.ctx.Err(); err != nil {
 			return err
 		}
-		if err := v.suspect(d, block); err != nil {
-			if err := v.failed(fmt.Sprintf("backing %s of disk %s/%s at %d", d.Path(), v.g.name, d.Name, block*record.BlockSize), 0, err); err != nil {
-				return err
+		why, err := v.suspect(d, block)
+		if err != nil {
+			err = v.failed(Finding{Where: fmt.Sprintf("index: disk %d block %d", d.ID, block)}, err)
+		} else if why != nil {
+			where := fmt.Sprintf("backing %s of disk %s/%s at %d", d.Path(), v.g.name, d.Name, block*record.BlockSize)
+			f := Finding{Where: where}
+			if !v.doubt {
+				f.backing, f.block = d, block
 			}
+			err = v.failed(f, why)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return v.step(read + int64(n)) // looking up takes time, too
@@ -106,38 +115,45 @@ func (v *verifier) agrees(b []byte, p *index.Pick) bool {
 	return record.Checksum(b) == sum
 }
 
-// suspect reads a block again, while nothing is applied, and compares it with what the journal has. It returns how they differ, or why the backing can not be
-// read. What of the journal can not be read is found elsewhere.
-func (v *verifier) suspect(d *disk.Disk, block int64) error {
-	g := v.g
-	g.apply.Lock()
-	defer g.apply.Unlock()
+// suspect is checkBlock while nothing is applied.
+func (v *verifier) suspect(d *disk.Disk, block int64) (why, err error) {
+	v.g.apply.Lock()
+	defer v.g.apply.Unlock()
+	_, _, why, err = v.g.checkBlock(d, block)
+	return why, err
+}
+
+// checkBlock compares a block of a backing with what the record at an LSN left there, the newest that is applied. why says how they differ, or why the backing can
+// not be read; it is nil if the block is as it should be, or the journal does not say what it should be: what of that can not be read is found elsewhere. err is the
+// index's. g.apply is held.
+func (g *Group) checkBlock(d *disk.Disk, block int64) (want []byte, lsn record.LSN, why, err error) {
 	// Whoever closes the group, or takes it back, says so and applies before it touches a backing.
-	if !v.has(d) || g.indexTo(g.Head()) != nil {
-		return nil
+	if !g.owns(d) || g.indexTo(g.Head()) != nil {
+		return nil, 0, nil, nil
 	}
 	reader, err := g.ix.FreshReader()
 	if err != nil {
-		return err
+		return nil, 0, nil, err
 	}
 	defer reader.Close()
 	var p [1]index.Pick
 	if err := reader.Find(d.ID, block, record.MaxLSN, p[:]); err != nil || !p[0].Found || p[0].LSN > g.Applied() {
-		return err
+		return nil, 0, nil, err
 	}
-	var want, has [record.BlockSize]byte
 	n, off := d.BlockLen(block), block*record.BlockSize
-	view := View{g: g, d: d, lsn: p[0].LSN}
+	want, lsn = make([]byte, n), p[0].LSN
+	view := View{g: g, d: d, lsn: lsn}
 	s := viewPool.Get().(*viewScratch)
 	defer viewPool.Put(s)
-	if view.readPicks(s, want[:n], off, block, p[:], false) != nil {
-		return nil
+	if view.readPicks(s, want, off, block, p[:], false) != nil {
+		return nil, 0, nil, nil
 	}
-	if err := d.ReadBacking(has[:n], off, false); err != nil {
-		return err
+	has := make([]byte, n)
+	if why = d.ReadBacking(has, off, false); why == nil && !bytes.Equal(has, want) {
+		why = fmt.Errorf("%w: it is not what the record at LSN %d left there", record.ErrCorrupt, lsn)
 	}
-	if has == want || !v.has(d) {
-		return nil
+	if !g.owns(d) {
+		why = nil // it has left meanwhile
 	}
-	return fmt.Errorf("%w: it is not what the record at LSN %d left there", record.ErrCorrupt, p[0].LSN)
+	return want, lsn, why, nil
 }

@@ -53,16 +53,19 @@ func (v *verifier) held(f *segment.File, fn func() error) error {
 // asItStands reads what reading a file's records passes over: its head, and, of a compact file, all that is kept.
 func (v *verifier) asItStands(f *segment.File) error {
 	if err := f.VerifyHeader(); err != nil {
-		if err := v.failed(f.Path, 0, err); err != nil {
+		if err := v.failed(Finding{Where: f.Path}, err); err != nil {
 			return err
 		}
 	}
-	return f.VerifyPieces(func(at int64, err error) error { return v.failed(fmt.Sprintf("%s at %d", f.Path, at), 0, err) }, v.step)
+	return f.VerifyPieces(func(at int64, err error) error {
+		return v.failed(Finding{Where: fmt.Sprintf("%s at %d", f.Path, at)}, err)
+	}, v.step)
 }
 
 // logFile reads the records of a file up to a limit. Behind damage, it goes on where it finds the next one.
 func (v *verifier) logFile(f *segment.File, limit record.LSN) error {
 	sum := &fileSum{f: f, first: f.First, last: limit - 1, unsure: f.Bridge}
+	v.doubt = v.doubt || f.Bridge // records of bridges are not compared
 	v.logs = append(v.logs, sum)
 	if sum.last <= v.g.expiredTo() {
 		sum.unsure = true
@@ -81,8 +84,8 @@ func (v *verifier) logFile(f *segment.File, limit record.LSN) error {
 				return nil
 			}
 			if h.LSN >= next && !f.Succeeds(next-1, &h) {
-				sum.unsure = true
-				v.foundTo(fmt.Sprintf("%s at %d", f.Path, off), next, h.LSN-1, fmt.Errorf("%w: LSN %d to %d are missing", record.ErrCorrupt, next, h.LSN-1))
+				sum.unsure, v.doubt = true, true
+				v.finding(Finding{Where: fmt.Sprintf("%s at %d", f.Path, off), LSN: next, Last: h.LSN - 1}, fmt.Errorf("%w: LSN %d to %d are missing", record.ErrCorrupt, next, h.LSN-1))
 			}
 			next = h.LSN + 1
 			return v.logRecord(sum, off, &h)
@@ -96,7 +99,7 @@ func (v *verifier) logFile(f *segment.File, limit record.LSN) error {
 		if err == nil {
 			err = fmt.Errorf("%w: nothing stands there", record.ErrCorrupt)
 		}
-		sum.unsure = true
+		sum.unsure, v.doubt = true, true
 		lost, where := next, fmt.Sprintf("%s at %d", f.Path, end)
 		off = 0
 		rerr := f.Resync(end+record.Alignment, func(at int64, h record.Header) error {
@@ -109,7 +112,7 @@ func (v *verifier) logFile(f *segment.File, limit record.LSN) error {
 		if off == 0 {
 			next = limit
 		}
-		v.foundTo(where, lost, next-1, fmt.Errorf("LSN %d to %d can not be read: %w", lost, next-1, errors.Join(err, rerr)))
+		v.finding(Finding{Where: where, LSN: lost, Last: next - 1}, fmt.Errorf("LSN %d to %d can not be read: %w", lost, next-1, errors.Join(err, rerr)))
 		if off == 0 {
 			return nil
 		}
@@ -124,13 +127,14 @@ func (v *verifier) logRecord(sum *fileSum, off int64, h *record.Header) error {
 			sum.want += v.fingerprint(&e)
 		}
 	}
-	return v.payload(sum.f, off, h, h.LSN)
+	return v.payload(sum.f, off, h, Finding{LSN: h.LSN, Last: h.LSN})
 }
 
-// payload checks a record's payload. lsn is what a finding says of it.
-func (v *verifier) payload(f *segment.File, off int64, h *record.Header, lsn record.LSN) (err error) {
+// payload checks a record's payload. A finding of it is what is given, with where it is.
+func (v *verifier) payload(f *segment.File, off int64, h *record.Header, is Finding) (err error) {
 	if v.buf, err = f.VerifyRecord(off, *h, v.buf); err != nil {
-		if err := v.failed(fmt.Sprintf("%s at %d", f.Path, off), lsn, err); err != nil {
+		is.Where = fmt.Sprintf("%s at %d", f.Path, off)
+		if err := v.failed(is, err); err != nil {
 			return err
 		}
 	}
@@ -189,7 +193,7 @@ func (v *verifier) originalsFile(f *segment.File) error {
 			return nil
 		}
 		sum.unsure = true
-		v.found(fmt.Sprintf("%s at %d", f.Path, end), 0, errors.Join(err, rerr))
+		v.finding(Finding{Where: fmt.Sprintf("%s at %d", f.Path, end)}, errors.Join(err, rerr))
 		if off == 0 {
 			return nil
 		}
@@ -199,7 +203,11 @@ func (v *verifier) originalsFile(f *segment.File) error {
 // original checks an original's payload, and looks for it in the index. It may stand elsewhere by now, or nobody need it any more.
 func (v *verifier) original(sum *fileSum, off int64, h *record.Header) error {
 	v.done.Originals++
-	if err := v.payload(sum.f, off, h, 0); err != nil || h.Extent.Len == 0 || !before(&v.committed, sum.f.Number, off) {
+	var is Finding
+	if h.Extent.Len > 0 { // else it is a list of what is kept
+		is.original = origAt{sum.f.Number, off}
+	}
+	if err := v.payload(sum.f, off, h, is); err != nil || h.Extent.Len == 0 || !before(&v.committed, sum.f.Number, off) {
 		return err
 	}
 	reader, err := v.reader()
@@ -210,11 +218,13 @@ func (v *verifier) original(sum *fileSum, off int64, h *record.Header) error {
 		has, ok, err := reader.At(e.Disk, e.Unit, e.LSN)
 		if err == nil && !ok && v.needed(h) {
 			if ok, err = v.findable(h, &e); err == nil && !ok && v.needed(h) {
-				v.found(where(&e), 0, fmt.Errorf("%w: the index lacks the original at %d of %s", record.ErrCorrupt, off, sum.f.Path))
+				v.doubt = true
+				v.finding(Finding{Where: where(&e)}, fmt.Errorf("%w: the index lacks the original at %d of %s", record.ErrCorrupt, off, sum.f.Path))
 			}
 		}
 		if err != nil {
-			return v.failed(where(&e), 0, err)
+			v.doubt = true
+			return v.failed(Finding{Where: where(&e)}, err)
 		}
 		if has == e.Version && !e.Zero && e.Until != 0 {
 			sum.want += v.fingerprint(&e)

@@ -12,6 +12,8 @@ import (
 
 // index reads all versions of the index, and compares what they say of each file with its records.
 func (v *verifier) index() error {
+	before := v.done.Findings
+	defer func() { v.doubt = v.doubt || v.done.Findings > before }()
 	err := v.versions(func(e *index.Entry) {
 		v.done.Versions++
 		if sum := v.attribute(e); sum != nil {
@@ -27,7 +29,7 @@ func (v *verifier) index() error {
 			continue
 		}
 		if located++; located > mostLocated {
-			v.found(sum.f.Path, 0, fmt.Errorf("%w: the index says something else of its records", record.ErrCorrupt))
+			v.finding(Finding{Where: sum.f.Path}, fmt.Errorf("%w: the index says something else of its records", record.ErrCorrupt))
 			continue
 		}
 		if err := v.held(sum.f, func() error { return v.locate(sum) }); err != nil {
@@ -56,7 +58,7 @@ func (v *verifier) versions(fn func(e *index.Entry)) error {
 			return n < verifyKeys, nil
 		})
 		if err != nil {
-			err = v.failed(fmt.Sprintf("index: behind disk %d class %d unit %d LSN %d", last.Disk, last.Unit.Class, last.Unit.Index, last.LSN), 0, err)
+			err = v.failed(Finding{Where: fmt.Sprintf("index: behind disk %d class %d unit %d LSN %d", last.Disk, last.Unit.Class, last.Unit.Index, last.LSN)}, err)
 			if err != nil {
 				return err
 			}
@@ -88,7 +90,7 @@ func (v *verifier) attribute(e *index.Entry) *fileSum {
 			return sum
 		}
 		if v.g.rearranged.Load() == v.moved && v.moved%2 == 0 {
-			v.found(where(e), 0, fmt.Errorf("%w: no file has the original, number %d", record.ErrCorrupt, e.File))
+			v.finding(Finding{Where: where(e)}, fmt.Errorf("%w: no file has the original, number %d", record.ErrCorrupt, e.File))
 		}
 		return nil
 	}
@@ -97,7 +99,7 @@ func (v *verifier) attribute(e *index.Entry) *fileSum {
 	}
 	sum := v.fileOf(e.LSN)
 	if sum == nil && e.LSN > v.g.expiredTo() {
-		v.found(where(e), 0, fmt.Errorf("%w: no file of the log has the record", record.ErrCorrupt))
+		v.finding(Finding{Where: where(e)}, fmt.Errorf("%w: no file of the log has the record", record.ErrCorrupt))
 	}
 	return sum
 }
@@ -183,7 +185,7 @@ func (v *verifier) locate(sum *fileSum) error {
 		v.report(f)
 	}
 	if more > 0 {
-		v.found(sum.f.Path, 0, fmt.Errorf("%w: the index has %d more versions of its records wrong", record.ErrCorrupt, more))
+		v.finding(Finding{Where: sum.f.Path}, fmt.Errorf("%w: the index has %d more versions of its records wrong", record.ErrCorrupt, more))
 	}
 	return nil
 }

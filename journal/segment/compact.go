@@ -113,6 +113,8 @@ type scratch struct {
 	// around has what can not be read for damage filled in with 0xff, which fails the records' checksums.
 	around bool
 	good   int64 // up to this offset of the plain file, what was asked for was read
+	// instead has blocks in the place of frames that others may need, by where they stand.
+	instead map[int64][]byte
 }
 
 var scratches = sync.Pool{New: func() any { return &scratch{piece: make([]byte, pieceGuess)} }}
@@ -122,7 +124,7 @@ const keptScratch = 1 << 20
 
 func newScratch() *scratch {
 	s := scratches.Get().(*scratch)
-	s.nowait, s.around = false, false
+	s.nowait, s.around, s.instead = false, false, nil
 	return s
 }
 
@@ -504,11 +506,7 @@ func (f *File) block(s *scratch, dst, frame []byte, at int64) error {
 	if n == 0 || from+n > at {
 		return f.damaged(at, "a frame that needs one of %d bytes at %d, which is not before it", n, from)
 	}
-	s.from = slices.Grow(s.from[:0], int(n))[:n]
-	if err := f.readRaw(s.from, from, s.nowait); err != nil {
-		return err
-	}
-	if err := f.full(dst, s.from, from); err != nil {
+	if err := f.earlier(s, dst, from, n); err != nil {
 		return err
 	}
 	switch frame = frame[frameFrom:]; kind {
@@ -523,6 +521,19 @@ func (f *File) block(s *scratch, dst, frame []byte, at int64) error {
 		return f.runs(dst, frame, at)
 	}
 	return f.damaged(at, "a frame of kind %d", kind)
+}
+
+// earlier fills dst with an earlier version of its block, whose frame of n bytes stands at from.
+func (f *File) earlier(s *scratch, dst []byte, from, n int64) error {
+	if b := s.instead[from]; len(b) == len(dst) {
+		copy(dst, b)
+		return nil
+	}
+	s.from = slices.Grow(s.from[:0], int(n))[:n]
+	if err := f.readRaw(s.from, from, s.nowait); err != nil {
+		return err
+	}
+	return f.full(dst, s.from, from)
 }
 
 // runs makes dst another block, by what is other than in it.

@@ -43,7 +43,7 @@ func TestTwoFilesAreRepairedAtOnce(t *testing.T) {
 	for i, f := range files {
 		wg.Go(func() {
 			h, _ := record.Decode(plain[i][f.Start():])
-			err := s.Rewrite(f, f.Start(), plain[i][f.Start():f.Start()+h.Size()])
+			err := s.Rewrite(f, f.Start(), plain[i][f.Start():f.Start()+h.Size()], 0)
 			if err != nil {
 				t.Error(err)
 			}

@@ -281,7 +281,7 @@ func TestARepairedCompactFileIsPlain(t *testing.T) {
 	require.Greater(t, len(damaged), 1)
 	h, err := record.Decode(plain[damaged[0]:])
 	require.NoError(t, err)
-	require.NoError(t, s.Rewrite(f, damaged[0], plain[damaged[0]:damaged[0]+h.Size()]))
+	require.NoError(t, s.Rewrite(f, damaged[0], plain[damaged[0]:damaged[0]+h.Size()], 0))
 	require.False(t, f.IsCompact())
 	var still []int64
 	_, err = f.Scan(f.Start(), func(off int64, h record.Header) error {
@@ -302,7 +302,7 @@ func TestARepairedCompactFileIsPlain(t *testing.T) {
 	for _, off := range still {
 		h, err := record.Decode(plain[off:])
 		require.NoError(t, err)
-		require.NoError(t, s.Rewrite(f, off, plain[off:off+h.Size()]))
+		require.NoError(t, s.Rewrite(f, off, plain[off:off+h.Size()], 0))
 	}
 	requireSame(t, f, plain)
 	compact(t, s, f)
@@ -458,7 +458,7 @@ func TestACrashWhileACompactFileIsChanged(t *testing.T) {
 		}
 		crashAtEachStep(t, compact, func(s *Set, f *File, plain []byte) error {
 			off, b := other(f, plain)
-			return s.Rewrite(f, off, b)
+			return s.Rewrite(f, off, b, 0)
 		}, func(f *File, plain []byte, done bool) {
 			off, b := other(f, plain)
 			check(f, plain, slices.Concat(plain[:off], b, plain[off+int64(len(b)):]), done)
@@ -567,7 +567,7 @@ func TestReadersWhileAFileBecomesCompact(t *testing.T) {
 	require.NoError(t, err)
 	for range 4 {
 		compact(t, s, f)
-		require.NoError(t, s.Rewrite(f, f.Start(), plain[f.Start():f.Start()+first.Size()]))
+		require.NoError(t, s.Rewrite(f, f.Start(), plain[f.Start():f.Start()+first.Size()], 0))
 	}
 	compact(t, s, f)
 	require.NoError(t, s.Remove(f))

@@ -385,8 +385,8 @@ func (c *compactor) compare(path string) error {
 	return nil
 }
 
-// ErrUnsynced is wrapped when a file has another one in its place, and the directory could not be synced: what else was to be durable in it may not be.
-var ErrUnsynced = errors.New("the directory of the segments could not be synced")
+// ErrUnsynced is wrapped when a file has other bytes, or another one in its place, and it or the directory could not be synced: what else was to be durable in them may not be.
+var ErrUnsynced = errors.New("the segments could not be synced")
 
 // replace has a durable file with the same records come in the place of a file's, and returns how many bytes less it takes. s.changing is held.
 func (s *Set) replace(f *File, vf vfs.File, path string, size int64) (saved int64, err error) {

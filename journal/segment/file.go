@@ -54,7 +54,10 @@ func (f *File) readSome(p []byte, off int64) (int, error) {
 }
 
 // ReadDamaged is ReadAt, but fills in what can not be read for damage with 0xff, which fails the records' checksums.
-func (f *File) ReadDamaged(p []byte, off int64) error {
+func (f *File) ReadDamaged(p []byte, off int64) error { return f.readDamaged(p, off, nil) }
+
+// readDamaged is ReadDamaged, with blocks in the place of some frames, by where those stand.
+func (f *File) readDamaged(p []byte, off int64, instead map[int64][]byte) error {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	if f.compact == nil {
@@ -62,7 +65,7 @@ func (f *File) ReadDamaged(p []byte, off int64) error {
 	}
 	s := newScratch()
 	defer s.done()
-	s.around = true
+	s.around, s.instead = true, instead
 	return f.readCompact(s, p, off)
 }
 
