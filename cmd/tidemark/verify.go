@@ -24,8 +24,10 @@ their checksums, and records and index with each other. Nothing is changed.
 With --state-dir, the journal of a daemon that is not running is read, without
 the backings.
 
-With --repair, damaged records of the log are fetched from other daemons that have the group, and written again. Damaged originals
-can not be: what they held may be in views of the other daemon.`,
+With --repair, damaged records of the log and damaged content of originals are
+fetched from other daemons that have the group, if they have them still, and
+written again; and blocks of backings are written again as the journal has them,
+whether they were damaged or somebody wrote them past the daemon.`,
 		ValidArgsFunction: a.completeGroups,
 		RunE: func(cmd *cobra.Command, groups []string) error {
 			if repair && stateDir != "" {
@@ -38,7 +40,7 @@ can not be: what they held may be in views of the other daemon.`,
 			return a.printVerified(cmd, all, index)
 		},
 	}
-	cmd.Flags().BoolVar(&repair, "repair", false, "fetch what is damaged from other daemons that have the group")
+	cmd.Flags().BoolVar(&repair, "repair", false, "mend what is damaged, with what other daemons and the journal have")
 	cmd.Flags().StringVar(&stateDir, "state-dir", "", "state directory of a daemon that is not running")
 	return cmd
 }
@@ -48,7 +50,7 @@ func (a *app) verifyAll(cmd *cobra.Command, stateDir string, repair bool, groups
 	if stateDir != "" {
 		err = atRest(stateDir, groups, func(s *journal.Store) error {
 			for _, g := range s.Groups() {
-				v, err := api.VerifyGroup(ctx, g, journal.VerifyOptions{})
+				v, err := api.VerifyGroup(ctx, g, journal.VerifyOptions{}, nil)
 				if err != nil {
 					return err
 				}

@@ -1,17 +1,13 @@
 package main
 
 import (
-	"context"
-	"errors"
 	"fmt"
 	"net/http"
 	"slices"
 
 	"github.com/tidemark-cdp/tidemark/cmd/internal/api"
 	"github.com/tidemark-cdp/tidemark/journal"
-	"github.com/tidemark-cdp/tidemark/journal/record"
 	"github.com/tidemark-cdp/tidemark/replica/link"
-	"github.com/tidemark-cdp/tidemark/replica/wire"
 )
 
 // others are the peers that have the group too: those that it is shipped to, and the one that it came from.
@@ -26,16 +22,16 @@ func (one *replicated) others() (all []string) {
 }
 
 // asked says whether a peer may ask about a group: it must have it anyway.
-func (r *replication) asked(c *link.Conn, m *wire.Ask) (link.History, error) {
+func (r *replication) asked(c *link.Conn, group string) (link.History, error) {
 	r.mu.Lock()
-	one := r.groups[m.Group]
+	one := r.groups[group]
 	r.mu.Unlock()
 	if one == nil || !slices.Contains(one.others(), c.Peer.Name) {
-		return nil, fmt.Errorf("group %s is none that %s and peer %s have in common", m.Group, r.conf.Name, c.Peer.Name)
+		return nil, fmt.Errorf("group %s is none that %s and peer %s have in common", group, r.conf.Name, c.Peer.Name)
 	}
 	g := one.journal()
 	if g == nil {
-		return nil, fmt.Errorf("group %s: %w", m.Group, journal.ErrNotFound)
+		return nil, fmt.Errorf("group %s: %w", group, journal.ErrNotFound)
 	}
 	return history{g}, nil
 }
@@ -83,64 +79,4 @@ func (c *control) compare(r *http.Request) (any, error) {
 		return nil, fmt.Errorf("%w: no disk that is in group %s now was in it at LSN %d", errBadRequest, g.Name(), lsn)
 	}
 	return a, nil
-}
-
-// repair writes what is damaged in a group's log again, with what peers have of it. It returns how many records were mended, and why
-// no more were.
-func (r *replication) repair(ctx context.Context, g *journal.Group, damaged []uint64) (mended int, err error) {
-	slices.Sort(damaged)
-	damaged = slices.Compact(damaged)
-	peers := r.group(g.Name()).others()
-	if len(peers) == 0 {
-		return 0, fmt.Errorf("%w: no other daemon has group %s", errBadRequest, g.Name())
-	}
-	var errs []error
-	for _, n := range damaged {
-		lsn := record.LSN(n)
-		var why error
-		for _, peer := range peers {
-			err := r.e.Fetch(ctx, peer, g.Name(), lsn, lsn, func(run record.Run) error {
-				one, err := only(run, lsn)
-				if err != nil {
-					return err
-				}
-				k, err := g.Repair(one)
-				mended += k
-				return err
-			})
-			if err == nil {
-				why = nil
-				break
-			}
-			why = errors.Join(why, err)
-		}
-		if why != nil {
-			errs = append(errs, fmt.Errorf("LSN %d: %w", lsn, why))
-		}
-		if ctx.Err() != nil {
-			break
-		}
-	}
-	return mended, errors.Join(errs...)
-}
-
-// appendDamaged appends the LSNs of a finding, as far as there is use in asking for so many.
-func appendDamaged(damaged []uint64, lsn, last uint64) []uint64 {
-	for ; lsn > 0 && lsn <= last && len(damaged) < api.MaxFindings; lsn++ {
-		damaged = append(damaged, lsn)
-	}
-	return damaged
-}
-
-// only is a run's record of an LSN, which the run begins with.
-func only(run record.Run, lsn record.LSN) (record.Run, error) {
-	h, err := record.Decode(run.Bytes)
-	if err != nil {
-		return run, err
-	}
-	if h.LSN != lsn || h.Size() > int64(len(run.Bytes)) {
-		return run, fmt.Errorf("%w: LSN %d was asked for, and LSN %d came", record.ErrCorrupt, lsn, h.LSN)
-	}
-	run.Last, run.Bytes = lsn, run.Bytes[:h.Size()]
-	return run, nil
 }

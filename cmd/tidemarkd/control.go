@@ -187,35 +187,35 @@ func (c *control) verify(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	repair := r.URL.Query().Get("repair") == "true"
-	v, err := api.VerifyGroup(r.Context(), g, journal.VerifyOptions{})
-	if err != nil || v.Damaged == 0 || !repair {
-		return v, err
+	if r.URL.Query().Get("repair") == "true" {
+		return c.repaired(r.Context(), g)
 	}
-	return c.repaired(r.Context(), g, v)
+	return api.VerifyGroup(r.Context(), g, journal.VerifyOptions{}, nil)
 }
 
-// repaired repairs what a verification has found, round by round: behind a damaged header, a file can not be read before it is mended.
-func (c *control) repaired(ctx context.Context, g *journal.Group, v api.Verified) (api.Verified, error) {
-	total := 0
+// repaired verifies a group and has mended what is damaged, round by round: behind a damaged header, a file can not be read before it is mended.
+func (c *control) repaired(ctx context.Context, g *journal.Group) (api.Verified, error) {
+	d, repaired := newDamage(true), 0
+	var why error
 	for {
-		var damaged []uint64
-		for _, f := range v.Findings {
-			damaged = appendDamaged(damaged, f.LSN, f.Last)
+		v, err := api.VerifyGroup(ctx, g, journal.VerifyOptions{}, d.add)
+		v.Repaired = int64(repaired)
+		if err != nil || v.Damaged == 0 {
+			return v, err
 		}
-		n, why := c.replication.repair(ctx, g, damaged)
-		total += n
-		next, err := api.VerifyGroup(ctx, g, journal.VerifyOptions{})
-		if err != nil {
-			return next, err
+		n := 0
+		if d.some() {
+			n, why = c.replication.repair(ctx, g, d)
 		}
-		v = next
-		if v.Repaired = int64(total); n == 0 || v.Damaged == 0 {
-			if why != nil && v.Damaged > 0 {
-				v.NotRepaired = why.Error()
+		if n == 0 && !d.more {
+			if why == nil {
+				why = errors.New("what is left is not kept anywhere else, or not certain (no backing is mended while the index and the log do not agree)")
 			}
-			return v, nil
+			v.NotRepaired = why.Error()
+			return v, ctx.Err()
 		}
+		repaired += n
+		d = d.next()
 	}
 }
 

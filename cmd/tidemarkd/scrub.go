@@ -19,7 +19,7 @@ import (
 type scrubber struct {
 	store  *journal.Store
 	conf   config.Scrub
-	repair func(ctx context.Context, g *journal.Group, damaged []uint64) (mended int, err error)
+	repair func(context.Context, *journal.Group, *damage) (mended int, err error)
 	log    *zap.Logger
 
 	mu  sync.Mutex // guards what follows
@@ -84,25 +84,26 @@ func (s *scrubber) group(ctx context.Context, g *journal.Group) bool {
 	defer s.setNow("")
 	log := s.log.With(zap.String("group", g.Name()))
 	left, repaired := int64(0), 0
-	for { // behind a damaged header, a file can not be read before it is mended
-		damaged, places, err := s.verify(ctx, g, log)
+	// A backing is not mended unasked: what is there may be what somebody wrote past the daemon.
+	for d := newDamage(false); ; d = d.next() { // behind a damaged header, a file can not be read before it is mended
+		err := s.verify(ctx, g, d, log)
 		if ctx.Err() != nil || errors.Is(err, os.ErrClosed) {
 			return false
 		}
-		left = int64(places + len(damaged))
+		left = int64(d.found)
 		if err != nil {
 			log.Error("the group could not be verified to its end", zap.Error(err))
 			_, before := g.Verified()
 			left = max(left, before, 1) // it is tried again when it is due next: what stands in the way is there for a while
 		}
-		if len(damaged) == 0 {
+		if !d.some() {
 			break
 		}
-		n, why := s.repair(ctx, g, damaged)
+		n, why := s.repair(ctx, g, d)
 		if repaired += n; why != nil {
-			log.Warn("not all damaged records could be repaired", zap.Error(why))
+			log.Warn("not all that is damaged could be repaired", zap.Error(why))
 		}
-		if n == 0 || err != nil {
+		if n == 0 && !d.more || err != nil {
 			break
 		}
 	}
@@ -115,18 +116,14 @@ func (s *scrubber) group(ctx context.Context, g *journal.Group) bool {
 	return true
 }
 
-// verify verifies a group, and returns which of its records are damaged, and how many places that are no records of the log.
-func (s *scrubber) verify(ctx context.Context, g *journal.Group, log *zap.Logger) (damaged []uint64, places int, err error) {
-	_, err = g.Verify(ctx, journal.VerifyOptions{Pause: s.pause(ctx)}, func(f journal.Finding) {
-		if len(damaged)+places < scrubLogged {
+// verify verifies a group, and logs what it finds, the first of it.
+func (s *scrubber) verify(ctx context.Context, g *journal.Group, d *damage, log *zap.Logger) error {
+	_, err := g.Verify(ctx, journal.VerifyOptions{Pause: s.pause(ctx)}, func(f journal.Finding) {
+		if d.add(f); d.found <= scrubLogged {
 			log.Error("damage", zap.String("where", f.Where), zap.Uint64("lsn", uint64(f.LSN)), zap.String("what", f.What))
 		}
-		if f.LSN == 0 {
-			places++
-		}
-		damaged = appendDamaged(damaged, uint64(f.LSN), uint64(f.Last))
 	})
-	return damaged, places, err
+	return err
 }
 
 // files verifies the index's files, if they are due.

@@ -221,7 +221,12 @@ func (h history) View(id record.DiskID, at record.LSN) (link.View, error) {
 	return nil, fmt.Errorf("disk %d: %w", id, journal.ErrDetached)
 }
 
-func (h history) Durable() record.LSN { return h.g.Durable() }
+func (h history) Durable() record.LSN   { return h.g.Durable() }
+func (h history) Reigns() record.Reigns { return h.g.Reigns() }
+
+func (h history) PointWithin(from, to record.LSN) (record.LSN, error) {
+	return h.g.PointWithin(from, to)
+}
 
 func (o source) Beginning(at record.LSN) (record.Beginning, error) { return o.g.Beginning(at) }
 func (o source) Digest(lsn record.LSN) ([16]byte, error)           { return o.g.Digest(lsn) }

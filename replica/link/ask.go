@@ -12,20 +12,18 @@ import (
 	"github.com/tidemark-cdp/tidemark/replica/wire"
 )
 
-// answer answers a peer's question.
-func answer(ctx context.Context, c *Conn, m *wire.Ask, src History) error {
-	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
-	own := *m
-	var err error
-	if own.Disk != 0 {
-		err = answerSums(c, &own, src)
-	} else {
-		err = answerRecords(ctx, c, &own, src)
-	}
+// asked has a peer's question about a group answered.
+func (e *Endpoint) asked(ctx context.Context, c *Conn, group string, answer func(History) error) error {
+	defer c.Close()
+	src, err := e.Asked(c, group)
 	if err != nil {
+		return errors.Join(err, c.Refuse(wire.ReasonRights, err))
+	}
+	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
+	if err := answer(src); err != nil {
 		return errors.Join(err, c.Refuse(wire.ReasonFailed, err))
 	}
-	return c.Send(&wire.Seeded{Disk: own.Disk})
+	return nil
 }
 
 func answerSums(c *Conn, m *wire.Ask, src History) error {
@@ -49,7 +47,7 @@ func answerSums(c *Conn, m *wire.Ask, src History) error {
 			return err
 		}
 	}
-	return nil
+	return c.Send(&wire.Seeded{Disk: m.Disk})
 }
 
 func answerRecords(ctx context.Context, c *Conn, m *wire.Ask, src History) error {
@@ -71,26 +69,61 @@ func answerRecords(ctx context.Context, c *Conn, m *wire.Ask, src History) error
 		}
 		next = run.Last + 1
 	}
-	return nil
+	return c.Send(&wire.Seeded{})
 }
 
+func answerLost(c *Conn, m *wire.AskLost, src History) error {
+	at, err := src.PointWithin(m.From, m.To)
+	if err != nil {
+		return err
+	}
+	reigns := src.Reigns()
+	b, err := readLost(m, src, at)
+	if err != nil {
+		return err
+	}
+	if err := c.Send(&wire.Content{LostContent: record.LostContent{At: at, Reigns: reigns, Bytes: b}}); err != nil {
+		return err
+	}
+	return c.Send(&wire.Seeded{Disk: m.Disk})
+}
+
+// readLost has the disk in use for no longer than it is read.
+func readLost(m *wire.AskLost, src History, at record.LSN) ([]byte, error) {
+	v, err := src.View(m.Disk, at)
+	if err != nil {
+		return nil, err
+	}
+	defer v.Close()
+	off := m.First * record.BlockSize
+	n := min(int64(m.Blocks)*record.BlockSize, v.Size()-off)
+	if n <= 0 {
+		return nil, fmt.Errorf("block %d: disk %d ends before it", m.First, m.Disk)
+	}
+	b := make([]byte, n)
+	return b, v.ReadAt(b, off)
+}
+
+// ErrNoAnswer is wrapped when a peer can not be asked, or answers nothing that can be read.
+var ErrNoAnswer = errors.New("no answer")
+
 // ask asks a peer, and calls take with the answers until the last one.
-func (e *Endpoint) ask(ctx context.Context, peer string, m *wire.Ask, take func(wire.Message) error) error {
+func (e *Endpoint) ask(ctx context.Context, peer string, m wire.Message, take func(wire.Message) error) error {
 	within, cancel := context.WithTimeout(ctx, introduceWithin)
 	c, err := e.Open(within, peer, wire.RoleAsks)
 	cancel()
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: %w", ErrNoAnswer, err)
 	}
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
 	if err := c.Send(m); err != nil {
-		return err
+		return fmt.Errorf("%w: %w", ErrNoAnswer, err)
 	}
 	for {
 		got, err := c.Receive()
 		if err != nil {
-			return errors.Join(ctx.Err(), fmt.Errorf("peer %s: %w", peer, err))
+			return errors.Join(ctx.Err(), fmt.Errorf("%w: peer %s: %w", ErrNoAnswer, peer, err))
 		}
 		switch got := got.(type) {
 		case *wire.Refuse:
@@ -177,4 +210,22 @@ func (e *Endpoint) Fetch(ctx context.Context, peer, group string, first, last re
 		next = m.Run.Last + 1
 		return fn(m.Run)
 	})
+}
+
+// FetchLost gets the content of blocks of a group that are lost here from a peer. It is as the peer has it: the caller checks all of it.
+func (e *Endpoint) FetchLost(ctx context.Context, peer, group string, lost record.Lost) (got record.LostContent, err error) {
+	came := false
+	err = e.ask(ctx, peer, &wire.AskLost{Group: group, Lost: lost}, func(a wire.Message) error {
+		m, ok := a.(*wire.Content)
+		if !ok || came {
+			return fmt.Errorf("%w: got %v, and the content of %d blocks is due", replica.ErrProtocol, a.Type(), lost.Blocks)
+		}
+		got, came = m.LostContent, true
+		got.Bytes = bytes.Clone(got.Bytes)
+		return nil
+	})
+	if err == nil && !came {
+		err = fmt.Errorf("peer %s: %w: it answered without the content of %d blocks", peer, replica.ErrProtocol, lost.Blocks)
+	}
+	return got, err
 }

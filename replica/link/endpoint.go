@@ -28,8 +28,8 @@ type Endpoint struct {
 	// Offered is called with each connection on which a peer offers a group, in a goroutine of its own, which may take as long as
 	// it likes. It closes the connection.
 	Offered func(ctx context.Context, c *Conn, m *wire.Offer)
-	// Asked is called like Offered, with a peer's question. It returns what the group is, or why the peer gets no answer.
-	Asked func(c *Conn, m *wire.Ask) (History, error)
+	// Asked is called like Offered, with the group that a peer has a question about. It returns what the group is, or why the peer gets no answer.
+	Asked func(c *Conn, group string) (History, error)
 	// MaxConns bounds the connections of a peer; 0: 256. Each group that is shipped takes one.
 	MaxConns int
 	// Reserved reports whether a name that a daemon with a token gives itself is spoken for; nil: none is.
@@ -220,12 +220,14 @@ func (e *Endpoint) offered(ctx context.Context, c *Conn, m wire.Message) error {
 		e.Offered(ctx, c, m)
 		return nil
 	case *wire.Ask:
-		defer c.Close()
-		src, err := e.Asked(c, m)
-		if err != nil {
-			return errors.Join(err, c.Refuse(wire.ReasonRights, err))
-		}
-		return answer(ctx, c, m, src)
+		return e.asked(ctx, c, m.Group, func(src History) error {
+			if m.Disk != 0 {
+				return answerSums(c, m, src)
+			}
+			return answerRecords(ctx, c, m, src)
+		})
+	case *wire.AskLost:
+		return e.asked(ctx, c, m.Group, func(src History) error { return answerLost(c, m, src) })
 	case *wire.Refuse:
 		return &RefusedError{m.Reason, m.Text}
 	}
@@ -319,7 +321,7 @@ func (e *Endpoint) Await(ctx context.Context, peer string, taken func()) error {
 	}
 	c.impatient()
 	switch m.(type) {
-	case *wire.Offer, *wire.Ask:
+	case *wire.Offer, *wire.Ask, *wire.AskLost:
 		taken()
 	}
 	return e.offered(ctx, c, m)

@@ -37,6 +37,7 @@ type host struct {
 	done   chan struct{}
 	mu     sync.Mutex
 	errs   []error // of streams that were followed
+	asked  func(c *Conn, group string) (History, error)
 }
 
 func newHost(t testing.TB, name string) *host {
@@ -56,6 +57,10 @@ func newHost(t testing.TB, name string) *host {
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		h.errs = append(h.errs, err)
+	}, Asked: func(c *Conn, group string) (History, error) {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		return h.asked(c, group)
 	}}
 	h.Init()
 	h.listen(t)
@@ -209,6 +214,15 @@ func (m *memory) Durable() record.LSN {
 	defer m.mu.Unlock()
 	return m.head
 }
+func (m *memory) PointWithin(from, to record.LSN) (record.LSN, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.head < from || to < m.head {
+		return 0, errors.New("views are of the head here")
+	}
+	return m.head, nil
+}
+func (m *memory) Reigns() record.Reigns { return m.reigns }
 func (m *memory) Note(r record.Reigns) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -17,6 +17,10 @@ type History interface {
 	View(disk record.DiskID, at record.LSN) (View, error)
 	// Durable is the newest durable LSN.
 	Durable() record.LSN
+	// PointWithin is the newest LSN, from one to another, of which there is a View.
+	PointWithin(from, to record.LSN) (record.LSN, error)
+	// Reigns are those of the group's writers.
+	Reigns() record.Reigns
 }
 
 // Source is a group that is shipped. Its methods are called one at a time, but for those of the Views and of a Feed.

@@ -34,6 +34,8 @@ const (
 	TypeReady    Type = 17
 	TypeTaken    Type = 18
 	TypeAsk      Type = 19
+	TypeAskLost  Type = 20
+	TypeContent  Type = 21
 )
 
 var types = map[Type]struct {
@@ -59,6 +61,8 @@ var types = map[Type]struct {
 	TypeReady:    {"end of a reign", func() Message { return new(Ready) }},
 	TypeTaken:    {"new reign", func() Message { return new(Taken) }},
 	TypeAsk:      {"question", func() Message { return new(Ask) }},
+	TypeAskLost:  {"question for lost blocks", func() Message { return new(AskLost) }},
+	TypeContent:  {"content of blocks", func() Message { return new(Content) }},
 }
 
 func (t Type) String() string {
@@ -102,7 +106,7 @@ const (
 	RoleOffers Role = 1 // who dials will make an Offer
 	RoleWaits  Role = 2 // who dials waits for one, however long
 	RolePairs  Role = 3 // who dials has a token
-	RoleAsks   Role = 4 // who dials will Ask, once
+	RoleAsks   Role = 4 // who dials will send an Ask or an AskLost, once
 )
 
 // Hello is the first message of either side, always in a frame of version 1: lowest version (2), highest (2), role (1), node (16), name,
@@ -431,6 +435,47 @@ func (m *Ask) append(b []byte) []byte {
 func (m *Ask) read(r *reader) {
 	m.Group, m.Disk, m.First, m.Last = r.text("group"), record.DiskID(r.u32("disk")), r.lsn("first LSN"), r.lsn("last LSN")
 	copy(m.Key[:], r.take(len(m.Key), "key"))
+}
+
+// AskLost asks one who has the same group for some blocks of a disk as of any one LSN from one to another, at all of which the disk had the same there: group (text),
+// disk (4), first block (8), number of blocks (2, up to record.MaxLostBlocks), first LSN (8), last (8). It is answered by a Content and a Seeded of the disk, or by a Refuse.
+type AskLost struct {
+	Group string
+	record.Lost
+}
+
+// Type implements Message.
+func (*AskLost) Type() Type { return TypeAskLost }
+
+func (m *AskLost) append(b []byte) []byte {
+	b = le.AppendUint64(le.AppendUint32(appendText(b, m.Group), uint32(m.Disk)), uint64(m.First))
+	b = le.AppendUint16(b, uint16(m.Blocks))
+	return le.AppendUint64(le.AppendUint64(b, uint64(m.From)), uint64(m.To))
+}
+
+func (m *AskLost) read(r *reader) {
+	m.Group, m.Disk, m.First, m.Blocks = r.text("group"), record.DiskID(r.u32("disk")), r.block("first block"), int(r.u16("blocks"))
+	m.From, m.To = r.lsn("first LSN"), r.lsn("last LSN")
+	if r.err == nil && (m.Blocks == 0 || m.Blocks > record.MaxLostBlocks || m.From > m.To) {
+		r.fail(fmt.Sprintf("%d blocks of LSN %d to %d", m.Blocks, m.From, m.To))
+	}
+}
+
+// Content is what the blocks hold: LSN (8), reigns of the journal, content to the payload's end. Of a block that the disk ends in there are as many bytes as it has.
+type Content struct{ record.LostContent }
+
+// Type implements Message.
+func (*Content) Type() Type { return TypeContent }
+
+func (m *Content) append(b []byte) []byte {
+	return append(appendReigns(le.AppendUint64(b, uint64(m.At)), m.Reigns), m.Bytes...)
+}
+
+func (m *Content) read(r *reader) {
+	m.At, m.Reigns, m.Bytes = r.lsn("LSN"), r.reigns(), r.rest()
+	if len(m.Bytes) > record.MaxLostBlocks*record.BlockSize {
+		r.fail(fmt.Sprintf("content of %d bytes", len(m.Bytes)))
+	}
 }
 
 // SumSize is the length of a block's sum, in bytes: the first of the BLAKE3 of its content under a key that is drawn for

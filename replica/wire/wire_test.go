@@ -45,6 +45,8 @@ var samples = []Message{
 	&Ready{Head: 70},
 	&Taken{Reigns: reigns},
 	&Ask{Group: "web01", Disk: 2, First: 5, Last: 9, Key: [32]byte{1}},
+	&AskLost{"web01", record.Lost{Disk: 2, First: 4096, Blocks: record.MaxLostBlocks, From: 5, To: 9}},
+	&Content{record.LostContent{At: 7, Reigns: reigns, Bytes: bytes.Repeat([]byte{9}, 3*record.BlockSize)}},
 }
 
 func TestEveryTypeHasASample(t *testing.T) {
@@ -149,6 +151,10 @@ func TestAPeerThatLies(t *testing.T) {
 		"a beginning of no reign": {frame(TypeBegin, 0, make([]byte, 26)), "reigns"},
 		"a block on no disk":      {frame(TypeWant, 0, bytes.Repeat([]byte{255}, 12)), "on no disk"},
 		"a part of a sum":         {frame(TypeSums, 0, make([]byte, 4+8+32+SumSize+1)), "sums"},
+		"no lost blocks":          {frame(TypeAskLost, 0, (&AskLost{"web01", record.Lost{Disk: 1, From: 1, To: 2}}).append(nil)), "0 blocks"},
+		"too many lost blocks":    {frame(TypeAskLost, 0, (&AskLost{"web01", record.Lost{Disk: 1, Blocks: record.MaxLostBlocks + 1, From: 1, To: 2}}).append(nil)), "257 blocks"},
+		"too much content":        {frame(TypeContent, 0, (&Content{record.LostContent{Bytes: make([]byte, record.MaxLostBlocks*record.BlockSize+1)}}).append(nil)), "content of"},
+		"LSNs out of order":       {frame(TypeAskLost, 0, (&AskLost{"web01", record.Lost{Disk: 1, Blocks: 1, From: 3, To: 2}}).append(nil)), "LSN 3 to 2"},
 		"a definition beyond all": {frame(TypeBegin, 0, append(le.AppendUint16(appendDisks(appendReigns(make([]byte, 20), reigns), nil), 1), 255, 255, 255, 255)), "cut short"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -476,7 +476,7 @@ type Verified struct {
 	Damaged   int64     `json:"damaged"`
 	Findings  []Finding `json:"findings"` // the first thousand
 
-	// Repaired is how many records were written again with what another daemon has of them, NotRepaired why no more were.
+	// Repaired is how many records were written again with what another daemon has of them, and blocks of backings with what the journal has; NotRepaired why no more were.
 	Repaired    int64  `json:"repaired,omitempty"`
 	NotRepaired string `json:"not_repaired,omitempty"`
 }

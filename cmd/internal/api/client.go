@@ -261,7 +261,7 @@ func (c *Client) Resolve(ctx context.Context, group, point string) (r Resolved, 
 	return r, err
 }
 
-// Verify has a group verified, and, with repair, what is damaged fetched from other daemons; it takes as long as reading all of its journal.
+// Verify has a group verified, and, with repair, what is damaged mended; it takes as long as reading all of its journal, with repair several times.
 func (c *Client) Verify(ctx context.Context, group string, repair bool) (v Verified, err error) {
 	err = c.do(ctx, http.MethodPost, groupPath(group, "/verify?repair="+strconv.FormatBool(repair)), nil, &v)
 	return v, err

@@ -11,10 +11,13 @@ import (
 // MaxFindings bounds the findings that are listed; all are counted in Damaged.
 const MaxFindings = 1000
 
-// VerifyGroup verifies an open group, in the daemon or at rest.
-func VerifyGroup(ctx context.Context, g *journal.Group, o journal.VerifyOptions) (Verified, error) {
+// VerifyGroup verifies an open group, in the daemon or at rest. each, if there is one, is called with every finding, listed or not.
+func VerifyGroup(ctx context.Context, g *journal.Group, o journal.VerifyOptions, each func(journal.Finding)) (Verified, error) {
 	v := Verified{Group: g.Name(), Findings: []Finding{}}
 	done, err := g.Verify(ctx, o, func(f journal.Finding) {
+		if each != nil {
+			each(f)
+		}
 		if len(v.Findings) < MaxFindings {
 			v.Findings = append(v.Findings, Finding{Where: f.Where, LSN: uint64(f.LSN), Last: uint64(f.Last), What: f.What})
 		}
