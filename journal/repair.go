@@ -232,6 +232,9 @@ func headerAt(f *segment.File, off int64) (found *record.Header, err error) {
 
 // askAll asks for what is lost of an original's content, piece by piece.
 func (g *Group) askAll(h *record.Header, content []byte, lost []record.Extent, ask func(record.Lost) (record.LostContent, error)) error {
+	if len(lost) == 0 {
+		return nil // it is the bytes behind the payload
+	}
 	if int64(h.Payload) != h.Extent.Len || h.Extent.Off%record.BlockSize != 0 || h.Durable >= h.LSN {
 		return fmt.Errorf("%w: %d bytes of LSN %d to %d for %v", record.ErrCorrupt, h.Payload, h.Durable, h.LSN, h.Extent)
 	}
@@ -304,14 +307,14 @@ func (g *Group) PointWithin(from, to record.LSN) (record.LSN, error) {
 // IsBacking reports whether a finding is of a backing: RepairBackings may mend it.
 func (f Finding) IsBacking() bool { return f.backing != nil }
 
-// repairBlocks is how many blocks of backings are written with g.apply held.
-const repairBlocks = 64
+// repairStep is how many blocks of backings are written with g.apply held.
+const repairStep = 64
 
 // RepairBackings writes blocks of backings again, durably, as the journal has them, and returns how many it wrote. What was there is lost, be it damage or what
 // somebody wrote past the daemon. What is as it should be, or the journal can not read, stays as it is; so does what can not be read, for it could be that the backing ends
 // before it.
 func (g *Group) RepairBackings(ctx context.Context, found []Finding) (mended int, err error) {
-	for some := range slices.Chunk(found, repairBlocks) {
+	for some := range slices.Chunk(found, repairStep) {
 		if ctx.Err() != nil {
 			return mended, errors.Join(err, ctx.Err())
 		}

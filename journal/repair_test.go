@@ -274,6 +274,7 @@ func TestWhatIsAskedFor(t *testing.T) {
 		require.Equal(t, []record.LSN{x.from, x.to}, []record.LSN{asked[0].From, asked[0].To})
 	}
 	require.ErrorIs(t, r.g.askAll(header(12, 15, record.FlagExact), got, all, ask), ErrDiverged, "all of a gap")
+	require.NoError(t, r.g.askAll(header(12, 15, record.FlagExact), got, nil, ask), "nothing is lost")
 	require.ErrorIs(t, r.g.askAll(header(30, 30, record.FlagExact), got, all, ask), record.ErrCorrupt)
 	reigns = reigns.With(record.Reign{Epoch: reigns.Epoch() + 1, First: 35, ID: [16]byte{7}})
 	require.NoError(t, r.g.askAll(header(30, 35, record.FlagExact), got, all, ask), "they part behind it")
