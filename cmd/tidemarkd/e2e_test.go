@@ -388,7 +388,7 @@ func TestBadStartsSayWhy(t *testing.T) {
 	require.Contains(t, fails(base...), "no disk is given")
 	link := d.path("link.raw")
 	require.NoError(t, os.Symlink(d.disk, link))
-	require.Contains(t, fails(append(base, "--disk", "a/a="+d.disk, "--disk", "b/b="+link)...), "it is the backing of disk a/a too")
+	require.Regexp(t, "it is the backing of disk (a/a|b/b) too", fails(append(base, "--disk", "a/a="+d.disk, "--disk", "b/b="+link)...)) // groups are opened at once
 	require.Contains(t, fails(d.args()...), "another")
 	bad := d.path("bad.yaml")
 	require.NoError(t, os.WriteFile(bad, []byte("groups: {g: {disks: {d: {backing: /x, colour: red}}}}"), 0o600))
