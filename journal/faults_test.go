@@ -1077,16 +1077,22 @@ func TestATrimTakesTheRoomOfItsOriginals(t *testing.T) {
 	require.Equal(t, byte(0), r.live(300))
 }
 
-// TestABackingThatWasCutShort is not one of zeroes: what it held there is lost, and nothing else is shown in its stead.
-func TestABackingThatWasCutShort(t *testing.T) {
+// ofSevens is a group whose one disk, on a real file system, has a backing of that byte.
+func ofSevens(t *testing.T, size int) (g *Group, backing string) {
+	t.Helper()
 	dir := t.TempDir()
-	backing := filepath.Join(dir, "vda.raw")
-	const size = 1 << 20
+	backing = filepath.Join(dir, "vda.raw")
 	require.NoError(t, os.WriteFile(backing, bytes.Repeat([]byte{7}, size), 0o600))
 	s, err := Open(filepath.Join(dir, "state"), []GroupConfig{{Name: "g", Disks: []DiskConfig{{"vda", backing}}}}, Options{SegmentSize: 1 << 20})
 	require.NoError(t, err)
-	defer func() { require.NoError(t, s.Abandon()) }()
-	g := s.Groups()[0]
+	t.Cleanup(func() { require.NoError(t, s.Abandon()) })
+	return s.Groups()[0], backing
+}
+
+// TestABackingThatWasCutShort is not one of zeroes: what it held there is lost, and nothing else is shown in its stead.
+func TestABackingThatWasCutShort(t *testing.T) {
+	const size = 1 << 20
+	g, backing := ofSevens(t, size)
 	d := g.Disks()[0]
 	write := func(off int64) {
 		require.NoError(t, g.Append([]Op{{Kind: record.KindWrite, Disk: d, Ext: record.Extent{Off: off, Len: record.BlockSize}, Data: bytes.Repeat([]byte{9}, record.BlockSize)}}))

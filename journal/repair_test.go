@@ -7,7 +7,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"slices"
 	"syscall"
 	"testing"
@@ -590,6 +589,21 @@ func TestARepairBesideTheRemovalOfADisk(t *testing.T) {
 	require.Zero(t, n, "nobody may write it any more")
 }
 
+// payloads are those of a file's records, by where the records stand.
+func payloads(t *testing.T, f *segment.File) map[int64][]byte {
+	t.Helper()
+	all := map[int64][]byte{}
+	_, err := f.Scan(f.Start(), func(off int64, h record.Header) error {
+		if h.Payload > 0 {
+			all[off] = make([]byte, h.Payload)
+			require.NoError(t, f.ReadAt(all[off], off+int64(h.EncodedSize()), false))
+		}
+		return nil
+	})
+	require.NoError(t, err)
+	return all
+}
+
 // TestAMendedBase: what was kept as differences from a damaged block can be read again as that was mended.
 func TestAMendedBase(t *testing.T) {
 	r := newRig(t, Options{SegmentSize: 4 << 20})
@@ -619,17 +633,7 @@ func TestAMendedBase(t *testing.T) {
 		}
 	}
 	require.NotNil(t, f)
-	// What each original is, by where it stands.
-	whole := map[int64][]byte{}
-	_, err = f.Scan(f.Start(), func(off int64, h record.Header) error {
-		if h.Payload > 0 {
-			c := make([]byte, h.Payload)
-			require.NoError(t, f.ReadAt(c, off+int64(h.EncodedSize()), false))
-			whole[off] = c
-		}
-		return nil
-	})
-	require.NoError(t, err)
+	whole := payloads(t, f)
 	read := func() (bad int) {
 		for off, c := range whole {
 			got := make([]byte, len(c))
@@ -666,14 +670,8 @@ func TestAMendedBase(t *testing.T) {
 
 // TestARepairOfABackingThatWasCutShort does not make it longer: what was lost would be zeroes.
 func TestARepairOfABackingThatWasCutShort(t *testing.T) {
-	dir := t.TempDir()
-	backing := filepath.Join(dir, "vda.raw")
 	const size = 1 << 20
-	require.NoError(t, os.WriteFile(backing, bytes.Repeat([]byte{7}, size), 0o600))
-	s, err := Open(filepath.Join(dir, "state"), []GroupConfig{{Name: "g", Disks: []DiskConfig{{"vda", backing}}}}, Options{SegmentSize: 1 << 20})
-	require.NoError(t, err)
-	defer func() { require.NoError(t, s.Abandon()) }()
-	g := s.Groups()[0]
+	g, backing := ofSevens(t, size)
 	d := g.Disks()[0]
 	require.NoError(t, g.Append([]Op{{Kind: record.KindWrite, Disk: d, Ext: record.Extent{Off: size - record.BlockSize, Len: record.BlockSize}, Data: bytes.Repeat([]byte{9}, record.BlockSize)}}))
 	require.NoError(t, g.Sync())
@@ -682,7 +680,7 @@ func TestARepairOfABackingThatWasCutShort(t *testing.T) {
 	b := make([]byte, record.BlockSize)
 	require.Error(t, d.ReadAt(b, 200*record.BlockSize, false), "what it held there is lost")
 	var found []Finding
-	_, err = g.Verify(t.Context(), VerifyOptions{}, func(f Finding) { found = append(found, f) })
+	_, err := g.Verify(t.Context(), VerifyOptions{}, func(f Finding) { found = append(found, f) })
 	require.NoError(t, err)
 	require.Len(t, found, 1)
 	n, err := g.RepairBackings(t.Context(), found)
@@ -723,16 +721,7 @@ func TestARepairLeavesTheReserve(t *testing.T) {
 	}
 	require.NotNil(t, f)
 	var found []Finding
-	whole := map[int64][]byte{}
-	_, err = f.Scan(f.Start(), func(off int64, h record.Header) error {
-		if h.Payload > 0 {
-			c := make([]byte, h.Payload)
-			require.NoError(t, f.ReadAt(c, off+int64(h.EncodedSize()), false))
-			whole[off] = c
-		}
-		return nil
-	})
-	require.NoError(t, err)
+	whole := payloads(t, f)
 	for len(found) == 0 {
 		bit := (f.Alloc()/2 + rand.Int64N(f.Alloc()/2)) * 8
 		r.flipBit(f.Path, bit)
